@@ -1,0 +1,13 @@
+"""A language model that sees and hears, from Megatron-Core's parallel blocks.
+
+The map of the package; imports point downwards only:
+
+    train.py  avlm_inference.py  evaluate.py  prepare_data.py     what a user types
+    host/         lets the same commands run where CUDA is absent
+    training/     flags, providers, forward step, loss, progress
+    inference/    prompt -> answer: prefill, decode
+    checkpoint/   what a model is, written beside its weights; strict loading
+    models/       the parallel blocks: CLIP, Whisper, projector, language model, MimoModel
+    data/         files -> samples -> batches
+    configs/      what a model is: schema.py, one file per model, a registry of names
+"""

@@ -1,0 +1,1 @@
+"""What a checkpoint says of its model, and loading it strictly."""

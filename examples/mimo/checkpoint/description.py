@@ -1,0 +1,84 @@
+"""`mimo.json` beside the weights: all that is needed to build the model again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.mimo.configs import get_model_config
+from examples.mimo.configs.schema import MimoConfig, overlay, to_dict
+
+FILE_NAME = "mimo.json"
+FORMAT = 1
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`folder` is what `--save` named; `weights` the iteration inside it that is loaded."""
+
+    folder: Path
+    weights: Path
+    config: MimoConfig
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer the model was trained with."""
+        return self.folder / "tokenizer.model"
+
+
+def save_description(folder: Path, config: MimoConfig, tokenizer: Path | None) -> None:
+    """Write `mimo.json` and the tokenizer into `folder`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "config": to_dict(config)}, indent=1)
+    draft = folder / f".{FILE_NAME}.{os.getpid()}"
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(folder / FILE_NAME)
+    target = folder / "tokenizer.model"
+    if tokenizer is None or (target.exists() and tokenizer.samefile(target)):
+        return
+    draft = folder / f".tokenizer.{os.getpid()}"
+    copy = shutil.copytree if tokenizer.is_dir() else shutil.copyfile
+    copy(tokenizer, draft)
+    if target.is_dir():
+        shutil.rmtree(target)
+    draft.replace(target)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """What is in `folder`; ValueError, one line, when it is not a checkpoint of this package."""
+    if not folder.is_dir():
+        raise ValueError(f"--ckpt {folder}: no such folder")
+    if not (folder / FILE_NAME).is_file():
+        raise ValueError(
+            f"--ckpt {folder}: not a checkpoint of this package ({FILE_NAME} is missing); name "
+            "the folder that train.py --save wrote"
+        )
+    try:
+        saved = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        name = saved["config"]["name"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"--ckpt {folder}: {FILE_NAME} is damaged") from None
+    if saved.get("format") != FORMAT:
+        raise ValueError(
+            f"--ckpt {folder}: {FILE_NAME} has format {saved.get('format')}, this package reads "
+            f"{FORMAT}"
+        )
+    config = overlay(get_model_config(name), saved["config"], FILE_NAME)
+    return Checkpoint(folder, _latest(folder), config)
+
+
+def _latest(folder: Path) -> Path:
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        raise ValueError(f"--ckpt {folder}: nothing has been saved here yet ({TRACKER} is missing)")
+    iteration = tracker.read_text(encoding="utf-8").strip()
+    if not iteration.isdigit():
+        raise ValueError(f"--ckpt {folder}: {TRACKER} names no iteration: {iteration!r}")
+    weights = folder / f"iter_{int(iteration):07d}"
+    if not (weights / ".metadata").is_file():
+        raise ValueError(f"--ckpt {folder}: the weights in {weights.name} are missing or damaged")
+    return weights

@@ -1,0 +1,71 @@
+"""What every command shares: one-line errors, quiet libraries, a process group of one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+# Torch and Transformer Engine look for these once, at import.
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def run(command: str, main: Callable[[], None]) -> None:
+    """`main()`; a ValueError ends the process with one line on stderr and exit status 2.
+
+    Under torchrun every rank meets a wrong input alike, so rank 0 speaks for all; once ranks
+    differ (`speak_for_myself`), whoever meets it says so.
+    """
+    try:
+        main()
+    except ValueError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or _ranks_differ:
+            who = f" [rank {rank}]" if rank else ""
+            print(f"{command}{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        # Other ranks may wait in a collective for this one; a normal exit would wait for them.
+        os._exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+_ranks_differ = False
+
+
+def speak_for_myself() -> None:
+    """From here on a rank may fail alone, so each reports its own errors."""
+    global _ranks_differ
+    _ranks_differ = True
+
+
+def quiet_libraries() -> None:
+    """Import warnings of libraries do not reach the terminal; errors do."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def alone_unless_launched() -> None:
+    """Without torchrun a command is a world of one; give it an address."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(address | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+
+
+@contextlib.contextmanager
+def stdout_to(path: str) -> Iterator[None]:
+    """What libraries print goes to `path`; a command's own results are printed outside."""
+    with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield

@@ -1,0 +1,82 @@
+"""LLaVA-1.5-7B, and the same with Whisper's ears."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from examples.mimo.configs.schema import (
+    ChatTemplate,
+    LanguageConfig,
+    MimoConfig,
+    ModalityConfig,
+    ProjectorConfig,
+)
+from examples.mimo.models.clip import ClipConfig
+from examples.mimo.models.whisper import WhisperConfig
+
+
+def llava_vlm() -> MimoConfig:
+    """Vicuna-7B and CLIP ViT-L/14 at 336 px: the sizes of LLaVA-1.5 (arXiv:2310.03744).
+
+    Picture features leave the last but one CLIP layer without the class token, 576 tokens a
+    picture. Weights come from nowhere yet: a run starts from random ones.
+    """
+    return MimoConfig(
+        name="llava_vlm",
+        language=LanguageConfig(
+            num_layers=32,
+            hidden_size=4096,
+            ffn_hidden_size=11008,
+            num_attention_heads=32,
+            num_query_groups=32,
+            vocab_size=32064,
+            seq_length=4096,
+        ),
+        modalities={
+            "images": ModalityConfig(
+                noun="image",
+                placeholder="<image>",
+                token_id=32000,
+                encoder=ClipConfig(
+                    image_size=336,
+                    patch_size=14,
+                    num_layers=24,
+                    width=1024,
+                    num_heads=16,
+                    ffn_hidden_size=4096,
+                    feature_layer=-2,
+                ),
+                projector=ProjectorConfig(ffn_hidden_size=4096),
+            )
+        },
+        chat=ChatTemplate(
+            system="A chat between a curious human and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the human's questions. ",
+            human="USER: {} ASSISTANT:",
+            answer=" {}",
+        ),
+        prompt="Describe what you see and hear.",
+    )
+
+
+def llava_avlm() -> MimoConfig:
+    """`llava_vlm` with Whisper base: 30 seconds of sound are 1,500 tokens."""
+    base = llava_vlm()
+    audios = ModalityConfig(
+        noun="audio",
+        placeholder="<audio>",
+        token_id=32002,
+        encoder=WhisperConfig(
+            num_mel_bins=80,
+            hop_samples=160,
+            clip_seconds=30.0,
+            num_layers=6,
+            width=512,
+            num_heads=8,
+            ffn_hidden_size=2048,
+        ),
+        projector=ProjectorConfig(ffn_hidden_size=4096),
+    )
+    return dataclasses.replace(
+        base, name="llava_avlm", modalities={**base.modalities, "audios": audios}
+    )

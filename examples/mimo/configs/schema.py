@@ -1,0 +1,172 @@
+"""What a model is: plain values, complete when built, without a GPU or Megatron in sight.
+
+A `MimoConfig` holds a language model and a dict of modalities. A modality is an encoder
+config (see `EncoderConfig`), a projector, and the placeholder that stands for it in text.
+A variant is a function that derives from another config with `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+class EncoderConfig(Protocol):
+    """What the package asks of a modality; a dataclass beside its encoder implements it.
+
+    `hidden_size` is the width of the features that leave the encoder.
+    """
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def read(self, path: Path) -> Any:
+        """A decoded file, checked: ValueError with one line on anything that is not one."""
+
+    def augment(self, raw: Any, generator: np.random.Generator) -> Any:
+        """A slightly different `raw`, for training."""
+
+    def blank(self, raw: Any) -> Any:
+        """`raw` with its content gone and its shape kept; measures how much it is used."""
+
+    def preprocess(self, raw: Any) -> dict[str, torch.Tensor]:
+        """The encoder's inputs for one item, without a batch dimension."""
+
+    def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
+        """How many rows of the language model one item takes."""
+
+    def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Random inputs of the right shapes, for runs without data."""
+
+    def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:
+        """The encoder; its forward takes the batched inputs and returns (tokens, hidden_size)."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A Llama-shaped GPT: RMSNorm, rotary positions, SwiGLU, grouped queries, no biases.
+
+    `vocab_size` is the size of the embedding table; it must divide by the tensor-parallel size.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+    seq_length: int
+    rotary_base: int = 10000
+    norm_epsilon: float = 1e-5
+    tie_embeddings: bool = False
+    init_method_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Two linear layers with a GELU between, as in LLaVA-1.5; sizes in features."""
+
+    ffn_hidden_size: int
+
+
+@dataclass(frozen=True)
+class ModalityConfig:
+    """One kind of input; `noun` names it in flags (`--image-path`) and messages."""
+
+    noun: str
+    placeholder: str
+    token_id: int
+    encoder: EncoderConfig
+    projector: ProjectorConfig
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The text around the turns of a conversation; `{}` is where the turn goes."""
+
+    system: str = ""
+    human: str = "{}\n"
+    answer: str = "{}"
+
+    def __post_init__(self) -> None:
+        for name in ("human", "answer"):
+            if getattr(self, name).count("{}") != 1:
+                raise ValueError(
+                    f"chat template: {name}={getattr(self, name)!r} must hold {{}} exactly once"
+                )
+
+
+@dataclass(frozen=True)
+class MimoConfig:
+    """A whole model. `name` is its entry in the registry; `prompt` is asked when none is given."""
+
+    name: str
+    language: LanguageConfig
+    modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+    chat: ChatTemplate = ChatTemplate()
+    prompt: str = ""
+    add_bos: bool = True
+
+    def __post_init__(self) -> None:
+        seen: dict[int, str] = {}
+        for name, modality in self.modalities.items():
+            if not 0 <= modality.token_id < self.language.vocab_size:
+                raise ValueError(
+                    f"{self.name}: token id {modality.token_id} of {name} is outside the "
+                    f"vocabulary of {self.language.vocab_size}"
+                )
+            if modality.token_id in seen:
+                raise ValueError(
+                    f"{self.name}: {name} and {seen[modality.token_id]} share token id "
+                    f"{modality.token_id}; give each its own"
+                )
+            seen[modality.token_id] = name
+
+
+def to_dict(config: MimoConfig) -> dict[str, Any]:
+    """The config as JSON-ready values."""
+    return dataclasses.asdict(config)
+
+
+def overlay(base: Any, values: Any, where: str = "config") -> Any:
+    """`base` with `values` laid over it; the shape of both must agree.
+
+    The types come from `base`, which the registry made, and only numbers and strings from
+    `values`: a checkpoint's JSON can change a model's sizes and nothing else.
+    """
+    if dataclasses.is_dataclass(base) and not isinstance(base, type):
+        names = {f.name for f in dataclasses.fields(base)}
+        _same_keys(names, values, where)
+        return dataclasses.replace(
+            base, **{n: overlay(getattr(base, n), values[n], f"{where}.{n}") for n in names}
+        )
+    if isinstance(base, dict):
+        _same_keys(set(base), values, where)
+        return {key: overlay(base[key], values[key], f"{where}.{key}") for key in base}
+    if isinstance(base, (list, tuple)):
+        return tuple(values)
+    if base is not None and values is not None and type(base) is not type(values):
+        if isinstance(base, float) and isinstance(values, int):
+            return float(values)
+        raise ValueError(
+            f"{where} is {values!r} in the checkpoint, but this package expects "
+            f"{type(base).__name__} ({base!r})"
+        )
+    return values
+
+
+def _same_keys(names: set[str], values: Any, where: str) -> None:
+    if not isinstance(values, dict) or set(values) != names:
+        found = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise ValueError(
+            f"{where} has the fields {found} in the checkpoint, but this package expects "
+            f"{sorted(names)}; use the package version that wrote it"
+        )

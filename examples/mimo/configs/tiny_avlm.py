@@ -1,0 +1,69 @@
+"""A model small enough to train in minutes on two CPU cores, with every part of a large one."""
+
+from __future__ import annotations
+
+from examples.mimo.configs.schema import (
+    ChatTemplate,
+    LanguageConfig,
+    MimoConfig,
+    ModalityConfig,
+    ProjectorConfig,
+)
+from examples.mimo.models.clip import ClipConfig
+from examples.mimo.models.whisper import WhisperConfig
+
+
+def tiny_avlm() -> MimoConfig:
+    """A ViT, a Whisper-shaped encoder and a Llama-shaped GPT, all of width 128.
+
+    Sees 32 x 32 pictures as 16 tokens and hears up to 3 seconds as at most 25 tokens.
+    `make demo` trains it: `torchrun --nproc-per-node 2 examples/mimo/train.py
+    --model-provider tiny_avlm --tensor-model-parallel-size 2`.
+    """
+    return MimoConfig(
+        name="tiny_avlm",
+        language=LanguageConfig(
+            num_layers=4,
+            hidden_size=128,
+            ffn_hidden_size=352,
+            num_attention_heads=4,
+            num_query_groups=2,
+            vocab_size=512,
+            seq_length=128,
+        ),
+        modalities={
+            "images": ModalityConfig(
+                noun="image",
+                placeholder="<image>",
+                token_id=4,
+                encoder=ClipConfig(
+                    image_size=32,
+                    patch_size=8,
+                    num_layers=2,
+                    width=128,
+                    num_heads=4,
+                    ffn_hidden_size=512,
+                    feature_layer=-1,
+                ),
+                projector=ProjectorConfig(ffn_hidden_size=256),
+            ),
+            "audios": ModalityConfig(
+                noun="audio",
+                placeholder="<audio>",
+                token_id=5,
+                encoder=WhisperConfig(
+                    num_mel_bins=40,
+                    hop_samples=320,
+                    clip_seconds=3.0,
+                    num_layers=2,
+                    width=128,
+                    num_heads=4,
+                    ffn_hidden_size=512,
+                    frames_per_token=3,
+                ),
+                projector=ProjectorConfig(ffn_hidden_size=256),
+            ),
+        },
+        chat=ChatTemplate(human="{}\n", answer="{}"),
+        prompt="Answer the question.",
+    )

@@ -1,0 +1,162 @@
+"""One tokenisation path: conversation -> pieces -> ids, labels and loss mask.
+
+Training, evaluation and inference all go through here. A piece is text, which carries loss or
+does not, or the run of placeholders of one item. Labels come from the pieces; nothing ever
+searches for an answer in the ids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.tokenizer import Tokenizer
+
+HUMAN_ROLES = ("human", "user")
+ANSWER_ROLES = ("gpt", "assistant")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said; a human's text may hold placeholders."""
+
+    is_answer: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Text, and whether the model learns to say it."""
+
+    text: str
+    has_loss: bool
+
+
+@dataclass(frozen=True)
+class MediaPiece:
+    """The place of the `index`-th item of a modality."""
+
+    modality: str
+    index: int
+
+
+Piece = TextPiece | MediaPiece
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """`labels[i]` is the token after `ids[i]`; `loss_mask[i]` is 1 where it is to be learned."""
+
+    ids: list[int]
+    labels: list[int]
+    loss_mask: list[int]
+
+
+def parse_turns(conversations: object, key: str) -> list[Turn]:
+    """Turns from `[{"from": "human", "value": ...}, ...]` or role/content pairs."""
+    if not isinstance(conversations, Sequence) or not conversations:
+        raise ValueError(f"sample {key}: conversations must be a list of turns, and not empty")
+    return [_parse_turn(turn, key) for turn in conversations]
+
+
+def _parse_turn(turn: object, key: str) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"sample {key}: a turn must be an object with 'from' and 'value'")
+    role = turn.get("from", turn.get("role"))
+    text = turn.get("value", turn.get("content"))
+    if role not in HUMAN_ROLES + ANSWER_ROLES:
+        raise ValueError(
+            f"sample {key}: a turn is from {role!r}; known are {HUMAN_ROLES + ANSWER_ROLES}"
+        )
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"sample {key}: a turn from {role} has no text")
+    return Turn(is_answer=role in ANSWER_ROLES, text=text)
+
+
+def to_pieces(turns: Sequence[Turn], config: MimoConfig) -> list[Piece]:
+    """The turns in the config's chat template, cut at the placeholders.
+
+    Placeholders count in human turns only; in an answer they are plain text.
+    """
+    pieces: list[Piece] = []
+    if config.chat.system:
+        pieces.append(TextPiece(config.chat.system, has_loss=False))
+    counts = dict.fromkeys(config.modalities, 0)
+    for turn in turns:
+        if turn.is_answer:
+            before, after = config.chat.answer.split("{}")
+            pieces.append(TextPiece(before + turn.text + after, has_loss=True))
+        else:
+            before, after = config.chat.human.split("{}")
+            pieces += _cut(before + turn.text + after, config, counts)
+    return pieces
+
+
+def _cut(text: str, config: MimoConfig, counts: dict[str, int]) -> list[Piece]:
+    names = {m.placeholder: name for name, m in config.modalities.items()}
+    if not names:
+        return [TextPiece(text, has_loss=False)]
+    pattern = "(" + "|".join(re.escape(placeholder) for placeholder in names) + ")"
+    pieces: list[Piece] = []
+    for part in re.split(pattern, text):
+        if part in names:
+            pieces.append(MediaPiece(names[part], counts[names[part]]))
+            counts[names[part]] += 1
+        elif part:
+            pieces.append(TextPiece(part, has_loss=False))
+    return pieces
+
+
+def check_media(
+    pieces: Sequence[Piece], files: Mapping[str, Sequence[object]], config: MimoConfig, key: str
+) -> None:
+    """ValueError unless every file has a placeholder and every placeholder a file."""
+    for name, given in files.items():
+        if given and name not in config.modalities:
+            raise ValueError(
+                f"sample {key}: holds {name}, and {config.name} knows "
+                f"{', '.join(config.modalities) or 'text only'}"
+            )
+    for name, modality in config.modalities.items():
+        placed = sum(isinstance(p, MediaPiece) and p.modality == name for p in pieces)
+        given_count = len(files.get(name, ()))
+        if placed != given_count:
+            raise ValueError(
+                f"sample {key}: {placed} {modality.placeholder} in the text, but {given_count} "
+                f"{modality.noun} files; give one file for each placeholder"
+            )
+
+
+def tokenise(
+    pieces: Sequence[Piece],
+    media_tokens: Mapping[str, Sequence[int]],
+    config: MimoConfig,
+    tokenizer: Tokenizer,
+) -> TokenRow:
+    """The row of a conversation; `media_tokens[modality][i]` is item i's `num_tokens`.
+
+    An answer ends with the end-of-text token, which is learned too. The last token has no
+    successor, so its label is padding without loss.
+    """
+    ids = [tokenizer.bos_id] if config.add_bos and tokenizer.bos_id >= 0 else []
+    learned = [0] * len(ids)
+    for piece in pieces:
+        if isinstance(piece, MediaPiece):
+            count = media_tokens[piece.modality][piece.index]
+            new = [config.modalities[piece.modality].token_id] * count
+        else:
+            new = _without_placeholder_ids(tokenizer.encode(piece.text), config)
+        has_loss = isinstance(piece, TextPiece) and piece.has_loss
+        if has_loss:
+            new = [*new, tokenizer.eos_id]
+        ids += new
+        learned += [int(has_loss)] * len(new)
+    return TokenRow(ids, ids[1:] + [tokenizer.pad_id], learned[1:] + [0])
+
+
+def _without_placeholder_ids(ids: list[int], config: MimoConfig) -> list[int]:
+    """Text may spell a placeholder, in an answer say; as an id it would ask for an item."""
+    special = {modality.token_id for modality in config.modalities.values()}
+    return [i for i in ids if i not in special]

@@ -1,0 +1,124 @@
+"""Datasets whose sample `i` is a function of `i` and the seed alone, so any run can resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.conversation import TokenRow
+from examples.mimo.data.samples import Sample, SampleReader
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of `path`; ValueError names the line that is not an object."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; prepare_data.py makes a data folder")
+    records = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: a sample must be a JSON object")
+            records.append(record)
+    if not records:
+        raise ValueError(f"{path}: no samples in this file")
+    return records
+
+
+class ConversationDataset(torch.utils.data.Dataset[Sample]):
+    """Conversations from `root/split.jsonl`, in a new order every epoch when `shuffle`.
+
+    `num_samples` may exceed the file: index i is in epoch i // lines.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        reader: SampleReader,
+        num_samples: int | None = None,
+        seed: int = 0,
+        shuffle: bool = False,
+    ) -> None:
+        if not root.is_dir():
+            raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
+        self.root = root
+        self.reader = reader
+        self.records = read_records(root / f"{split}.jsonl")
+        self.num_samples = len(self.records) if num_samples is None else num_samples
+        self.seed = seed
+        self.shuffle = shuffle
+        self._epoch = -1
+        self._order = np.arange(len(self.records))
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        generator = np.random.default_rng([self.seed, index])
+        return self.reader.read(self.record(index), self.root, generator)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The JSON record behind sample `index`."""
+        epoch, position = divmod(index, len(self.records))
+        if self.shuffle and epoch != self._epoch:
+            order = np.random.default_rng([self.seed, epoch, 1])
+            self._epoch, self._order = epoch, order.permutation(len(self.records))
+        return self.records[self._order[position]]
+
+
+class MockDataset(torch.utils.data.Dataset[Sample]):
+    """Random conversations of any size without files.
+
+    A sample holds zero, one or two items of each modality as far as they fit, at random places
+    between random text; the second half of its text carries loss.
+    """
+
+    def __init__(self, config: MimoConfig, seq_length: int, num_samples: int, seed: int) -> None:
+        self.config = config
+        self.seq_length = seq_length
+        self.num_samples = num_samples
+        self.seed = seed
+        special = {m.token_id for m in config.modalities.values()}
+        self.words = [i for i in range(1, config.language.vocab_size) if i not in special]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        numbers = np.random.default_rng([self.seed, index, 2])
+        noise = torch.Generator().manual_seed(int(numbers.integers(2**62)))
+        length = int(numbers.integers(self.seq_length // 2, self.seq_length + 1))
+        media: dict[str, list[dict[str, torch.Tensor]]] = {}
+        spans: list[list[int]] = []
+        room = length // 2
+        for name, modality in self.config.modalities.items():
+            for _ in range(numbers.integers(3)):
+                item = modality.encoder.mock_inputs(noise)
+                count = modality.encoder.num_tokens(item)
+                if count <= room:
+                    room -= count
+                    media.setdefault(name, []).append(item)
+                    spans.append([modality.token_id] * count)
+        row = self._row(spans, length, numbers)
+        sources = {name: ["mock"] * len(items) for name, items in media.items()}
+        return Sample(f"mock-{index}", row, media, sources)
+
+    def _row(self, spans: list[list[int]], length: int, numbers: np.random.Generator) -> TokenRow:
+        text = numbers.choice(self.words, length - sum(map(len, spans))).tolist()
+        question = len(text) // 2
+        cuts = sorted(numbers.integers(0, question + 1, len(spans)).tolist())
+        ids: list[int] = []
+        for start, stop, span in zip([0, *cuts], [*cuts, question], [*spans, []], strict=True):
+            ids += text[start:stop] + span
+        learned = [0] * len(ids) + [1] * (len(text) - question)
+        ids += text[question:]
+        return TokenRow(ids, ids[1:] + [0], learned[1:] + [0])

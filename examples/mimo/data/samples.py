@@ -1,0 +1,118 @@
+"""A sample: one conversation as ids, with the encoder inputs of its media."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.conversation import (
+    Piece,
+    TokenRow,
+    check_media,
+    parse_turns,
+    to_pieces,
+    tokenise,
+)
+from examples.mimo.data.tokenizer import Tokenizer
+
+EncoderInputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`media[modality]` holds the inputs of each item, `sources` where each came from."""
+
+    key: str
+    row: TokenRow
+    media: dict[str, list[EncoderInputs]]
+    sources: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Turns records into samples for one model.
+
+    `augment` varies the media; `blank` names modalities whose content is wiped out.
+    """
+
+    config: MimoConfig
+    tokenizer: Tokenizer
+    seq_length: int
+    augment: bool = False
+    blank: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.size > self.config.language.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.tokenizer.size} tokens, but {self.config.name}'s "
+                f"vocabulary holds {self.config.language.vocab_size}; use the tokenizer the data "
+                "was prepared with"
+            )
+
+    def read(
+        self, record: Mapping[str, Any], root: Path, generator: np.random.Generator | None = None
+    ) -> Sample:
+        """The sample of a JSON record whose file names are relative to `root`."""
+        key = str(record.get("key"))
+        files = {name: self._files(record, name, root) for name in self.config.modalities}
+        pieces = to_pieces(parse_turns(record.get("conversations"), key), self.config)
+        return self.from_pieces(pieces, files, key, generator)
+
+    def from_pieces(
+        self,
+        pieces: Sequence[Piece],
+        files: Mapping[str, Sequence[Path]],
+        key: str,
+        generator: np.random.Generator | None = None,
+    ) -> Sample:
+        """The sample of a conversation that is cut into pieces already."""
+        check_media(pieces, files, self.config, key)
+        media = {
+            name: [self._inputs(name, file, generator) for file in given]
+            for name, given in files.items()
+            if given
+        }
+        counts = {
+            name: [self.config.modalities[name].encoder.num_tokens(item) for item in items]
+            for name, items in media.items()
+        }
+        row = tokenise(pieces, counts, self.config, self.tokenizer)
+        if len(row.ids) > self.seq_length:
+            spent = ", ".join(f"{sum(c)} for {name}" for name, c in counts.items()) or "all text"
+            raise ValueError(
+                f"sample {key}: {len(row.ids)} tokens ({spent}) do not fit --seq-length "
+                f"{self.seq_length}; raise it or shorten the conversation"
+            )
+        sources = {name: [str(f) for f in files[name]] for name in media}
+        return Sample(key, row, media, sources)
+
+    def _inputs(
+        self, name: str, file: Path, generator: np.random.Generator | None
+    ) -> EncoderInputs:
+        encoder = self.config.modalities[name].encoder
+        raw = encoder.read(file)
+        if name in self.blank:
+            raw = encoder.blank(raw)
+        if self.augment and generator is not None:
+            raw = encoder.augment(raw, generator)
+        return encoder.preprocess(raw)
+
+    def _files(self, record: Mapping[str, Any], name: str, root: Path) -> list[Path]:
+        given = record.get(name, [])
+        if not isinstance(given, list) or not all(isinstance(f, str) for f in given):
+            raise ValueError(
+                f"sample {record.get('key')}: {name} must be a list of file names, not {given!r}"
+            )
+        paths = [(root / file).resolve() for file in given]
+        for path in paths:
+            if not path.is_relative_to(root.resolve()):
+                raise ValueError(
+                    f"sample {record.get('key')}: {path} lies outside the data folder {root}"
+                )
+        return paths

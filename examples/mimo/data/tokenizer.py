@@ -1,0 +1,76 @@
+"""Text to ids and back: a SentencePiece model, or a Hugging Face tokenizer folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What the data path and generation need of a tokenizer."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    size: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class SentencePieceTokenizer:
+    """A `tokenizer.model`; text is encoded as it is, without a space put before it."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise ValueError(f"{path}: not a SentencePiece model") from None
+        self.bos_id = self.model.bos_id()
+        self.eos_id = self.model.eos_id()
+        self.pad_id = max(self.model.pad_id(), 0)
+        self.size = self.model.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; no begin or end token."""
+        return self.model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; control tokens vanish."""
+        return self.model.decode(ids)
+
+
+class HuggingFaceTokenizer:
+    """A folder with `tokenizer.json`; code in the folder is never run."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.model: Any = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+        self.bos_id = self.model.bos_token_id
+        self.eos_id = self.model.eos_token_id
+        self.pad_id = self.model.pad_token_id or 0
+        self.size = len(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; no begin or end token."""
+        return self.model.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; control tokens vanish."""
+        return self.model.decode(ids, skip_special_tokens=True)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer at `path`: a SentencePiece file, or a folder that holds either kind."""
+    if path.is_file():
+        return SentencePieceTokenizer(path)
+    if (path / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    raise ValueError(f"{path}: no tokenizer here (tokenizer.model or tokenizer.json)")

@@ -1,0 +1,45 @@
+"""The CPU host layer: lets unchanged Megatron-Core run on gloo where CUDA is absent.
+
+A command calls `install()` first. Where CUDA is available the only thing it changes is what
+`pretrain()` needs to start from a plain wheel; `python -m examples.mimo.host` prints the table
+of stand-ins with the Megatron call that needs each.
+"""
+
+from __future__ import annotations
+
+import os
+
+from examples.mimo.host.stand_in import StandIn
+
+
+def install() -> list[StandIn]:
+    """Put the stand-ins this machine needs in place, once; returns those that stand now."""
+    global _installed
+    if _installed is None:
+        _installed = _install()
+    return _installed
+
+
+_installed: list[StandIn] | None = None
+
+
+def _install() -> list[StandIn]:
+    import torch
+
+    stand_ins = []
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        from examples.mimo.host import cpu
+
+        stand_ins += _place(cpu.torch_stand_ins())
+        stand_ins += _place(cpu.megatron_stand_ins())
+    from examples.mimo.host import wheel
+
+    stand_ins += _place(wheel.stand_ins())
+    return stand_ins
+
+
+def _place(stand_ins: list[StandIn]) -> list[StandIn]:
+    for stand_in in stand_ins:
+        setattr(stand_in.owner, stand_in.attribute, stand_in.replacement)
+    return stand_ins

@@ -1,0 +1,1 @@
+"""How a model is built from Megatron-Core's parallel blocks."""

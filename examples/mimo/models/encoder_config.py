@@ -1,0 +1,45 @@
+"""The TransformerConfig of an encoder: its own sizes, the language model's numerics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer import TransformerConfig
+
+# Fields that say how to compute, not what: an encoder shares them with the language model.
+# Pipeline, sequence- and context-parallel fields and fusions stay at their defaults.
+SHARED_FIELDS = (
+    "tensor_model_parallel_size",
+    "params_dtype",
+    "fp16",
+    "bf16",
+    "autocast_dtype",
+    "use_cpu_initialization",
+    "perform_initialization",
+    "gradient_accumulation_fusion",
+    "transformer_impl",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_modules",
+    "deterministic_mode",
+)
+
+
+def encoder_transformer_config(language: TransformerConfig, **sizes: Any) -> TransformerConfig:
+    """LayerNorm (eps 1e-5), biases, no dropout; `sizes` are TransformerConfig fields."""
+    shared = {name: getattr(language, name) for name in SHARED_FIELDS}
+    if shared["recompute_method"]:
+        shared["recompute_num_layers"] = 1
+    return TransformerConfig(
+        **shared,
+        normalization="LayerNorm",
+        layernorm_epsilon=1e-5,
+        persist_layer_norm=shared["transformer_impl"] == "transformer_engine",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        add_bias_linear=True,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **sizes,
+    )

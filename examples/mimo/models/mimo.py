@@ -1,0 +1,212 @@
+"""`MimoModel` on pipeline stages: encoders and embedding on the first, the head on the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.models.mimo.submodules.base import ModalitySubmodules
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
+from examples.mimo.models.layer_specs import block_submodules
+from examples.mimo.models.projector import projector_spec
+
+ENCODER = "encoder"
+
+
+class Modality(ModalitySubmodules):
+    """One encoder and its projector."""
+
+    def decode(self, embeddings: torch.Tensor, data_batch: dict) -> torch.Tensor:
+        """This package's modalities are inputs only."""
+        raise ValueError("modalities are inputs only: there is no decoder to run")
+
+
+class MediaCountError(ValueError):
+    """An encoder gave another number of rows than its placeholders take."""
+
+    def __init__(self, modality: str, placeholders: int, rows: int, width: int) -> None:
+        self.modality = modality
+        self.numbers = (
+            f"{modality}: num_tokens counted {placeholders} placeholder tokens, but the encoder "
+            f"returned {rows} rows of width {width}; make num_tokens of its config agree"
+        )
+        super().__init__(self.numbers)
+
+    def explain(self, items: dict[str, list[tuple[str, str]]]) -> str:
+        """The numbers with the samples and files they come from."""
+        found = [f"{key} ({file})" for key, file in items.get(self.modality, [])]
+        return f"{self.numbers}; samples: {', '.join(found)}"
+
+
+class StageMimoModel(MimoModel):
+    """`MimoModel` for pipelines on shared ranks.
+
+    The first stage holds the encoders, the projectors and the token embedding, the last one
+    the head; every stage holds its share of the language model's layers.
+    """
+
+    def __init__(
+        self,
+        mimo_config: MimoModelConfig,
+        pg_collection: Any,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+        idle_inputs: dict[str, dict[str, torch.Tensor]],
+    ) -> None:
+        super().__init__(mimo_config, cp_group=pg_collection.cp, tp_group=pg_collection.tp)
+        self.pg_collection = pg_collection
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self.idle_inputs = idle_inputs
+        self.share_embeddings_and_output_weights = (
+            self.language_model.share_embeddings_and_output_weights
+        )
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """The tied weight, where this stage has one; Megatron sums its gradients."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
+        modality_inputs: dict[str, dict[str, Any]] | None = None,
+        inference_context: Any = None,
+    ) -> torch.Tensor:
+        """(B, S) ids -> per-token loss (B, S) with labels, else logits (B, S, V / TP).
+
+        Stages before the last return hidden states (S, B, H). `modality_inputs` maps modality
+        -> input name -> tensor with a row per item, in the order of the placeholders.
+        """
+        embeddings = self._embed(input_ids, modality_inputs or {}) if self.pre_process else None
+        embeddings, labels, _, _ = self._shard_language_inputs(
+            embeddings=embeddings, labels=labels, loss_mask=None
+        )
+        return self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=embeddings,
+            labels=labels,
+            inference_context=inference_context,
+        )
+
+    def _embed(
+        self, input_ids: torch.Tensor | None, modality_inputs: dict[str, dict[str, Any]]
+    ) -> torch.Tensor:
+        """(B, S) -> (S, B, H): the text's embeddings with the media's in their places."""
+        assert input_ids is not None, "the first stage needs ids"
+        embeddings = {}
+        for name, inputs in modality_inputs.items():
+            rows = self._encode(name, inputs)
+            placeholders = int((input_ids == self.special_token_ids[name]).sum())
+            if len(rows) != placeholders:
+                raise MediaCountError(name, placeholders, len(rows), rows.shape[-1])
+            embeddings[name] = rows
+        if self.training and torch.is_grad_enabled():
+            embeddings |= self._encode_idle(input_ids.device, set(embeddings))
+        embeddings["text"] = self.get_text_embeddings(input_ids, None, self.special_token_ids)
+        return self.align_embeddings_by_token_positions(
+            modality_embeddings=embeddings,
+            input_ids=input_ids,
+            special_token_ids=self.special_token_ids,
+        )
+
+    def _encode(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.modality_submodules[name](encoder_inputs={ENCODER: inputs})
+
+    def _encode_idle(self, device: torch.device, busy: set[str]) -> dict[str, torch.Tensor]:
+        """No rows of the modalities this batch lacks, on a graph through all their weights.
+
+        Their gradients are then zeros that exist, as overlapped gradient reduction needs.
+        """
+        return {
+            name: self._encode(name, {k: v.to(device) for k, v in inputs.items()})[:0]
+            for name, inputs in self.idle_inputs.items()
+            if name not in busy
+        }
+
+
+def build_mimo_model(
+    config: MimoConfig,
+    language: TransformerConfig,
+    pg_collection: Any,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> StageMimoModel:
+    """The part of `config` that a rank holds; `language` says how it is computed."""
+    modalities = config.modalities if pre_process else {}
+    mimo_config = MimoModelConfig(
+        language_model_spec=_language_spec(
+            config.language, language, pg_collection, pre_process, post_process, vp_stage
+        ),
+        modality_submodules_spec={
+            name: _modality_spec(modality, language, pg_collection)
+            for name, modality in modalities.items()
+        },
+        special_token_ids={name: m.token_id for name, m in config.modalities.items()},
+    )
+    idle = {name: _one_mock_item(modality) for name, modality in modalities.items()}
+    return StageMimoModel(mimo_config, pg_collection, pre_process, post_process, vp_stage, idle)
+
+
+def _one_mock_item(modality: ModalityConfig) -> dict[str, torch.Tensor]:
+    item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
+    return {name: tensor.unsqueeze(0) for name, tensor in item.items()}
+
+
+def _language_spec(
+    sizes: LanguageConfig,
+    config: TransformerConfig,
+    pg_collection: Any,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+) -> ModuleSpec:
+    num_layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
+    layers = block_submodules(
+        config.transformer_impl, AttnMaskType.causal, num_layers, config.qk_layernorm
+    )
+    return ModuleSpec(
+        module=GPTModel,
+        params={
+            "config": config,
+            "transformer_layer_spec": layers,
+            "vocab_size": sizes.vocab_size,
+            "max_sequence_length": sizes.seq_length,
+            "pre_process": pre_process,
+            "post_process": post_process,
+            "share_embeddings_and_output_weights": sizes.tie_embeddings,
+            "position_embedding_type": "rope",
+            "rotary_base": sizes.rotary_base,
+            # MimoModel shards text and media together, after it has put them in order.
+            "scatter_embedding_sequence_parallel": False,
+            "pg_collection": pg_collection,
+            "vp_stage": vp_stage,
+        },
+    )
+
+
+def _modality_spec(
+    modality: ModalityConfig, language: TransformerConfig, pg_collection: Any
+) -> ModuleSpec:
+    encoder = modality.encoder
+    projector = projector_spec(modality.projector, encoder.hidden_size, language, pg_collection)
+    return ModuleSpec(
+        module=Modality,
+        params={"pg_collection": pg_collection},
+        submodules={
+            "encoders": {ENCODER: encoder.spec(language, pg_collection)},
+            "input_projections": [projector],
+        },
+    )

@@ -1,0 +1,84 @@
+"""torchrun --nproc-per-node 2 examples/mimo/train.py --tensor-model-parallel-size 2
+
+Trains a model that sees and hears, through `megatron.training.pretrain`. Every Megatron flag
+works; `--help` lists the package's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+from examples.mimo import command
+from examples.mimo.training.flags import help_parser
+
+
+def main() -> None:
+    """Parse, check, train."""
+    argv = sys.argv[1:]
+    if {"-h", "--help"} & set(argv):
+        help_parser().print_help()
+        return
+    command.quiet_libraries()
+    command.alone_unless_launched()
+    from examples.mimo import host
+
+    host.install()
+    if "--help-megatron" in argv:
+        _print_megatron_help()
+        return
+    if "--show-megatron-output" in argv:
+        train(argv)
+        return
+    with command.stdout_to(os.devnull):
+        train(argv)
+
+
+def train(argv: list[str]) -> None:
+    """One run of `pretrain()` with the package's providers."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.global_vars import set_global_variables
+
+    from examples.mimo.checkpoint.description import save_description
+    from examples.mimo.training import progress
+    from examples.mimo.training.arguments import parse_arguments
+    from examples.mimo.training.providers import (
+        check_inputs,
+        data_provider,
+        model_provider,
+        tokenizer_path,
+    )
+    from examples.mimo.training.step import forward_step
+
+    args, config = parse_arguments(argv)
+    check_inputs(args, config)
+    set_global_variables(args)
+    if args.save and args.rank == 0:
+        save_description(Path(args.save), config, tokenizer_path(args))
+    progress.install(config)
+    command.speak_for_myself()
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        functools.partial(data_provider, config),
+        ModelType.encoder_or_decoder,
+        forward_step,
+        functools.partial(model_provider, config),
+    )
+
+
+def _print_megatron_help() -> None:
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False)
+    add_megatron_arguments(parser)
+    parser.print_help()
+
+
+if __name__ == "__main__":
+    command.run("train.py", main)

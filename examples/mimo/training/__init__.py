@@ -1,0 +1,1 @@
+"""Flags, providers, forward step, loss and progress around `megatron.training.pretrain`."""

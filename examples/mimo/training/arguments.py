@@ -1,0 +1,238 @@
+"""From a command line to validated Megatron arguments and a resolved model config.
+
+A preset's sizes are defaults of Megatron's own flags, so a size is written once, in the
+config, and the command line still overrides it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.training import arguments as megatron_arguments
+
+from examples.mimo.configs import get_model_config
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.models.layer_specs import has_transformer_engine
+from examples.mimo.training.flags import add_own_flags
+
+# LanguageConfig field -> Megatron argument.
+LANGUAGE_ARGUMENTS = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_query_groups",
+    "vocab_size": "vocab_size",
+    "seq_length": "seq_length",
+    "rotary_base": "rotary_base",
+    "norm_epsilon": "norm_epsilon",
+    "init_method_std": "init_method_std",
+}
+
+# What a Llama-shaped model and this package's data path ask of Megatron.
+MODEL_DEFAULTS = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "group_query_attention": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "tokenizer_type": "NullTokenizer",
+    "calculate_per_token_loss": True,
+    "dataloader_type": "external",
+    "micro_batch_size": 4,
+    "train_iters": 20,
+    "lr": 1e-4,
+    "eval_interval": 1000,
+    "eval_iters": 0,
+    "log_interval": 1,
+    "exit_on_missing_checkpoint": False,
+    "dist_ckpt_optim_fully_reshardable": True,
+    "log_loss_scale_to_tensorboard": False,
+}
+
+WITHOUT_TRANSFORMER_ENGINE = {
+    "transformer_impl": "local",
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+}
+
+WITHOUT_CUDA = {
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+    "num_workers": 0,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+}
+
+# Megatron's flags for models and data this package does not build: by argument group ...
+REFUSED_GROUPS = {
+    "vision": "pictures are described by the model's config",
+    "biencoder": "there is no biencoder here",
+    "rl": "there is no reinforcement learning here",
+    "sft": "conversations come from --dataset-provider",
+    "mla": "the language model uses grouped queries",
+    "moe": "the language model is dense",
+    "heterogeneous architecture": "all layers of the language model are alike",
+    "experimental_attention_variant": "the language model uses softmax attention",
+    "Logits Distillation": "there is no teacher here",
+    "inference": "avlm_inference.py has flags of its own",
+}
+
+# ... and by name.
+REFUSED_FLAGS = {
+    "encoder_num_layers": "an encoder's size is in the model's config",
+    "decoder_num_layers": "use --num-layers",
+    "encoder_seq_length": "use --seq-length",
+    "decoder_seq_length": "use --seq-length",
+    "split": "use --train-split and --valid-split",
+    "train_data_path": "use --data-path and --train-split",
+    "valid_data_path": "use --data-path and --valid-split",
+    "test_data_path": "use evaluate.py",
+    "data_args_path": "use --data-path",
+    "data_cache_path": "nothing is cached",
+    "mock_data": "use --dataset-provider mock",
+    "vocab_file": "use --tokenizer-model",
+    "merge_file": "use --tokenizer-model",
+    "tokenizer_type": "the tokenizer comes with the data or from --tokenizer-model",
+    "make_vocab_size_divisible_by": "use --vocab-size, the size of the embedding table",
+    "chat_template": "the chat template is in the model's config",
+    "eod_mask_loss": "an answer's end is always learned",
+    "reset_position_ids": "a row holds one conversation",
+    "reset_attention_mask": "a row holds one conversation",
+    "mtp_num_layers": "the language model predicts one token at a time",
+    "hybrid_layer_pattern": "all layers of the language model are alike",
+    "multi_latent_attention": "the language model uses grouped queries",
+    "position_embedding_type": "the language model uses rotary positions",
+    "use_checkpoint_args": "pass --model-provider; sizes are checked when weights load",
+    "yaml_cfg": "use flags",
+    "full_validation": "use --eval-iters",
+    "multiple_validation_sets": "use --valid-split",
+    "dataloader_type": "the order of samples is --seed's",
+    "context_parallel_size": "context parallelism is not built yet",
+    "expert_model_parallel_size": "the language model is dense",
+    "freeze_all_layers": "use --freeze",
+}
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig]:
+    """Validated arguments and the config with the command line laid over it.
+
+    ValueError, one line, for a flag that would do nothing and for a layout that cannot run.
+    """
+    preset = get_model_config(_model_provider(argv))
+    args = parse_with_preset(preset, argv)
+    check_layout(args, preset)
+    try:
+        megatron_arguments.validate_args(args)
+    except AssertionError as error:
+        raise ValueError(str(error) or _assertion_source(error)) from None
+    return args, resolve(preset, args)
+
+
+def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Namespace:
+    """Megatron's and the package's flags, with the preset's values as defaults."""
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_own_flags(parser)
+        parser.set_defaults(**preset_defaults(preset))
+        refuse_idle_flags(parser, argv)
+        return parser
+
+    saved = sys.argv
+    sys.argv = [saved[0], *argv]
+    try:
+        return megatron_arguments.parse_args(provider)
+    finally:
+        sys.argv = saved
+
+
+def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
+    """Argument defaults: the model's sizes, and what this machine lacks."""
+    defaults = dict(MODEL_DEFAULTS)
+    for field, argument in LANGUAGE_ARGUMENTS.items():
+        defaults[argument] = getattr(preset.language, field)
+    defaults["max_position_embeddings"] = preset.language.seq_length
+    defaults["untie_embeddings_and_output_weights"] = not preset.language.tie_embeddings
+    if not has_transformer_engine():
+        defaults |= WITHOUT_TRANSFORMER_ENGINE
+    if not torch.cuda.is_available():
+        defaults |= WITHOUT_CUDA
+    return defaults
+
+
+def refuse_idle_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """ValueError for a flag on the command line that the chosen model would not notice."""
+    given = {word.split("=")[0] for word in argv if word.startswith("--")}
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            used = given.intersection(action.option_strings)
+            why = REFUSED_GROUPS.get(group.title or "") or REFUSED_FLAGS.get(action.dest)
+            if used and why:
+                raise ValueError(f"{used.pop()} would do nothing here: {why}")
+
+
+def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
+    """ValueError unless every part divides into the layout and the world holds it."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if args.world_size % (tp * pp):
+        raise ValueError(
+            f"{args.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} = {tp * pp}; start a multiple of {tp * pp} "
+            "with torchrun --nproc-per-node"
+        )
+    widths = {
+        "--num-attention-heads": args.num_attention_heads,
+        "--num-query-groups": args.num_query_groups,
+        "--ffn-hidden-size": args.ffn_hidden_size,
+        "--vocab-size": args.vocab_size,
+    }
+    for name, modality in config.modalities.items():
+        for field in ("num_heads", "ffn_hidden_size"):
+            if hasattr(modality.encoder, field):
+                widths[f"{name}.encoder.{field}"] = getattr(modality.encoder, field)
+        widths[f"{name}.projector.ffn_hidden_size"] = modality.projector.ffn_hidden_size
+    for name, width in widths.items():
+        if width % tp:
+            raise ValueError(
+                f"{name} {width} does not divide by --tensor-model-parallel-size {tp}; "
+                "choose a size that divides it"
+            )
+    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
+    if args.num_layers % pp and not uneven and not args.pipeline_model_parallel_layout:
+        raise ValueError(
+            f"--num-layers {args.num_layers} does not divide by --pipeline-model-parallel-size "
+            f"{pp}; choose a divisor, or --decoder-first-pipeline-num-layers"
+        )
+    if args.sequence_parallel and args.seq_length % tp:
+        raise ValueError(f"--seq-length {args.seq_length} does not divide by {tp} with SP")
+
+
+def resolve(preset: MimoConfig, args: argparse.Namespace) -> MimoConfig:
+    """The preset with the command line's sizes: what the checkpoint remembers."""
+    sizes = {field: getattr(args, argument) for field, argument in LANGUAGE_ARGUMENTS.items()}
+    sizes["tie_embeddings"] = not args.untie_embeddings_and_output_weights
+    language: LanguageConfig = dataclasses.replace(preset.language, **sizes)
+    return dataclasses.replace(preset, language=language)
+
+
+def _model_provider(argv: Sequence[str]) -> str:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    return add_own_flags(parser).parse_known_args(argv)[0].model_provider
+
+
+def _assertion_source(error: AssertionError) -> str:
+    """Megatron asserts without words in places; the line says more than nothing."""
+    import traceback
+
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron refuses these flags: {frame.line}"

@@ -1,0 +1,79 @@
+"""The package's own flags, kept apart from Megatron's so that `--help` needs no import."""
+
+from __future__ import annotations
+
+import argparse
+
+from examples.mimo.configs import MODEL_PROVIDERS
+
+DATASET_PROVIDERS = ("spoken_questions", "mock")
+
+
+def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags of `examples/mimo/train.py`."""
+    group = parser.add_argument_group("mimo")
+    group.add_argument(
+        "--model-provider",
+        choices=tuple(MODEL_PROVIDERS),
+        default="tiny_avlm",
+        help="what the model is (%(choices)s; default %(default)s); its sizes become the "
+        "defaults of Megatron's flags",
+    )
+    group.add_argument(
+        "--dataset-provider",
+        choices=DATASET_PROVIDERS,
+        default="mock",
+        help="spoken_questions reads --data-path; mock draws random data (default)",
+    )
+    group.add_argument(
+        "--train-split",
+        default="train",
+        metavar="NAME",
+        help="train on --data-path/NAME.jsonl (default train)",
+    )
+    group.add_argument(
+        "--valid-split",
+        default="heldout",
+        metavar="NAME",
+        help="validate on --data-path/NAME.jsonl (default heldout)",
+    )
+    group.add_argument(
+        "--augment",
+        action="store_true",
+        help="vary pictures and sound a little in training, as the model's config says",
+    )
+    group.add_argument(
+        "--freeze",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts that do not train: MODALITY.encoder, MODALITY.projector, language",
+    )
+    group.add_argument(
+        "--metrics-file",
+        metavar="FILE",
+        help="append a JSON line per iteration: loss, gradient norm, speed, sample keys",
+    )
+    group.add_argument(
+        "--show-megatron-output",
+        action="store_true",
+        help="print Megatron's arguments and log lines too",
+    )
+    return parser
+
+
+def help_parser() -> argparse.ArgumentParser:
+    """A parser of the package's flags alone, for `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a model that sees and hears, through megatron.training.pretrain.\n\n"
+        "  torchrun --nproc-per-node 2 examples/mimo/train.py --tensor-model-parallel-size 2\n"
+        "      --dataset-provider spoken_questions --data-path demo/data --save demo/checkpoint",
+        epilog="Every Megatron flag works as well; --help-megatron lists them.",
+    )
+    add_own_flags(parser)
+    parser.add_argument(
+        "--help-megatron", action="store_true", help="list Megatron's flags (slow) and exit"
+    )
+    return parser

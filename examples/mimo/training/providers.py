@@ -1,0 +1,156 @@
+"""What `pretrain()` asks for: a model, and iterators over batches."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_args
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+from torch.utils.data import DataLoader, Dataset
+
+from examples.mimo.checkpoint.description import TRACKER
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.batch import Batch, collate
+from examples.mimo.data.datasets import ConversationDataset, MockDataset
+from examples.mimo.data.samples import Sample, SampleReader
+from examples.mimo.data.tokenizer import load_tokenizer
+from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
+from examples.mimo.training.freezing import freeze_parts, part_names
+
+
+def transformer_config(args: argparse.Namespace) -> Any:
+    """The language model's TransformerConfig; rows differ in length from batch to batch."""
+    config = core_transformer_config_from_args(args)
+    config.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    return config
+
+
+def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
+    """ValueError for a folder or a part that is not there, before anything is built."""
+    unknown = [name for name in args.freeze if name not in part_names(mimo)]
+    if unknown:
+        raise ValueError(
+            f"--freeze {unknown[0]}: {mimo.name} has the parts {', '.join(part_names(mimo))}"
+        )
+    if args.load and args.load != args.save and not (Path(args.load) / TRACKER).is_file():
+        raise ValueError(f"--load {args.load}: no checkpoint in this folder")
+    if args.dataset_provider != "mock":
+        DATASETS[args.dataset_provider](args, mimo, 1, 1)
+
+
+def model_provider(
+    mimo: MimoConfig,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> StageMimoModel:
+    """The part of the model that this rank holds, with the parts of `--freeze` frozen."""
+    args = get_args()
+    model = build_mimo_model(
+        mimo,
+        config or transformer_config(args),
+        pg_collection,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+    )
+    freeze_parts(model, args.freeze)
+    return model
+
+
+def tokenizer_path(args: argparse.Namespace) -> Path | None:
+    """`--tokenizer-model`, else the one in the data folder, else none."""
+    if args.tokenizer_model:
+        return Path(args.tokenizer_model)
+    if args.data_path:
+        return Path(args.data_path[0]) / "tokenizer.model"
+    return None
+
+
+def data_provider(
+    mimo: MimoConfig, num_samples: tuple[int, int, int], vp_stage: int | None = None
+) -> tuple[Iterator[Batch], Iterator[Batch] | None, None]:
+    """Training and validation iterators of this data-parallel rank; there is no test split."""
+    args = get_args()
+    build = DATASETS[args.dataset_provider]
+    train, valid = build(args, mimo, num_samples[0], num_samples[1] or 0)
+    train_iterator = _batches(
+        train, args.consumed_train_samples, args.micro_batch_size, args.num_workers
+    )
+    if valid is None or args.eval_iters == 0:
+        return train_iterator, None, None
+    valid_iterator = _batches(
+        valid, args.consumed_valid_samples, args.eval_micro_batch_size, args.num_workers
+    )
+    return train_iterator, valid_iterator, None
+
+
+def _mock(
+    args: argparse.Namespace, mimo: MimoConfig, num_train: int, num_valid: int
+) -> tuple[Dataset, Dataset]:
+    return (
+        MockDataset(mimo, args.seq_length, num_train, args.seed),
+        MockDataset(mimo, args.seq_length, num_valid, args.seed + 1),
+    )
+
+
+def _spoken_questions(
+    args: argparse.Namespace, mimo: MimoConfig, num_train: int, num_valid: int
+) -> tuple[Dataset, Dataset]:
+    if not args.data_path:
+        raise ValueError("--dataset-provider spoken_questions needs --data-path FOLDER")
+    root = Path(args.data_path[0])
+    if not root.is_dir():
+        raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
+    path = tokenizer_path(args)
+    assert path is not None
+    reader = functools.partial(SampleReader, mimo, load_tokenizer(path), args.seq_length)
+    train = ConversationDataset(
+        root, args.train_split, reader(augment=args.augment), num_train, args.seed, shuffle=True
+    )
+    valid = ConversationDataset(root, args.valid_split, reader(), num_valid, args.seed)
+    return train, valid
+
+
+DATASETS: dict[str, Callable[..., tuple[Dataset, Dataset]]] = {
+    "mock": _mock,
+    "spoken_questions": _spoken_questions,
+}
+
+
+def _batches(
+    dataset: Dataset[Sample], consumed: int, micro_batch_size: int, num_workers: int
+) -> Iterator[Batch]:
+    """Micro-batches from sample `consumed` on, padded to what the layout divides by."""
+    sampler = MegatronPretrainingSampler(
+        total_samples=len(dataset),  # type: ignore[arg-type]
+        consumed_samples=consumed,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=mpu.get_data_parallel_rank(),
+        data_parallel_size=mpu.get_data_parallel_world_size(),
+    )
+    multiple = mpu.get_tensor_model_parallel_world_size()
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=functools.partial(collate, multiple=multiple),
+    )
+    return iter(loader)
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
