@@ -10,8 +10,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-# Torch and Transformer Engine look for these once, at import.
-QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+# Read once, when torch, transformers or CUDA start.
+ENVIRONMENT = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    # Megatron overlaps communication with computation by the order of kernel launches.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
 
 
 def run(command: str, main: Callable[[], None]) -> None:
@@ -44,13 +49,13 @@ def speak_for_myself() -> None:
     _ranks_differ = True
 
 
-def quiet_libraries() -> None:
-    """Import warnings of libraries do not reach the terminal; errors do."""
-    for name, value in QUIET.items():
+def prepare_environment() -> None:
+    """Set what libraries read at import; their warnings do not reach the terminal."""
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for library in ("torch", "torch.utils.cpp_extension", "megatron"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def alone_unless_launched() -> None:

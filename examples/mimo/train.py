@@ -21,7 +21,7 @@ def main() -> None:
     if {"-h", "--help"} & set(argv):
         help_parser().print_help()
         return
-    command.quiet_libraries()
+    command.prepare_environment()
     command.alone_unless_launched()
     from examples.mimo import host
 

@@ -126,6 +126,12 @@ def torch_stand_ins() -> list[StandIn]:
             "tensor_parallel/random.py, checkpointing.py get_rng_state",
         ),
         StandIn(
+            cuda.random,
+            "get_rng_state",
+            lambda *_, **__: torch.get_rng_state(),
+            "tensor_parallel/random.py _get_cuda_rng_state",
+        ),
+        StandIn(
             cuda,
             "set_rng_state",
             lambda state, *_: torch.set_rng_state(state),
