@@ -16,7 +16,7 @@ from examples.mimo.models.whisper import WhisperConfig
 def tiny_avlm() -> MimoConfig:
     """A ViT, a Whisper-shaped encoder and a Llama-shaped GPT, all of width 128.
 
-    Sees 32 x 32 pictures as 16 tokens and hears up to 3 seconds as at most 25 tokens.
+    Sees 32 x 32 pictures as 16 tokens and hears up to 2.4 seconds as at most 20 tokens.
     `make demo` trains it: `torchrun --nproc-per-node 2 examples/mimo/train.py
     --model-provider tiny_avlm --tensor-model-parallel-size 2`.
     """
@@ -43,7 +43,9 @@ def tiny_avlm() -> MimoConfig:
                     width=128,
                     num_heads=4,
                     ffn_hidden_size=512,
-                    feature_layer=-1,
+                    augment_shift=0.08,
+                    augment_degrees=10.0,
+                    augment_scale=0.1,
                 ),
                 projector=ProjectorConfig(ffn_hidden_size=256),
             ),
@@ -54,12 +56,14 @@ def tiny_avlm() -> MimoConfig:
                 encoder=WhisperConfig(
                     num_mel_bins=40,
                     hop_samples=320,
-                    clip_seconds=3.0,
+                    clip_seconds=2.4,
                     num_layers=2,
                     width=128,
                     num_heads=4,
                     ffn_hidden_size=512,
                     frames_per_token=3,
+                    augment_noise=0.01,
+                    augment_shift_seconds=0.2,
                 ),
                 projector=ProjectorConfig(ffn_hidden_size=256),
             ),

@@ -1,0 +1,97 @@
+"""python examples/mimo/prepare_data.py spoken-questions --output demo/data
+
+Makes a data folder for train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from examples.mimo import command
+
+
+def main() -> None:
+    """Parse and prepare."""
+    args = _parser().parse_args()
+    command.prepare_environment()
+    started = time.perf_counter()
+    _check_output(args.output, args.overwrite)
+    draft = args.output.with_name(f".{args.output.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        _prepare(draft, args)
+        from examples.mimo.data.spoken_questions import copy_finished
+
+        copy_finished(draft, args.output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    print(f"{args.output}: ready after {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py", description="Make a data folder for train.py."
+    )
+    tasks = parser.add_subparsers(required=True, metavar="TASK")
+    spoken = tasks.add_parser(
+        "spoken-questions",
+        help="the demo: spoken questions about pictures of handwritten digits",
+        description="Spoken questions about handwritten digits: about 6,000 files, 120 MB.",
+    )
+    spoken.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    spoken.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    spoken.add_argument(
+        "--samples", type=int, metavar="N", help="lines of train.jsonl (default 48000)"
+    )
+    spoken.add_argument(
+        "--overwrite", action="store_true", help="replace a data folder that this command made"
+    )
+    return parser
+
+
+def _prepare(draft: Path, args: argparse.Namespace) -> None:
+    from examples.mimo.data.spoken_questions import Sizes, write_spoken_questions
+
+    sizes = Sizes()
+    if args.samples is not None:
+        if args.samples < 1:
+            raise ValueError(f"--samples {args.samples}: at least 1")
+        sizes = Sizes(align=args.samples, train=args.samples)
+    write_spoken_questions(draft, args.seed, sizes, _Progress())
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: a file of that name exists")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    ours = (output / "tokenizer.model").is_file() and (output / "train.jsonl").is_file()
+    if not ours:
+        raise ValueError(f"--output {output}: the folder holds something else; name a new one")
+    if not overwrite:
+        raise ValueError(f"--output {output}: holds data already; add --overwrite to replace it")
+
+
+class _Progress:
+    """A line on stderr every five seconds of a long step, with the time left."""
+
+    def __init__(self) -> None:
+        self.step, self.started, self.spoken = "", 0.0, 0.0
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if step != self.step:
+            self.step, self.started, self.spoken = step, now, now
+        elif now - self.spoken > 5 and done < total:
+            self.spoken = now
+            left = (now - self.started) / done * (total - done)
+            print(f"  {step}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    command.run("prepare_data.py", main)
