@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,3 +132,17 @@ def _unflatten(
             batch.modality_inputs.setdefault(path[1], {})[path[2]] = tensor
         else:
             setattr(batch, path[0], tensor)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on `device`."""
+    return dataclasses.replace(
+        batch,
+        input_ids=None if batch.input_ids is None else batch.input_ids.to(device),
+        labels=None if batch.labels is None else batch.labels.to(device),
+        loss_mask=None if batch.loss_mask is None else batch.loss_mask.to(device),
+        modality_inputs={
+            modality: {name: tensor.to(device) for name, tensor in inputs.items()}
+            for modality, inputs in batch.modality_inputs.items()
+        },
+    )

@@ -84,7 +84,8 @@ class StageMimoModel(MimoModel):
     ) -> torch.Tensor:
         """(B, S) ids -> per-token loss (B, S) with labels, else logits (B, S, V / TP).
 
-        Stages before the last return hidden states (S, B, H). `modality_inputs` maps modality
+        With `inference_context`, keys and values are kept in it, and the logits are the last
+        position's over the whole vocabulary (B, 1, V). Stages before the last return hidden states (S, B, H). `modality_inputs` maps modality
         -> input name -> tensor with a row per item, in the order of the placeholders.
         """
         embeddings = self._embed(input_ids, modality_inputs or {}) if self.pre_process else None
@@ -98,6 +99,7 @@ class StageMimoModel(MimoModel):
             decoder_input=embeddings,
             labels=labels,
             inference_context=inference_context,
+            runtime_gather_output=True if inference_context else None,
         )
 
     def _embed(

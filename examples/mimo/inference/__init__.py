@@ -1,0 +1,1 @@
+"""From a prompt with pictures and recordings to an answer."""
