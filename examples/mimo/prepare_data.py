@@ -6,6 +6,7 @@ Makes a data folder for train.py.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 import time
@@ -49,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", type=int, metavar="N", help="lines of train.jsonl (default 48000)"
     )
     spoken.add_argument(
+        "--voices", type=int, metavar="N", help="use the first N of 98 voices (default all)"
+    )
+    spoken.add_argument(
         "--overwrite", action="store_true", help="replace a data folder that this command made"
     )
     return parser
@@ -57,11 +61,12 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare(draft: Path, args: argparse.Namespace) -> None:
     from examples.mimo.data.spoken_questions import Sizes, write_spoken_questions
 
-    sizes = Sizes()
+    for flag, value, least in (("samples", args.samples, 1), ("voices", args.voices, 2)):
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} {value}: at least {least}")
+    sizes = Sizes(voices=args.voices)
     if args.samples is not None:
-        if args.samples < 1:
-            raise ValueError(f"--samples {args.samples}: at least 1")
-        sizes = Sizes(align=args.samples, train=args.samples)
+        sizes = dataclasses.replace(sizes, align=args.samples, train=args.samples)
     write_spoken_questions(draft, args.seed, sizes, _Progress())
 
 

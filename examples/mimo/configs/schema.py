@@ -8,6 +8,7 @@ A variant is a function that derives from another config with `dataclasses.repla
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -161,6 +162,37 @@ def overlay(base: Any, values: Any, where: str = "config") -> Any:
             f"{type(base).__name__} ({base!r})"
         )
     return values
+
+
+def with_fields(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
+    """`config` with fields of its modalities changed: `images.encoder.num_layers=2`."""
+    modalities = dict(config.modalities)
+    for assignment in assignments:
+        path, found, text = assignment.partition("=")
+        name, *fields = path.split(".")
+        if not found or not fields or name not in modalities:
+            raise ValueError(
+                f"--set {assignment}: write MODALITY.FIELD=VALUE, with a modality of "
+                f"{', '.join(modalities)}"
+            )
+        modalities[name] = _with_field(modalities[name], fields, text, assignment)
+    return dataclasses.replace(config, modalities=modalities)
+
+
+def _with_field(value: Any, fields: list[str], text: str, assignment: str) -> Any:
+    if not fields:
+        if isinstance(value, (int, float, str)):
+            try:
+                return type(value)(text)
+            except ValueError:
+                kind = type(value).__name__
+                raise ValueError(f"--set {assignment}: {text!r} is not of type {kind}") from None
+        raise ValueError(f"--set {assignment}: this field holds others; name one of them")
+    known = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    if fields[0] not in known:
+        raise ValueError(f"--set {assignment}: no field {fields[0]!r}; there are {', '.join(known)}")
+    inner = _with_field(getattr(value, fields[0]), fields[1:], text, assignment)
+    return dataclasses.replace(value, **{fields[0]: inner})
 
 
 def _same_keys(names: set[str], values: Any, where: str) -> None:

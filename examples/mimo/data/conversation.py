@@ -113,12 +113,6 @@ def check_media(
     pieces: Sequence[Piece], files: Mapping[str, Sequence[object]], config: MimoConfig, key: str
 ) -> None:
     """ValueError unless every file has a placeholder and every placeholder a file."""
-    for name, given in files.items():
-        if given and name not in config.modalities:
-            raise ValueError(
-                f"sample {key}: holds {name}, and {config.name} knows "
-                f"{', '.join(config.modalities) or 'text only'}"
-            )
     for name, modality in config.modalities.items():
         placed = sum(isinstance(p, MediaPiece) and p.modality == name for p in pieces)
         given_count = len(files.get(name, ()))

@@ -60,6 +60,7 @@ class SampleReader:
     ) -> Sample:
         """The sample of a JSON record whose file names are relative to `root`."""
         key = str(record.get("key"))
+        self._refuse_unknown_media(record, key)
         files = {name: self._files(record, name, root) for name in self.config.modalities}
         pieces = to_pieces(parse_turns(record.get("conversations"), key), self.config)
         return self.from_pieces(pieces, files, key, generator)
@@ -102,6 +103,16 @@ class SampleReader:
         if self.augment and generator is not None:
             raw = encoder.augment(raw, generator)
         return encoder.preprocess(raw)
+
+    def _refuse_unknown_media(self, record: Mapping[str, Any], key: str) -> None:
+        for name, value in record.items():
+            is_media = isinstance(value, list) and value and isinstance(value[0], str)
+            if is_media and name not in self.config.modalities:
+                raise ValueError(
+                    f"sample {key}: holds {name}, but {self.config.name} takes "
+                    f"{', '.join(self.config.modalities) or 'text only'}; choose another "
+                    "--model-provider or --train-split"
+                )
 
     def _files(self, record: Mapping[str, Any], name: str, root: Path) -> list[Path]:
         given = record.get(name, [])

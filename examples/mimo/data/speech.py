@@ -14,6 +14,7 @@ AUDIO_OUTPUT_SYNCHRONOUS = 2
 RATE_PARAMETER, PITCH_PARAMETER = 1, 3
 CHARACTERS_UTF8 = 1
 SILENCE_AMPLITUDE = 0.01
+BREATH_SEED = 0
 
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
@@ -21,7 +22,11 @@ _CALLBACK = ctypes.CFUNCTYPE(
 
 
 class Synthesiser:
-    """Says text as samples at `sample_rate_hz`; one per process, for the library has one state."""
+    """Says text as samples at `sample_rate_hz`; one per process, for the library has one state.
+
+    The same calls in the same order give the same samples in every process. One call alone does
+    not: breath and flutter go on from where the last call left them.
+    """
 
     def __init__(self, sample_rate_hz: int = 16_000) -> None:
         try:
@@ -38,6 +43,8 @@ class Synthesiser:
         )
         if self._own_rate_hz <= 0:
             raise ValueError(f"eSpeak NG does not start with the data in {self.data}")
+        # The library draws breath noise from a generator that it seeds with the time of day.
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(BREATH_SEED))
         self._chunks: list[np.ndarray] = []
         # The library keeps a bare pointer to the callback, so it must outlive every call.
         self._callback = _CALLBACK(self._collect)

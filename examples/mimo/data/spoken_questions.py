@@ -45,12 +45,13 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many lines each file gets."""
+    """How many lines each file gets; `voices` of the variants are used, all when None."""
 
     align: int = 24_000
     train: int = 48_000
     heldout: int = 640
     heldout_pairs: int = 320
+    voices: int | None = None
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Stock:
 def write_spoken_questions(root: Path, seed: int, sizes: Sizes, progress: Progress) -> None:
     """Fill the empty folder `root`; the same seed writes the same samples."""
     generator = np.random.default_rng(seed)
-    stock = Stock(pictures=_write_pictures(root), takes=_write_speech(root, generator, progress))
+    stock = Stock(pictures=_write_pictures(root), takes=_write_speech(root, sizes.voices, generator, progress))
     texts = set()
     plans = {
         "align": (sizes.align, lambda: _mixed(stock, ALIGN_MIXTURE, generator)),
@@ -104,12 +105,13 @@ def _write_pictures(root: Path) -> dict[str, dict[int, list[str]]]:
 
 
 def _write_speech(
-    root: Path, generator: np.random.Generator, progress: Progress
+    root: Path, voices: int | None, generator: np.random.Generator, progress: Progress
 ) -> dict[str, dict[str, list[str]]]:
     import soundfile
 
     synthesiser = Synthesiser(SAMPLE_RATE_HZ)
     variants = [v for v in synthesiser.variants() if v not in LEFT_OUT_VARIANTS]
+    variants = variants[:voices]
     takes: dict[str, dict[str, list[str]]] = {
         split: {kind.name: [] for kind in KINDS} for split in SPLITS
     }

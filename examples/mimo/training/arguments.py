@@ -16,7 +16,7 @@ import torch
 from megatron.training import arguments as megatron_arguments
 
 from examples.mimo.configs import get_model_config
-from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields
 from examples.mimo.models.layer_specs import has_transformer_engine
 from examples.mimo.training.flags import add_own_flags
 
@@ -129,7 +129,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
 
     ValueError, one line, for a flag that would do nothing and for a layout that cannot run.
     """
-    preset = get_model_config(_model_provider(argv))
+    own = _own_flags(argv)
+    preset = with_fields(get_model_config(own.model_provider), own.config_fields)
     args = parse_with_preset(preset, argv)
     check_layout(args, preset)
     try:
@@ -225,9 +226,9 @@ def resolve(preset: MimoConfig, args: argparse.Namespace) -> MimoConfig:
     return dataclasses.replace(preset, language=language)
 
 
-def _model_provider(argv: Sequence[str]) -> str:
+def _own_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    return add_own_flags(parser).parse_known_args(argv)[0].model_provider
+    return add_own_flags(parser).parse_known_args(argv)[0]
 
 
 def _assertion_source(error: AssertionError) -> str:

@@ -50,6 +50,15 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="parts that do not train: MODALITY.encoder, MODALITY.projector, language",
     )
     group.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="config_fields",
+        help="change a field of a modality's config, such as images.encoder.num_layers=2; "
+        "Megatron's flags change the language model",
+    )
+    group.add_argument(
         "--metrics-file",
         metavar="FILE",
         help="append a JSON line per iteration: loss, gradient norm, speed, sample keys",

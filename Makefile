@@ -1,0 +1,46 @@
+# Everything starts from a bare machine with Python 3.12 or 3.13: `make demo`, `make test`.
+
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS := 1
+
+# The first interpreter that runs and is of a tested version; pyenv's shims may exist and not run.
+PYTHON := $(shell for p in python3.12 python3.13 python3 \
+	$$(ls -d $$HOME/.pyenv/versions/3.1[23]*/bin/python 2>/dev/null); do \
+	"$$p" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' \
+	2>/dev/null && echo "$$p" && break; done)
+
+.PHONY: help demo test lint layouts gpu-check clean
+
+help:
+	@echo "make demo       environment, data, training, held-out score and one answer (two cores)"
+	@echo "make test       environment and the test suite"
+	@echo "make lint       ruff and mypy"
+	@echo "make layouts    the table of parallel layouts against one process: benchmarks/layouts.md"
+	@echo "make gpu-check  the tests and benchmarks that need CUDA"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.12 or 3.13 is needed, and none was found."; exit 2; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/installed
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/mimo/demo.sh
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+layouts: $(VENV)/installed
+	$(BIN)/python benchmarks/layouts.py --output benchmarks/layouts.md
+
+gpu-check: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu_check.py
+
+clean:
+	rm -rf $(VENV) demo *.egg-info

@@ -1,0 +1,184 @@
+"""python benchmarks/layouts.py: every parallel layout against one process, from one checkpoint.
+
+Each layout trains twice from the same checkpoint on the same mock batches, which mix samples
+with pictures, recordings, both and neither: one iteration that is saved, and ten that are not.
+A parameter's gradient is read from the saved first moment of Adam, (1 - beta1) times the
+gradient, which the checkpoint holds whole whatever the layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST_LOSS_BOUND, GRADIENT_BOUND, TEN_LOSSES_BOUND = 1e-6, 1e-5, 1e-5
+
+COMMON = (
+    *("--model-provider", "tiny_avlm", "--dataset-provider", "mock", "--seed", "11"),
+    *("--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-3", "--clip-grad", "0"),
+)
+TP2 = ("--tensor-model-parallel-size", "2")
+PP2 = ("--pipeline-model-parallel-size", "2")
+DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A name, a number of processes, and the flags that spread the model over them."""
+
+    name: str
+    processes: int
+    flags: tuple[str, ...] = ()
+
+
+ONE = Layout("one process", 1)
+LAYOUTS = (
+    Layout("TP 2", 2, TP2),
+    Layout("PP 2", 2, PP2),
+    Layout("DP 2", 2),
+    Layout("TP 2 x PP 2", 4, TP2 + PP2),
+    Layout("TP 2 x DP 2, distributed optimizer", 4, TP2 + DISTRIBUTED_OPTIMIZER),
+    Layout("TP 2, sequence parallel", 2, (*TP2, "--sequence-parallel")),
+    Layout("PP 2, 2 virtual stages", 2, (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")),
+    Layout("DP 2, distributed optimizer, overlap", 2, DISTRIBUTED_OPTIMIZER + OVERLAP),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one layout computed: losses per iteration, and each parameter's first gradient."""
+
+    losses: list[float]
+    gradients: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences of a layout from one process."""
+
+    first_loss: float
+    gradient: float
+    worst_parameter: str
+    ten_losses: float
+
+    @property
+    def within_bounds(self) -> bool:
+        """Whether the layout computes the same."""
+        return (
+            self.first_loss <= FIRST_LOSS_BOUND
+            and self.gradient <= GRADIENT_BOUND
+            and self.ten_losses <= TEN_LOSSES_BOUND
+        )
+
+
+def train(layout: Layout, *flags: str) -> None:
+    """One training run; CalledProcessError carries what it printed when it fails."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    command = [*launch, str(layout.processes), "--master-port", "0", "--standalone"]
+    command += [str(ROOT / "examples/mimo/train.py"), *COMMON, *layout.flags, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
+
+
+def start_checkpoint(folder: Path) -> Path:
+    """Two iterations on one process: weights that are not at a special point."""
+    train(ONE, "--train-iters", "2", "--save", str(folder), "--save-interval", "2")
+    return folder
+
+
+def measure(layout: Layout, start: Path, work: Path) -> Run:
+    """Both runs of a layout from `start`; files go under `work`."""
+    load = ("--load", str(start), "--finetune", "--lr-decay-iters", "10")
+    saved, metrics = work / "saved", work / "metrics.jsonl"
+    train(layout, *load, "--train-iters", "1", "--save", str(saved), "--save-interval", "1")
+    train(layout, *load, "--train-iters", "10", "--metrics-file", str(metrics))
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return Run([row["loss"] for row in rows], first_gradients(saved / "iter_0000001"))
+
+
+def first_gradients(weights: Path) -> dict[str, torch.Tensor]:
+    """Parameter name -> whole gradient of the first iteration, up to Adam's constant."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    metadata = FileSystemReader(weights).read_metadata().state_dict_metadata
+    prefix = "optimizer.state.exp_avg."
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if name.startswith(prefix)
+    }
+    _load_state_dict(state, FileSystemReader(weights), no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def compare(run: Run, reference: Run) -> Difference:
+    """Relative differences; a gradient's is the norm of the difference over its own norm."""
+    assert run.gradients.keys() == reference.gradients.keys(), "the layouts train other parameters"
+    losses = [
+        abs(a - b) / abs(b) for a, b in zip(run.losses, reference.losses, strict=True)
+    ]
+    gradients = {
+        name: float((run.gradients[name] - wanted).norm() / wanted.norm().clamp(min=1e-30))
+        for name, wanted in reference.gradients.items()
+    }
+    worst = max(gradients, key=lambda name: gradients[name])
+    return Difference(losses[0], gradients[worst], worst, max(losses))
+
+
+def main() -> None:
+    """Measure all layouts, print and write the table; status 1 if one is out of bounds."""
+    parser = argparse.ArgumentParser(description="Every layout against one process.")
+    parser.add_argument("--output", type=Path, help="write the table to this Markdown file")
+    output = parser.parse_args().output
+    rows = [
+        "| layout | processes | first loss | worst gradient | ten losses | equal |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    equal = True
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        start = start_checkpoint(work / "start")
+        reference = measure(ONE, start, work / "one")
+        for number, layout in enumerate(LAYOUTS):
+            print(f"  {layout.name} ({number + 1} of {len(LAYOUTS)})", file=sys.stderr)
+            found = compare(measure(layout, start, work / str(number)), reference)
+            equal &= found.within_bounds
+            rows.append(
+                f"| {layout.name} | {layout.processes} | {found.first_loss:.1e} | "
+                f"{found.gradient:.1e} | {found.ten_losses:.1e} | "
+                f"{'yes' if found.within_bounds else 'NO'} |"
+            )
+    table = "\n".join(rows)
+    print(table)
+    if output:
+        output.write_text(_PAGE.format(table=table), encoding="utf-8")
+    sys.exit(0 if equal else 1)
+
+
+_PAGE = f"""# Parallel layouts against one process
+
+`make layouts` wrote this. `tiny_avlm`, fp32, from one checkpoint, on batches that mix samples
+with and without media. Relative differences from one process; the bounds are
+{FIRST_LOSS_BOUND:g} for the first iteration's loss, {GRADIENT_BOUND:g} of its norm for every
+parameter's gradient, {TEN_LOSSES_BOUND:g} for the losses of ten iterations.
+
+{{table}}
+"""
+
+
+if __name__ == "__main__":
+    main()

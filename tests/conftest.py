@@ -1,0 +1,64 @@
+"""Shared by all tests: the host layer, a small data folder, a process group of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.mimo import command
+
+command.prepare_environment()
+command.alone_unless_launched()
+
+from examples.mimo import host  # noqa: E402
+
+host.install()
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER_TEXTS = ["Answer the question.", "seven", "Which digit is this?"]
+
+
+def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
+    """A command of the package as a user types it, under torchrun when `processes` is given."""
+    launch = [sys.executable]
+    if processes:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        launch += [str(processes)]
+    environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}
+    return subprocess.run(
+        [*launch, str(ROOT / "examples/mimo" / script), *flags],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Spoken questions by ten voices, as prepare_data.py writes them."""
+    folder = tmp_path_factory.mktemp("data") / "spoken"
+    sizes = ("--samples", "200", "--voices", "10")
+    done = run_command("prepare_data.py", "spoken-questions", "--output", str(folder), *sizes)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    from examples.mimo.configs import get_model_config
+
+    return get_model_config("tiny_avlm")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(data_folder):
+    from examples.mimo.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(data_folder)

@@ -1,0 +1,79 @@
+import subprocess
+import sys
+
+import torch
+
+from examples.mimo import host
+from examples.mimo.host.adam import GroupStepAdam
+from tests.conftest import ROOT
+
+
+def test_every_stand_in_is_in_place_and_says_who_needs_it():
+    found = host.install()
+    assert len(found) >= 30
+    for stand_in in found:
+        assert ".py" in stand_in.needed_by, stand_in.name
+
+
+def test_the_table_is_printed():
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.mimo.host"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "torch.cuda.current_device" in done.stdout
+
+
+def test_nothing_of_torch_changes_where_cuda_is_available():
+    code = (
+        "import torch; torch.cuda.is_available = lambda: True;"
+        "before = {n: getattr(torch.cuda, n) for n in dir(torch.cuda)};"
+        "factories = {n: getattr(torch, n) for n in ('empty', 'zeros', 'tensor')};"
+        "tensor = torch.Tensor.cuda, torch.Tensor.type, torch.distributed.barrier;"
+        "from examples.mimo import host; found = host.install();"
+        "assert all(getattr(torch.cuda, n) is v for n, v in before.items());"
+        "assert all(getattr(torch, n) is v for n, v in factories.items());"
+        "assert tensor == (torch.Tensor.cuda, torch.Tensor.type, torch.distributed.barrier);"
+        "import megatron.training.initialize as i, megatron.training.training as t;"
+        "assert t.initialize_megatron is i.initialize_megatron;"
+        "assert not hasattr(i.initialize_megatron, 'func');"
+        "print(sorted({s.attribute for s in found}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "compile_helpers" in done.stdout and "current_device" not in done.stdout
+
+
+def test_a_tensors_type_equals_both_names():
+    name = torch.zeros(1).type()
+    assert name == "torch.FloatTensor" and name == "torch.cuda.FloatTensor"
+    assert name != "torch.cuda.HalfTensor"
+
+
+def test_factories_read_cuda_as_the_cpu():
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert not torch.empty(2, pin_memory=True).is_pinned()
+
+
+def test_adam_is_torchs_adamw():
+    def train(build):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(5, 3))
+        optimizer = build([weight])
+        for _ in range(7):
+            optimizer.zero_grad()
+            (weight * torch.randn(5, 3)).pow(2).sum().backward()
+            optimizer.step()
+        return weight.detach()
+
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    for build, own in (
+        (torch.optim.AdamW, {"adam_w_mode": True}), (torch.optim.Adam, {"adam_w_mode": False})
+    ):
+        wanted = train(lambda p, build=build: build(p, **settings))
+        got = train(lambda p, own=own: GroupStepAdam(p, **settings, **own))
+        assert (got - wanted).abs().max() < 1e-6
+
+
+def test_the_host_layer_is_small():
+    files = (ROOT / "examples/mimo/host").glob("*.py")
+    assert sum(len(file.read_text().splitlines()) for file in files) < 420

@@ -1,0 +1,43 @@
+"""Run by test_sizes.py in a process of its own: counts llava_avlm at TP 2 without allocating."""
+
+import json
+import sys
+
+from examples.mimo import command, host
+
+command.prepare_environment()
+host.install()
+
+import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+
+from examples.mimo.configs import get_model_config  # noqa: E402
+from examples.mimo.models.mimo import build_mimo_model  # noqa: E402
+from examples.mimo.training.arguments import parse_with_preset  # noqa: E402
+from examples.mimo.training.freezing import parts  # noqa: E402
+from examples.mimo.training.header import part_sizes  # noqa: E402
+from examples.mimo.training.providers import transformer_config  # noqa: E402
+
+name, tp = sys.argv[1], int(sys.argv[2])
+torch.distributed.init_process_group("fake", rank=0, world_size=tp, store=FakeStore())
+parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+config = get_model_config(name)
+args = parse_with_preset(
+    config, ["--tensor-model-parallel-size", str(tp), "--no-initialization"]
+)
+args.params_dtype = torch.float32
+args.rank, args.world_size = 0, tp
+with torch.device("meta"):
+    model = build_mimo_model(
+        config, transformer_config(args), ProcessGroupCollection.use_mpu_process_groups()
+    )
+linear = {
+    f"{part}.{path}": parameter.numel()
+    for part, module in parts(model).items()
+    for path, parameter in module.named_parameters()
+    if "linear" in path and path.endswith("weight")
+}
+sizes = {part: size.here for part, size in part_sizes(model, tp).items()}
+print(json.dumps({"parts": sizes, "linear": linear}))
