@@ -1,9 +1,9 @@
 """python benchmarks/layouts.py: every parallel layout against one process, from one checkpoint.
 
-Each layout trains twice from the same checkpoint on the same mock batches, which mix samples
-with pictures, recordings, both and neither: one iteration that is saved, and ten that are not.
-A parameter's gradient is read from the saved first moment of Adam, (1 - beta1) times the
-gradient, which the checkpoint holds whole whatever the layout.
+Each layout trains ten iterations from the same checkpoint on the same mock batches, which mix
+samples with pictures, recordings, both and neither. A parameter's first gradient is read from
+the first moment of Adam that is saved after one iteration: (1 - beta1) times the gradient,
+which the checkpoint holds whole whatever the layout.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+ITERATIONS = 10
 FIRST_LOSS_BOUND, GRADIENT_BOUND, TEN_LOSSES_BOUND = 1e-6, 1e-5, 1e-5
 
 COMMON = (
@@ -84,7 +85,7 @@ class Difference:
 def train(layout: Layout, *flags: str) -> None:
     """One training run; CalledProcessError carries what it printed when it fails."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-    command = [*launch, str(layout.processes), "--master-port", "0", "--standalone"]
+    command = [*launch, str(layout.processes), "--standalone"]
     command += [str(ROOT / "examples/mimo/train.py"), *COMMON, *layout.flags, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -100,11 +101,11 @@ def start_checkpoint(folder: Path) -> Path:
 
 
 def measure(layout: Layout, start: Path, work: Path) -> Run:
-    """Both runs of a layout from `start`; files go under `work`."""
-    load = ("--load", str(start), "--finetune", "--lr-decay-iters", "10")
+    """Ten iterations of a layout from `start`; files go under `work`."""
     saved, metrics = work / "saved", work / "metrics.jsonl"
-    train(layout, *load, "--train-iters", "1", "--save", str(saved), "--save-interval", "1")
-    train(layout, *load, "--train-iters", "10", "--metrics-file", str(metrics))
+    load = ("--load", str(start), "--finetune", "--train-iters", str(ITERATIONS))
+    save = ("--save", str(saved), "--save-interval", "1", "--metrics-file", str(metrics))
+    train(layout, *load, *save)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return Run([row["loss"] for row in rows], first_gradients(saved / "iter_0000001"))
 
@@ -122,15 +123,21 @@ def first_gradients(weights: Path) -> dict[str, torch.Tensor]:
         if name.startswith(prefix)
     }
     _load_state_dict(state, FileSystemReader(weights), no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    whole = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return {name: tensor for key in whole for name, tensor in _by_layer(key, whole[key])}
+
+
+def _by_layer(key: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Megatron saves a weight of all layers as one tensor, the layer its first dimension."""
+    if ".layers." not in key:
+        return [(key, tensor)]
+    return [(key.replace(".layers.", f".layers.{i}."), part) for i, part in enumerate(tensor)]
 
 
 def compare(run: Run, reference: Run) -> Difference:
     """Relative differences; a gradient's is the norm of the difference over its own norm."""
     assert run.gradients.keys() == reference.gradients.keys(), "the layouts train other parameters"
-    losses = [
-        abs(a - b) / abs(b) for a, b in zip(run.losses, reference.losses, strict=True)
-    ]
+    losses = [abs(a - b) / abs(b) for a, b in zip(run.losses, reference.losses, strict=True)]
     gradients = {
         name: float((run.gradients[name] - wanted).norm() / wanted.norm().clamp(min=1e-30))
         for name, wanted in reference.gradients.items()

@@ -17,7 +17,6 @@ from examples.mimo import host  # noqa: E402
 host.install()
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENIZER_TEXTS = ["Answer the question.", "seven", "Which digit is this?"]
 
 
 def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
@@ -62,3 +61,27 @@ def tokenizer(data_folder):
     from examples.mimo.data.tokenizer import load_tokenizer
 
     return load_tokenizer(data_folder)
+
+
+@pytest.fixture(scope="session")
+def build_model():
+    """A function from a MimoConfig to the whole model on one process, fp32."""
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from examples.mimo.models.mimo import build_mimo_model
+    from examples.mimo.training.arguments import parse_with_preset
+    from examples.mimo.training.providers import transformer_config
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+    def build(config):
+        args = parse_with_preset(config, [])
+        args.params_dtype = torch.float32
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        return build_mimo_model(config, transformer_config(args), groups)
+
+    return build

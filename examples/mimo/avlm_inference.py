@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +56,7 @@ def answer(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentP
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="avlm_inference.py",
         allow_abbrev=False,
         description="Answer a prompt about pictures and recordings.",

@@ -1,14 +1,17 @@
-"""What every command shares: one-line errors, quiet libraries, a process group of one."""
+"""What every command shares: one-line errors, a parser, quiet libraries, a process group of one."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import difflib
 import logging
 import os
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 # Read once, when torch, transformers or CUDA start.
 ENVIRONMENT = {
@@ -38,6 +41,22 @@ def run(command: str, main: Callable[[], None]) -> None:
         os._exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, for `run` to print."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(self, message)
+
+
+def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """ValueError with argparse's message, and the flag that was perhaps meant."""
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    wrong = next((word for word in message.split() if word.startswith("--")), "")
+    close = difflib.get_close_matches(wrong, set(known) - {wrong}, n=1)
+    hint = f"; did you mean {close[0]}?" if close and wrong not in known else ""
+    raise ValueError(f"{message}{hint}")
 
 
 _ranks_differ = False

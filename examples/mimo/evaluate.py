@@ -106,7 +106,9 @@ class _Clock:
 
 
 def _table(scores: dict[str, Any]) -> str:
-    rows = [(n, f"{s['samples']:,}", f"{s['exact_match']:.3f}") for n, s in scores["scores"].items()]
+    rows = [
+        (n, f"{s['samples']:,}", f"{s['exact_match']:.3f}") for n, s in scores["scores"].items()
+    ]
     rows.insert(0, ("held out", "samples", "exact match"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"{n:<{widths[0]}}  {c:>{widths[1]}}  {m:>{widths[2]}}" for n, c, m in rows]
@@ -114,7 +116,7 @@ def _table(scores: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="evaluate.py", description="Exact match of greedy answers on held-out samples."
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="what train.py --save wrote")

@@ -35,9 +35,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description="Make a data folder for train.py."
-    )
+    parser = command.Parser(prog="prepare_data.py", description="Make a data folder for train.py.")
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     spoken = tasks.add_parser(
         "spoken-questions",

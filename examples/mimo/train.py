@@ -44,7 +44,7 @@ def train(argv: list[str]) -> None:
     from megatron.training.global_vars import set_global_variables
 
     from examples.mimo.checkpoint.description import save_description
-    from examples.mimo.training import progress
+    from examples.mimo.training import adam, progress
     from examples.mimo.training.arguments import parse_arguments
     from examples.mimo.training.providers import (
         check_inputs,
@@ -59,6 +59,7 @@ def train(argv: list[str]) -> None:
     set_global_variables(args)
     if args.save and args.rank == 0:
         save_description(Path(args.save), config, tokenizer_path(args))
+    adam.install()
     progress.install(config)
     command.speak_for_myself()
     pretrain(

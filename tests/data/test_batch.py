@@ -6,7 +6,7 @@ from examples.mimo.data.samples import SampleReader
 
 
 def test_rows_are_padded_without_loss_and_media_kept_in_order(tiny):
-    samples = list(MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6))
+    samples = [MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6)]
     batch = collate(samples, multiple=8)
     assert batch.num_columns % 8 == 0
     assert batch.num_tokens == sum(len(s.row.ids) for s in samples)
@@ -23,7 +23,10 @@ def test_mock_samples_mix_media_and_fit(tiny):
     dataset = MockDataset(tiny, 96, 200, seed=3)
     samples = [dataset[i] for i in range(200)]
     assert {tuple(sorted(s.media)) for s in samples} == {
-        (), ("audios",), ("images",), ("audios", "images"),
+        (),
+        ("audios",),
+        ("images",),
+        ("audios", "images"),
     }
     assert all(48 <= len(s.row.ids) <= 96 for s in samples)
     for sample in samples:
@@ -41,15 +44,18 @@ def test_every_epoch_holds_every_sample_once_in_another_order(tiny, tokenizer, d
     reader = SampleReader(tiny, tokenizer, 128)
     dataset = ConversationDataset(data_folder, "train", reader, 600, seed=5, shuffle=True)
     epochs = [[dataset.record(e * 200 + i)["key"] for i in range(200)] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
     assert [dataset.record(i)["key"] for i in (3, 203, 3)][::2] == [epochs[0][3]] * 2
 
 
 def test_augmentation_is_a_function_of_the_index(tiny, tokenizer, data_folder):
     reader = SampleReader(tiny, tokenizer, 128, augment=True)
     dataset = ConversationDataset(data_folder, "heldout", reader, 4000, seed=5)
+
     def pixels(index):
         return dataset[index].media["images"][0]["pixel_values"]
+
     assert torch.equal(pixels(1), pixels(1))
     lines = len(dataset.records)
     assert not torch.equal(pixels(1), pixels(1 + lines))

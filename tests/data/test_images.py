@@ -72,8 +72,7 @@ def test_truncated_image(tmp_path, suffix):
 def test_pixel_limit_is_checked_before_decoding(tmp_path):
     def chunk(kind, body):
         return (
-            struct.pack(">I", len(body)) + kind + body
-            + struct.pack(">I", zlib.crc32(kind + body))
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)

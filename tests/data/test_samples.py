@@ -7,7 +7,7 @@ from examples.mimo.data.datasets import ConversationDataset, read_records
 from examples.mimo.data.samples import SampleReader
 
 
-@pytest.fixture()
+@pytest.fixture
 def reader(tiny, tokenizer):
     return SampleReader(tiny, tokenizer, 128)
 
@@ -39,7 +39,7 @@ def test_a_line_that_is_no_sample_is_named(tmp_path, line):
 
 
 def test_files_outside_the_folder_are_refused(tmp_path, reader):
-    with pytest.raises(ValueError, match="sample k.*lies outside"):
+    with pytest.raises(ValueError, match=r"sample k.*lies outside"):
         reader.read(record(images=["../secret.png"]), tmp_path)
 
 
@@ -58,5 +58,5 @@ def test_a_row_that_does_not_fit_names_both_numbers(data_folder, tiny, tokenizer
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny, tokenizer):
     language = dataclasses.replace(tiny.language, vocab_size=256)
     small = dataclasses.replace(tiny, language=language)
-    with pytest.raises(ValueError, match="the tokenizer has 512 tokens, but.*256"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 512 tokens, but.*256"):
         SampleReader(small, tokenizer, 128)

@@ -24,9 +24,7 @@ name, tp = sys.argv[1], int(sys.argv[2])
 torch.distributed.init_process_group("fake", rank=0, world_size=tp, store=FakeStore())
 parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
 config = get_model_config(name)
-args = parse_with_preset(
-    config, ["--tensor-model-parallel-size", str(tp), "--no-initialization"]
-)
+args = parse_with_preset(config, ["--tensor-model-parallel-size", str(tp), "--no-initialization"])
 args.params_dtype = torch.float32
 args.rank, args.world_size = 0, tp
 with torch.device("meta"):

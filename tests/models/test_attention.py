@@ -7,10 +7,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from examples.mimo.models.attention import SdpaCoreAttention
 
 
-@pytest.fixture()
+@pytest.fixture
 def attention():
     config = SimpleNamespace(
-        context_parallel_size=1, attention_dropout=0.0, kv_channels=8, num_attention_heads=4,
+        context_parallel_size=1,
+        attention_dropout=0.0,
+        kv_channels=8,
+        num_attention_heads=4,
         sequence_parallel=False,
     )
     groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))

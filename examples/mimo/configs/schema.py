@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.spec_utils import ModuleSpec
 
+    from examples.mimo.models.flops import Flops
+
 
 class EncoderConfig(Protocol):
     """What the package asks of a modality; a dataclass beside its encoder implements it.
@@ -46,6 +48,9 @@ class EncoderConfig(Protocol):
 
     def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Random inputs of the right shapes, for runs without data."""
+
+    def flops(self) -> Flops:
+        """What one item's forward pass costs."""
 
     def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:
         """The encoder; its forward takes the batched inputs and returns (tokens, hidden_size)."""
@@ -190,7 +195,9 @@ def _with_field(value: Any, fields: list[str], text: str, assignment: str) -> An
         raise ValueError(f"--set {assignment}: this field holds others; name one of them")
     known = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     if fields[0] not in known:
-        raise ValueError(f"--set {assignment}: no field {fields[0]!r}; there are {', '.join(known)}")
+        raise ValueError(
+            f"--set {assignment}: no field {fields[0]!r}; there are {', '.join(known)}"
+        )
     inner = _with_field(getattr(value, fields[0]), fields[1:], text, assignment)
     return dataclasses.replace(value, **{fields[0]: inner})
 

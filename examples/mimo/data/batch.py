@@ -99,7 +99,8 @@ def _flatten(batch: Batch, first: bool, last: bool) -> dict[tuple[str, ...], tor
             for name, tensor in inputs.items():
                 tensors["modality_inputs", modality, name] = tensor
     if last:
-        assert batch.labels is not None and batch.loss_mask is not None
+        assert batch.labels is not None
+        assert batch.loss_mask is not None
         tensors["labels",] = batch.labels
         tensors["loss_mask",] = batch.loss_mask
     return tensors

@@ -147,7 +147,7 @@ def tokenise(
             new = [*new, tokenizer.eos_id]
         ids += new
         learned += [int(has_loss)] * len(new)
-    return TokenRow(ids, ids[1:] + [tokenizer.pad_id], learned[1:] + [0])
+    return TokenRow(ids, [*ids[1:], tokenizer.pad_id], [*learned[1:], 0])
 
 
 def _without_placeholder_ids(ids: list[int], config: MimoConfig) -> list[int]:

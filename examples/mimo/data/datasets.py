@@ -121,4 +121,4 @@ class MockDataset(torch.utils.data.Dataset[Sample]):
             ids += text[start:stop] + span
         learned = [0] * len(ids) + [1] * (len(text) - question)
         ids += text[question:]
-        return TokenRow(ids, ids[1:] + [0], learned[1:] + [0])
+        return TokenRow(ids, [*ids[1:], 0], [*learned[1:], 0])

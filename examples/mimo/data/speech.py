@@ -55,7 +55,11 @@ class Synthesiser:
         return sorted(file.name for file in (self.data / "voices" / "!v").iterdir())
 
     def say(
-        self, text: str, variant: str, accent: str = "en", words_per_minute: int = 175,
+        self,
+        text: str,
+        variant: str,
+        accent: str = "en",
+        words_per_minute: int = 175,
         pitch: int = 50,
     ) -> np.ndarray:
         """(samples,) float32 within -1..1, without silence around; `pitch` is 0 to 99."""

@@ -36,7 +36,7 @@ TRAIN_TAKES, HELD_OUT_TAKES = 3, 2
 LEFT_OUT_VARIANTS = ("whisper", "whisperf", "Demonic", "AnxiousAndy", "Marco", "croak")
 
 ALIGN_MIXTURE = {"name": 0.45, "transcribe": 0.4, "words": 0.15}
-TRAIN_MIXTURE = {"spoken": 0.6, "name": 0.12, "transcribe": 0.1, "written": 0.1, "words": 0.08}
+TRAIN_MIXTURE = {"spoken": 0.7, "name": 0.09, "transcribe": 0.07, "written": 0.08, "words": 0.06}
 VOCABULARY_SIZE = 512
 
 Progress = Callable[[str, int, int], None]
@@ -65,8 +65,10 @@ class Stock:
 def write_spoken_questions(root: Path, seed: int, sizes: Sizes, progress: Progress) -> None:
     """Fill the empty folder `root`; the same seed writes the same samples."""
     generator = np.random.default_rng(seed)
-    stock = Stock(pictures=_write_pictures(root), takes=_write_speech(root, sizes.voices, generator, progress))
-    texts = set()
+    stock = Stock(
+        pictures=_write_pictures(root), takes=_write_speech(root, sizes.voices, generator, progress)
+    )
+    texts: set[str] = set()
     plans = {
         "align": (sizes.align, lambda: _mixed(stock, ALIGN_MIXTURE, generator)),
         "train": (sizes.train, lambda: _mixed(stock, TRAIN_MIXTURE, generator)),
@@ -147,18 +149,36 @@ def _mixed(stock: Stock, mixture: dict[str, float], generator: np.random.Generat
         return _spoken(stock, "train", False, generator)
     kind, digit = _draw_pair(KINDS, generator)
     if task == "name":
-        return _record(task, None, digit, "<image>Name the digit.", NUMBERS[digit],
-                       images=[_draw(stock.pictures["train"][digit], generator)])
+        return _record(
+            task,
+            None,
+            digit,
+            "<image>Name the digit.",
+            NUMBERS[digit],
+            images=[_draw(stock.pictures["train"][digit], generator)],
+        )
     if task == "transcribe":
-        return _record(task, kind, None, "<audio>Write it down.", kind.wording,
-                       audios=[_draw(stock.takes["train"][kind.name], generator)])
+        return _record(
+            task,
+            kind,
+            None,
+            "<audio>Write it down.",
+            kind.wording,
+            audios=[_draw(stock.takes["train"][kind.name], generator)],
+        )
     answer = kind.answer(digit)
     if task == "words":
         return _record(task, kind, digit, f"Digit {NUMBERS[digit]}. {kind.wording}", answer)
     while (kind.name, digit) in HELD_OUT_PAIRS:
         kind, digit = _draw_pair(KINDS, generator)
-    return _record(task, kind, digit, f"<image>{kind.wording}", kind.answer(digit),
-                   images=[_draw(stock.pictures["train"][digit], generator)])
+    return _record(
+        task,
+        kind,
+        digit,
+        f"<image>{kind.wording}",
+        kind.answer(digit),
+        images=[_draw(stock.pictures["train"][digit], generator)],
+    )
 
 
 def _spoken(
@@ -167,7 +187,11 @@ def _spoken(
     pairs = question_pairs(held_out_pairs)
     kind, digit = pairs[generator.integers(len(pairs))]
     return _record(
-        "spoken", kind, digit, f"<image><audio>{PROMPT}", kind.answer(digit),
+        "spoken",
+        kind,
+        digit,
+        f"<image><audio>{PROMPT}",
+        kind.answer(digit),
         images=[_draw(stock.pictures[split][digit], generator)],
         audios=[_draw(stock.takes[split][kind.name], generator)],
     )
@@ -213,7 +237,10 @@ def _train_tokenizer(root: Path, texts: list[str]) -> None:
         add_dummy_prefix=False,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        pad_id=0, unk_id=1, bos_id=2, eos_id=3,
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
         user_defined_symbols=["<image>", "<audio>"],
         num_threads=1,
         minloglevel=2,
@@ -245,7 +272,7 @@ Each line of a `.jsonl` file is a sample: pictures and recordings by file name, 
 | align.jsonl | {s.align} | name the picture; transcribe the recording; answers in words alone |
 | train.jsonl | {s.train} | spoken questions, with the same helper tasks mixed in |
 | heldout.jsonl | {s.heldout} | spoken questions, unseen pictures and unheard voices |
-| heldout_pairs.jsonl | {s.heldout_pairs} | the same for (question, digit) pairs kept from training |
+| heldout_pairs.jsonl | {s.heldout_pairs} | the same for (question, digit) pairs never trained on |
 
 | kind | what is said | answer for a seven |
 | --- | --- | --- |

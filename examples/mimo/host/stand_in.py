@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """`owner.attribute` becomes `replacement`, because `needed_by` calls it."""
+class StandIn(NamedTuple):
+    """`owner.attribute` becomes `replacement`, because the Megatron code in `needed_by` uses it."""
 
     owner: Any
     attribute: str

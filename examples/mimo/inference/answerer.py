@@ -90,9 +90,7 @@ class Answerer:
         beyond = np.arange(self.tokenizer.size, self.config.language.vocab_size)
         placeholders = (m.token_id for m in self.config.modalities.values())
         forbidden = {*beyond.tolist(), *placeholders, self.tokenizer.pad_id}
-        return generate(
-            self.model, prompts, max_new_tokens, self.tokenizer.eos_id, forbidden
-        )
+        return generate(self.model, prompts, max_new_tokens, self.tokenizer.eos_id, forbidden)
 
     def _placeholders(self, request: Request) -> str:
         return "".join(

@@ -32,7 +32,8 @@ def generate(
     beyond the tokenizer's vocabulary, and placeholders, which would ask for media.
     """
     ids = prompts.input_ids
-    assert ids is not None and prompts.num_tokens == ids.numel(), "rows must be equally long"
+    assert ids is not None
+    assert prompts.num_tokens == ids.numel(), "rows must be equally long"
     context = StaticInferenceContext(len(ids), ids.shape[1] + max_new_tokens)
     refused = torch.tensor(sorted(forbidden), dtype=torch.long, device=ids.device)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -75,9 +76,7 @@ def _forward(
     return None
 
 
-def _choose(
-    logits: torch.Tensor | None, refused: torch.Tensor, ids: torch.Tensor
-) -> torch.Tensor:
+def _choose(logits: torch.Tensor | None, refused: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """(B,) most likely tokens, on every stage."""
     if logits is None:
         tokens = torch.empty(len(ids), dtype=torch.long, device=ids.device)

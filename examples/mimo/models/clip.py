@@ -17,6 +17,7 @@ from PIL import Image
 
 from examples.mimo.data.images import read_image
 from examples.mimo.models.encoder_config import encoder_transformer_config
+from examples.mimo.models.flops import Flops, layer_flops
 from examples.mimo.models.layer_specs import block_submodules
 from examples.mimo.models.norm import Norm
 
@@ -76,8 +77,9 @@ class ClipConfig:
         radians = np.deg2rad(degrees)
         cos, sin = np.cos(radians) / (1 + scale), np.sin(radians) / (1 + scale)
         x, y = raw.width / 2, raw.height / 2
-        matrix = (cos, sin, x - cos * (x + dx) - sin * (y + dy))
-        matrix += (-sin, cos, y + sin * (x + dx) - cos * (y + dy))
+        upper = (cos, sin, x - cos * (x + dx) - sin * (y + dy))
+        lower = (-sin, cos, y + sin * (x + dx) - cos * (y + dy))
+        matrix = (*upper, *lower)
         return raw.transform(raw.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
     def blank(self, raw: Image.Image) -> Image.Image:
@@ -87,13 +89,14 @@ class ClipConfig:
     def preprocess(self, raw: Image.Image) -> dict[str, torch.Tensor]:
         """`pixel_values` (3, image_size, image_size): short side resized, centre cut out."""
         scale = self.image_size / min(raw.size)
-        size = tuple(max(self.image_size, round(side * scale)) for side in raw.size)
-        left, top = ((side - self.image_size) // 2 for side in size)
+        width, height = (max(self.image_size, round(side * scale)) for side in raw.size)
+        left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
+        size = (width, height)
         picture = raw if raw.size == size else raw.resize(size, Image.Resampling.BICUBIC)
         picture = picture.crop((left, top, left + self.image_size, top + self.image_size))
-        pixels = np.asarray(picture, dtype=np.float32) / 255.0
-        pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
-        return {"pixel_values": torch.from_numpy(pixels.transpose(2, 0, 1).copy())}
+        pixels = torch.from_numpy(np.array(picture, dtype=np.float32)) / 255.0
+        pixels = (pixels - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+        return {"pixel_values": pixels.permute(2, 0, 1).contiguous()}
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
         """One token a patch; the class token is dropped."""
@@ -103,6 +106,14 @@ class ClipConfig:
         """Noise of the shape `preprocess` makes."""
         size = (3, self.image_size, self.image_size)
         return {"pixel_values": torch.randn(size, generator=generator)}
+
+    def flops(self) -> Flops:
+        """One picture through the patch embedding and the layers that are kept."""
+        num_layers = self.num_layers + self.feature_layer + 1
+        embed = 2 * self.num_patches * 3 * self.patch_size**2 * self.width
+        rows = self.num_patches + 1
+        layer = layer_flops(rows, self.width, self.width, self.ffn_hidden_size)
+        return Flops(embed) + layer * num_layers
 
     def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:
         """`ClipEncoder` as a module spec."""

@@ -85,8 +85,9 @@ class StageMimoModel(MimoModel):
         """(B, S) ids -> per-token loss (B, S) with labels, else logits (B, S, V / TP).
 
         With `inference_context`, keys and values are kept in it, and the logits are the last
-        position's over the whole vocabulary (B, 1, V). Stages before the last return hidden states (S, B, H). `modality_inputs` maps modality
-        -> input name -> tensor with a row per item, in the order of the placeholders.
+        position's over the whole vocabulary (B, 1, V). Stages before the last return hidden
+        states (S, B, H). `modality_inputs` maps modality -> input name -> tensor with a row per
+        item, in the order of the placeholders.
         """
         embeddings = self._embed(input_ids, modality_inputs or {}) if self.pre_process else None
         embeddings, labels, _, _ = self._shard_language_inputs(

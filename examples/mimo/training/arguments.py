@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from megatron.training import arguments as megatron_arguments
 
+from examples.mimo.command import Parser, refuse
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields
 from examples.mimo.models.layer_specs import has_transformer_engine
@@ -144,6 +146,7 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
     """Megatron's and the package's flags, with the preset's values as defaults."""
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        setattr(parser, "error", functools.partial(refuse, parser))
         add_own_flags(parser)
         parser.set_defaults(**preset_defaults(preset))
         refuse_idle_flags(parser, argv)
@@ -227,7 +230,7 @@ def resolve(preset: MimoConfig, args: argparse.Namespace) -> MimoConfig:
 
 
 def _own_flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     return add_own_flags(parser).parse_known_args(argv)[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from examples.mimo.command import Parser
 from examples.mimo.configs import MODEL_PROVIDERS
 
 DATASET_PROVIDERS = ("spoken_questions", "mock")
@@ -73,7 +74,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def help_parser() -> argparse.ArgumentParser:
     """A parser of the package's flags alone, for `--help`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a model that sees and hears, through megatron.training.pretrain.\n\n"

@@ -45,9 +45,7 @@ def _size(parameters: list[torch.nn.Parameter], tensor_parallel_size: int) -> Pa
     )
 
 
-def describe_run(
-    args: argparse.Namespace, config: MimoConfig, chunks: list[StageMimoModel]
-) -> str:
+def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[StageMimoModel]) -> str:
     """The header, on rank 0; every rank must call it."""
     mine: dict[str, list[PartSize]] = {}
     for chunk in chunks:

@@ -7,9 +7,12 @@ where Megatron's goes.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,10 +43,11 @@ COLUMNS = (
 
 @dataclass
 class Counters:
-    """What the micro-batches since the last line held, on this rank."""
+    """What an iteration's micro-batches held on this rank; `items` counts media."""
 
     tokens: int = 0
     slots: int = 0
+    items: Counter[str] = field(default_factory=Counter)
     wait_seconds: float = 0.0
     keys: list[str] = field(default_factory=list)
 
@@ -51,12 +55,20 @@ class Counters:
         """Count one micro-batch and the time it was waited for."""
         self.tokens += batch.num_tokens
         self.slots += batch.num_rows * batch.num_columns
+        self.items.update({name: len(sources) for name, sources in batch.items.items()})
         self.wait_seconds += wait_seconds
         self.keys += batch.keys
 
-    def reset(self) -> None:
-        """Start over."""
-        self.__init__()  # type: ignore[misc]
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration held on all ranks, and how long it took; the wait is the mean one."""
+
+    seconds: float
+    tokens: int
+    slots: int
+    wait_seconds: float
+    items: dict[str, int]
 
 
 COUNTERS = Counters()
@@ -67,7 +79,7 @@ def install(config: MimoConfig) -> None:
     megatron_training.setup_model_and_optimizer = _with_header(
         config, megatron_training.setup_model_and_optimizer
     )
-    megatron_training.training_log = _with_progress(megatron_training.training_log)
+    megatron_training.training_log = _with_progress(config, megatron_training.training_log)
     megatron_training.evaluate = _with_scores(megatron_training.evaluate)
 
 
@@ -92,11 +104,12 @@ def _with_header(config: MimoConfig, setup: Callable[..., Any]) -> Callable[...,
     return described
 
 
-def _with_progress(training_log: Callable[..., Any]) -> Callable[..., Any]:
-    progress = Progress()
+def _with_progress(config: MimoConfig, training_log: Callable[..., Any]) -> Callable[..., Any]:
+    progress = Progress(config)
 
-    def logged(loss_dict: dict, totals: dict, learning_rate: Any, iteration: int, *rest: Any,
-               **named: Any) -> Any:
+    def logged(
+        loss_dict: dict, totals: dict, learning_rate: Any, iteration: int, *rest: Any, **named: Any
+    ) -> Any:
         answer = training_log(loss_dict, totals, learning_rate, iteration, *rest, **named)
         # The loss scale, the memory flag and the skipped flag stand before the gradient norm.
         grad_norm = rest[3] if len(rest) > 3 else named.get("grad_norm")
@@ -124,53 +137,60 @@ def _with_scores(evaluate: Callable[..., Any]) -> Callable[..., Any]:
 class Progress:
     """Prints a line every `--log-interval` iterations; the first also prints the heading."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: MimoConfig) -> None:
+        self.config = config
+        self.keys: list[str] = []
         self.losses: list[float] = []
-        self.started = self.last = time.perf_counter()
-        self.first_iteration: int | None = None
-        self.printed_at = 0
+        self.window: list[Iteration] = []
+        self.last = time.perf_counter()
+        self.begun = False
 
     def record(
         self, loss_dict: dict[str, torch.Tensor], lr: Any, iteration: int, grad_norm: Any
     ) -> None:
         """Take in one iteration; every rank calls this, the logging rank speaks."""
         args = get_args()
-        if self.first_iteration is None:
-            self.first_iteration, self.printed_at = iteration - 1, iteration - 1
-            self._heading()
-        counted = self._sum_over_data_parallel()
-        keys = list(COUNTERS.keys)
-        COUNTERS.keys.clear()
+        self.window.append(self._take_counters())
+        if not is_logging_rank():
+            return
         if "lm loss" in loss_dict:
             self.losses.append(float(loss_dict["lm loss"]))
-        if is_logging_rank() and self.losses:
-            norm = float(grad_norm) if grad_norm is not None else None
-            found = {"iteration": iteration, "loss": self.losses[-1], "grad_norm": norm}
-            _append_metrics({**found, "learning_rate": lr, "keys": keys})
+        norm = None if grad_norm is None else float(grad_norm)
+        _append_metrics(
+            {
+                "iteration": iteration,
+                "loss": self.losses[-1] if self.losses else None,
+                "grad_norm": norm,
+                "learning_rate": lr,
+                **dataclasses.asdict(self.window[-1]),
+                "peak_memory_bytes": torch.cuda.max_memory_allocated()
+                if torch.cuda.is_available()
+                else None,
+                "keys": self.keys,
+            }
+        )
         if iteration % args.log_interval and iteration != args.train_iters:
             return
-        if is_logging_rank():
-            self._line(iteration, lr, grad_norm, counted)
-        self.losses.clear()
-        COUNTERS.reset()
-        self.last, self.printed_at = time.perf_counter(), iteration
-
-    def _heading(self) -> None:
-        if is_logging_rank():
+        if not self.begun:
+            self.begun = True
             print(" ".join(f"{name:>{width}}" for name, width in COLUMNS), file=sys.stderr)
+        self._line(args, iteration, lr, norm)
+        self.losses.clear()
+        self.window.clear()
 
-    def _line(self, iteration: int, lr: Any, grad_norm: Any, counted: list[float]) -> None:
-        args = get_args()
-        tokens, slots, waited = counted
-        seconds = max(time.perf_counter() - self.last, 1e-9)
-        done = iteration - self.printed_at
-        left = (args.train_iters - iteration) * seconds / max(done, 1)
+    def _line(
+        self, args: argparse.Namespace, iteration: int, lr: float | None, norm: float | None
+    ) -> None:
+        seconds = max(sum(i.seconds for i in self.window), 1e-9)
+        tokens, slots = sum(i.tokens for i in self.window), sum(i.slots for i in self.window)
+        waited = sum(i.wait_seconds for i in self.window)
+        left = (args.train_iters - iteration) * seconds / len(self.window)
         cells = (
             f"{iteration}/{args.train_iters}",
             f"{sum(self.losses) / max(len(self.losses), 1):.4f}",
-            f"{float(grad_norm):.3f}" if grad_norm is not None else "-",
-            f"{lr:.2e}" if lr is not None else "-",
-            f"{done * args.global_batch_size / seconds:.1f}",
+            "-" if norm is None else f"{norm:.3f}",
+            "-" if lr is None else f"{lr:.2e}",
+            f"{len(self.window) * args.global_batch_size / seconds:.1f}",
             f"{tokens / seconds:.0f}",
             f"{100 * (1 - tokens / slots) if slots else 0:.0f} %",
             f"{100 * waited / seconds:.0f} %",
@@ -179,15 +199,23 @@ class Progress:
         row = " ".join(f"{c:>{width}}" for c, (_, width) in zip(cells, COLUMNS, strict=True))
         print(row, file=sys.stderr, flush=True)
 
-    def _sum_over_data_parallel(self) -> list[float]:
+    def _take_counters(self) -> Iteration:
+        """This iteration's counts summed over the data-parallel group; they start over."""
         group = mpu.get_data_parallel_group()
-        counted = torch.tensor(
-            [COUNTERS.tokens, COUNTERS.slots, COUNTERS.wait_seconds / group.size()],
-            dtype=torch.float64,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
+        names = sorted(self.config.modalities)
+        here = [COUNTERS.tokens, COUNTERS.slots, COUNTERS.wait_seconds / group.size()]
+        here += [COUNTERS.items[name] for name in names]
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        counted = torch.tensor(here, dtype=torch.float64, device=where)
         dist.all_reduce(counted, group=group)
-        return counted.tolist()
+        tokens, slots, waited, *items = counted.tolist()
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        self.keys = list(COUNTERS.keys)
+        COUNTERS.__init__()  # type: ignore[misc]
+        return Iteration(
+            seconds, int(tokens), int(slots), waited, dict(zip(names, map(int, items), strict=True))
+        )
 
 
 def _append_metrics(row: dict[str, Any]) -> None:

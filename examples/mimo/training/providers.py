@@ -39,8 +39,12 @@ def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
         raise ValueError(
             f"--freeze {unknown[0]}: {mimo.name} has the parts {', '.join(part_names(mimo))}"
         )
-    if args.load and args.load != args.save and not (Path(args.load) / TRACKER).is_file():
+    start = args.pretrained_checkpoint
+    resumes = args.load and (Path(args.load) / TRACKER).is_file()
+    if args.load and not resumes and args.load != args.save and not start:
         raise ValueError(f"--load {args.load}: no checkpoint in this folder")
+    if start and not resumes and not (Path(start) / TRACKER).is_file():
+        raise ValueError(f"--pretrained-checkpoint {start}: no checkpoint in this folder")
     if args.dataset_provider != "mock":
         DATASETS[args.dataset_provider](args, mimo, 1, 1)
 

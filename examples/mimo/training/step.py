@@ -76,7 +76,8 @@ def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -
 
     Such a row is what greedy decoding would answer, so this is exact match.
     """
-    assert batch.loss_mask is not None and batch.labels is not None
+    assert batch.loss_mask is not None
+    assert batch.labels is not None
     best = parallel_argmax(logits)
     losses = stage.language_model.compute_language_model_loss(
         batch.labels, logits.transpose(0, 1).contiguous()

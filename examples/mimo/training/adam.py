@@ -1,7 +1,9 @@
 """Adam with one step count per parameter group, as Apex and Transformer Engine keep it.
 
 Megatron's distributed optimizer saves and reloads that form in every layout; with torch's own
-AdamW, whose step is a tensor per parameter, its checkpoints do not reload.
+AdamW, whose step is a tensor per parameter, its checkpoints do not reload
+(distrib_optimizer.py, `load_state_dict`). Where Apex or Transformer Engine is installed theirs
+is used and `install()` does nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer
+
+
+def install() -> None:
+    """Give Megatron this Adam where it would fall back to torch's."""
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam = GroupStepAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 class GroupStepAdam(torch.optim.Optimizer):

@@ -1,0 +1,81 @@
+"""Floating-point operations, counted from sizes; a multiply-add is two.
+
+Matrix products only, and attention over all pairs of positions whether masked or not: the
+convention of PaLM's model FLOP utilisation (arXiv:2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """A forward pass: products with weights, and attention's products of activations."""
+
+    weights: int
+    attention: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.weights + other.weights, self.attention + other.attention)
+
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.weights * times, self.attention * times)
+
+    def trained(self, trains: bool, passes_on: bool) -> int:
+        """Forward and backward operations.
+
+        The gradients of weights cost as much as the forward pass and only parts that train take
+        them; those of inputs cost as much again, and nothing takes them unless an earlier part
+        trains (`passes_on`). Attention has two inputs for every output.
+        """
+        backward = trains or passes_on
+        return self.weights * (1 + trains + passes_on) + self.attention * (1 + 2 * backward)
+
+
+def layer_flops(
+    rows: int, width: int, kv_width: int, ffn_hidden_size: int, gated: bool = False
+) -> Flops:
+    """One transformer layer over a sequence of `rows`."""
+    projections = 2 * rows * width * (2 * width + 2 * kv_width)
+    feed_forward = 2 * rows * width * ffn_hidden_size * (3 if gated else 2)
+    return Flops(projections + feed_forward, attention=2 * 2 * rows**2 * width)
+
+
+def language_flops(language: LanguageConfig, num_rows: int, num_columns: int) -> Flops:
+    """The language model over `num_rows` sequences, head included."""
+    width = language.hidden_size
+    kv_width = width // language.num_attention_heads * language.num_query_groups
+    layer = layer_flops(num_columns, width, kv_width, language.ffn_hidden_size, gated=True)
+    head = Flops(2 * num_columns * width * language.vocab_size)
+    return (layer * language.num_layers + head) * num_rows
+
+
+def training_flops(
+    config: MimoConfig,
+    num_rows: int,
+    num_columns: int,
+    items: Mapping[str, int],
+    media_tokens: Mapping[str, int],
+    frozen: Collection[str] = (),
+) -> int:
+    """Forward and backward passes over a batch that holds `items` of each modality."""
+    total = 0
+    reached = False
+    for name, modality in config.modalities.items():
+        encoder_trains = f"{name}.encoder" not in frozen
+        projector_trains = f"{name}.projector" not in frozen
+        widths = modality.encoder.hidden_size + config.language.hidden_size
+        projector = Flops(2 * modality.projector.ffn_hidden_size * widths)
+        # Nothing before an encoder trains, but the layers behind its first pass gradients on.
+        encoder = modality.encoder.flops() * items.get(name, 0)
+        total += encoder.trained(encoder_trains, passes_on=encoder_trains)
+        projector *= media_tokens.get(name, 0)
+        total += projector.trained(projector_trains, passes_on=encoder_trains)
+        reached |= encoder_trains or projector_trains
+    trains = "language" not in frozen
+    language = language_flops(config.language, num_rows, num_columns)
+    return total + language.trained(trains, passes_on=reached or trains)

@@ -1,0 +1,110 @@
+import pytest
+
+from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+from examples.mimo.training.arguments import parse_arguments
+from tests.conftest import run_command
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    def parse_on(processes, *flags):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        return parse_arguments(flags)
+
+    return parse_on
+
+
+TP2 = ("--tensor-model-parallel-size", "2")
+
+
+@pytest.mark.parametrize("name", MODEL_PROVIDERS)
+def test_a_presets_sizes_are_the_defaults(parse, name):
+    args, config = parse(1, "--model-provider", name)
+    assert config == get_model_config(name)
+    assert args.hidden_size == config.language.hidden_size
+    assert args.calculate_per_token_loss
+
+
+def test_the_command_line_overrides_the_preset(parse):
+    args, config = parse(1, "--num-layers", "6", "--set", "images.encoder.num_layers=1")
+    assert config.language.num_layers == args.num_layers == 6
+    assert config.modalities["images"].encoder.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "message"),
+    [
+        (3, TP2, "3 processes cannot hold"),
+        (8, ("--tensor-model-parallel-size", "8"), "--num-attention-heads 4 does not divide by"),
+        (2, (*TP2, "--vocab-size", "511"), "--vocab-size 511 does not divide by"),
+        (
+            2,
+            (*TP2, "--set", "audios.encoder.num_heads=1"),
+            "audios.encoder.num_heads 1 does not divide by",
+        ),
+        (3, ("--pipeline-model-parallel-size", "3"), "--num-layers 4 does not divide by"),
+        (2, (*TP2, "--sequence-parallel", "--seq-length", "127"), "--seq-length 127"),
+        (1, ("--num-experts", "4"), "--num-experts would do nothing here: the language model"),
+        (1, ("--mock-data",), "--mock-data would do nothing here: use --dataset-provider mock"),
+        (1, ("--split=99,1,0",), "--split would do nothing here"),
+        (2, ("--context-parallel-size", "2"), "context parallelism is not built yet"),
+        (1, ("--set", "images.encoder.depth=1"), "no field 'depth'; there are"),
+        (1, ("--set", "video.encoder.num_layers=1"), "with a modality of images, audios"),
+        (1, ("--set", "images.encoder.num_layers=two"), "'two' is not of type int"),
+        (1, ("--set", "images.encoder=1"), "this field holds others"),
+        (1, ("--model-provider", "tiny_avlm", "--global-batch-size", "3"), "3"),
+    ],
+)
+def test_wrong_flags_are_named(parse, processes, flags, message):
+    with pytest.raises(ValueError, match=r".") as error:
+        parse(processes, *flags)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("train.py", ("--freeze", "images"), "has the parts images.encoder, images.projector"),
+        ("train.py", ("--load", "/nonexistent"), "--load /nonexistent: no checkpoint"),
+        ("train.py", ("--dataset-provider", "spoken_questions"), "needs --data-path"),
+        (
+            "train.py",
+            ("--dataset-provider", "spoken_questions", "--data-path", "tests"),
+            "tests/tokenizer.model",
+        ),
+        ("train.py", ("--train-iter", "5"), "did you mean --train-iters?"),
+        ("train.py", ("--model-provider", "gpt"), "invalid choice: 'gpt' (choose from 'tiny_avlm'"),
+        ("train.py", TP2, "1 processes cannot hold"),
+        ("avlm_inference.py", ("--ckpt", "/nonexistent"), "--ckpt /nonexistent: no such folder"),
+        ("avlm_inference.py", ("--ckpt", "tests"), "mimo.json is missing"),
+        ("evaluate.py", ("--ckpt", "tests", "--data", "tests"), "mimo.json is missing"),
+    ],
+)
+def test_commands_end_with_one_line_and_status_2(script, flags, message):
+    done = run_command(script, *flags)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "script", ["train.py", "avlm_inference.py", "evaluate.py", "prepare_data.py"]
+)
+def test_help_imports_nothing_slow(script, tmp_path):
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    path = ROOT / "examples/mimo" / script
+    slow = ("torch", "megatron", "transformers", "torchaudio")
+    code = (
+        f"import sys, runpy; sys.argv = [{str(path)!r}, '--help']\n"
+        f"try: runpy.run_path({str(path)!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        f"print(sorted(set({slow!r}) & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "usage" in done.stdout
+    assert done.stderr.strip() == "[]"
