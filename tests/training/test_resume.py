@@ -1,0 +1,97 @@
+"""A run that dies goes on as if nothing had happened, at the same layout and at another."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, run_command
+
+ITERATIONS, EVERY = 14, 4
+TP2 = ("--tensor-model-parallel-size", "2")
+PP2 = ("--pipeline-model-parallel-size", "2")
+
+
+def flags(data_folder, work, layout):
+    return (
+        *layout,
+        *("--dataset-provider", "spoken_questions", "--data-path", str(data_folder)),
+        *("--augment", "--micro-batch-size", "2", "--global-batch-size", "4", "--lr", "1e-3"),
+        *("--train-iters", str(ITERATIONS), "--save-interval", str(EVERY)),
+        *("--save", str(work / "checkpoint"), "--load", str(work / "checkpoint")),
+        *("--metrics-file", str(work / "metrics.jsonl")),
+    )
+
+
+def read(work):
+    """Iteration -> what its last run said of it."""
+    file = work / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {row["iteration"]: row for row in rows}
+
+
+def kill_all(process):
+    """SIGKILL to the launcher and every process below it."""
+    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        os.kill(member.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_folder, tmp_path_factory):
+    work = tmp_path_factory.mktemp("uninterrupted")
+    done = run_command("train.py", *flags(data_folder, work, TP2), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert sorted(read(work)) == list(range(1, ITERATIONS + 1))
+    return work
+
+
+def same(found, wanted, bound):
+    for iteration, row in wanted.items():
+        assert found[iteration]["keys"] == row["keys"], iteration
+        assert found[iteration]["loss"] == pytest.approx(row["loss"], rel=bound), iteration
+
+
+def test_killed_and_started_again(data_folder, uninterrupted, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "examples/mimo/train.py"), *flags(data_folder, tmp_path, TP2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(variable, None)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and len(read(tmp_path)) < EVERY + 2:
+        time.sleep(0.05)
+    assert process.poll() is None, "the run ended before it could be killed"
+    kill_all(process)
+    before = read(tmp_path)
+    assert len(before) < ITERATIONS
+    done = run_command("train.py", *flags(data_folder, tmp_path, TP2), processes=2)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "metrics.jsonl").read_text()
+    iterations = [json.loads(line)["iteration"] for line in text.splitlines()]
+    resumed_at = iterations[len(before)]
+    assert resumed_at % EVERY == 1
+    assert resumed_at > 1, "the run began from nothing"
+    same(read(tmp_path), read(uninterrupted), 1e-6)
+
+
+@pytest.mark.parametrize("layout", [PP2, (*TP2, *PP2), ()], ids=["PP 2", "TP 2 x PP 2", "alone"])
+def test_goes_on_at_another_layout(data_folder, uninterrupted, tmp_path, layout):
+    shutil.copytree(uninterrupted / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint/latest_checkpointed_iteration.txt").write_text(str(2 * EVERY))
+    processes = 2 ** (len(layout) // 2)
+    done = run_command("train.py", *flags(data_folder, tmp_path, layout), processes=processes)
+    assert done.returncode == 0, done.stderr
+    wanted = {i: row for i, row in read(uninterrupted).items() if i > 2 * EVERY}
+    assert sorted(read(tmp_path)) == sorted(wanted)
+    same(read(tmp_path), wanted, 1e-5)
