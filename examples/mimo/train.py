@@ -78,6 +78,12 @@ def _print_megatron_help() -> None:
 
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False)
     add_megatron_arguments(parser)
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            # Some of Megatron's texts hold a bare per cent sign.
+            action.help = str(action.help).replace("%", "%%")
     parser.print_help()
 
 

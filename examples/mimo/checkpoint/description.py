@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import MimoConfig, overlay, to_dict
@@ -14,6 +15,9 @@ from examples.mimo.configs.schema import MimoConfig, overlay, to_dict
 FILE_NAME = "mimo.json"
 FORMAT = 1
 TRACKER = "latest_checkpointed_iteration.txt"
+
+# What two runs of one model may choose differently.
+FREE_FIELDS = ("seq_length", "prompt", "overflow", "init_method_std")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,33 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     config = overlay(get_model_config(name), saved["config"], FILE_NAME)
     return Checkpoint(folder, _latest(folder), config)
+
+
+def check_same_model(flag: str, folder: Path, config: MimoConfig) -> None:
+    """ValueError, one line, when `folder` holds the weights of another model than `config`."""
+    if not (folder / FILE_NAME).is_file() or not (folder / TRACKER).is_file():
+        return
+    saved = _flat(to_dict(open_checkpoint(folder).config))
+    wanted = _flat(to_dict(config))
+    for path in sorted(saved.keys() | wanted.keys()):
+        if _shapes_weights(path) and saved.get(path) != wanted.get(path):
+            raise ValueError(
+                f"{flag} {folder}: this folder's model has {path} {saved.get(path)}, but this "
+                f"run's has {wanted.get(path)}; change the run or name another folder"
+            )
+
+
+def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{where}{key}"
+        found |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found
+
+
+def _shapes_weights(path: str) -> bool:
+    field = path.rsplit(".", 1)[-1]
+    return field not in FREE_FIELDS and not field.startswith("augment_")
 
 
 def _latest(folder: Path) -> Path:

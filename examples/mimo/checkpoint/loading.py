@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import initialize
 from megatron.training.arguments import validate_args
@@ -12,6 +11,7 @@ from megatron.training.checkpointing import _build_sharded_state_dict_metadata
 from megatron.training.global_vars import set_global_variables
 
 from examples.mimo.checkpoint.description import Checkpoint
+from examples.mimo.checkpoint.errors import CHECKPOINT_ERRORS, reason
 from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.training.arguments import check_layout, parse_with_preset
 from examples.mimo.training.providers import device, transformer_config
@@ -59,9 +59,9 @@ def _load_weights(model: StageMimoModel, checkpoint: Checkpoint, metadata: dict)
         state, unasked, absent = dist_checkpointing.load(
             wanted, str(checkpoint.weights), strict="return_all"
         )
-    except (CheckpointingException, KeyError, OSError) as error:
+    except (*CHECKPOINT_ERRORS, RuntimeError, KeyError, OSError) as error:
         raise ValueError(
-            f"--ckpt {checkpoint.folder}: the weights do not load ({str(error).splitlines()[0]})"
+            f"--ckpt {checkpoint.folder}: the weights do not load ({reason(error)})"
         ) from None
     unknown = {key for key in unasked if not key.startswith(NOT_THE_MODEL)}
     for problem, keys in (("lacks", absent), ("holds, unknown to the model,", unknown)):

@@ -52,6 +52,7 @@ MODEL_DEFAULTS = {
     "train_iters": 20,
     "lr": 1e-4,
     "eval_interval": 1000,
+    "save_interval": 1000,
     "eval_iters": 0,
     "log_interval": 1,
     "exit_on_missing_checkpoint": False,

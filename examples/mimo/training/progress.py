@@ -24,6 +24,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from megatron.training import training as megatron_training
 
+from examples.mimo.checkpoint.errors import CHECKPOINT_ERRORS, reason
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
 from examples.mimo.training.header import describe_run
@@ -94,8 +95,12 @@ def is_logging_rank() -> bool:
 
 def _with_header(config: MimoConfig, setup: Callable[..., Any]) -> Callable[..., Any]:
     def described(*positional: Any, **named: Any) -> Any:
-        model, optimizer, scheduler = setup(*positional, **named)
         args = get_args()
+        try:
+            model, optimizer, scheduler = setup(*positional, **named)
+        except CHECKPOINT_ERRORS as error:
+            start = args.load or args.pretrained_checkpoint
+            raise ValueError(f"--load {start}: damaged or unfit ({reason(error)})") from None
         text = describe_run(args, config, [unwrap_model(chunk) for chunk in model])
         if args.rank == 0:
             print(text, file=sys.stderr, flush=True)

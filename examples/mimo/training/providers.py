@@ -15,7 +15,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
-from examples.mimo.checkpoint.description import TRACKER
+from examples.mimo.checkpoint.description import TRACKER, check_same_model
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
@@ -45,6 +45,10 @@ def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
         raise ValueError(f"--load {args.load}: no checkpoint in this folder")
     if start and not resumes and not (Path(start) / TRACKER).is_file():
         raise ValueError(f"--pretrained-checkpoint {start}: no checkpoint in this folder")
+    for flag in ("load", "pretrained_checkpoint", "save"):
+        folder = getattr(args, flag)
+        if folder:
+            check_same_model(f"--{flag.replace('_', '-')}", Path(folder), mimo)
     if args.dataset_provider != "mock":
         DATASETS[args.dataset_provider](args, mimo, 1, 1)
 

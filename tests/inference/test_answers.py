@@ -1,0 +1,196 @@
+"""One checkpoint, trained at TP 2, answers alike everywhere; wrong questions end with one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from tests.conftest import ROOT, run_command
+
+SAMPLES = 20
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers") / "checkpoint"
+    done = run_command(
+        "train.py",
+        *("--tensor-model-parallel-size", "2", "--dataset-provider", "spoken_questions"),
+        *("--data-path", str(data_folder), "--micro-batch-size", "8", "--global-batch-size", "8"),
+        *("--lr", "2e-3", "--train-iters", "250", "--save", str(folder), "--save-interval", "250"),
+        processes=2,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoint, data_folder):
+    found = {}
+    for tp, pp in LAYOUTS:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(tp * pp), str(ROOT / "tests/inference/answer_many.py")]
+        command += [str(checkpoint), str(data_folder), str(tp), str(pp), str(SAMPLES)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[tp, pp] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS[1:])
+def test_the_same_tokens_at_every_layout(answers, tp, pp):
+    assert len(answers[1, 1]["tokens"]) == SAMPLES
+    assert answers[tp, pp]["tokens"] == answers[1, 1]["tokens"]
+
+
+def test_the_answers_differ_so_the_comparison_means_something(answers):
+    assert len({tuple(tokens) for tokens in answers[1, 1]["tokens"]}) >= 2
+
+
+def test_a_batch_answers_as_each_alone(answers, tokenizer):
+    texts = [tokenizer.decode(tokens) for tokens in answers[1, 1]["tokens"]]
+    assert answers[1, 1]["texts"] == texts
+
+
+def test_the_cache_changes_nothing_and_media_are_encoded_once(answers):
+    assert answers[1, 1]["cached"] == answers[1, 1]["uncached"]
+    assert answers[1, 1]["encoded"] == ["images", "audios"]
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    Image.new("RGB", (40, 30), "white").save(folder / "white.png")
+    (folder / "empty.png").touch()
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, 16_000)
+    soundfile.write(folder / "second.wav", noise, 16_000)
+    soundfile.write(folder / "long.flac", np.tile(noise, 5), 16_000)
+    return folder
+
+
+def test_json_is_all_that_is_printed(checkpoint, media):
+    done = run_command(
+        "avlm_inference.py",
+        *("--ckpt", str(checkpoint), "--json", "--max-new-tokens", "4"),
+        *("--image-path", str(media / "white.png"), "--audio-path", str(media / "second.wav")),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["images"] == [str(media / "white.png")]
+    assert found["prompt"] == "Answer the question."
+    assert len(found["tokens"]) <= 4
+    assert done.stderr == ""
+
+
+def test_several_pictures_without_sound(checkpoint, media):
+    picture = ("--image-path", str(media / "white.png"))
+    prompt = ("--prompt", "<image>Name it. <image>")
+    done = run_command("avlm_inference.py", "--ckpt", str(checkpoint), *picture, *picture, *prompt)
+    assert done.returncode == 0, done.stderr
+
+
+def test_overflow_truncates_when_told(checkpoint, media):
+    sound = ("--audio-path", str(media / "long.flac"))
+    flags = (*sound, "--audio-overflow", "truncate")
+    done = run_command("avlm_inference.py", "--ckpt", str(checkpoint), *flags)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--image-path", "none.png"), "none.png: no such image file"),
+        (("--image-path", "empty.png"), "empty.png: "),
+        (("--image-path", "second.wav"), "second.wav: "),
+        (("--audio-path", "white.png"), "white.png: "),
+        (("--audio-path", "long.flac"), "5.00 seconds of sound, but 2.4 fit"),
+        (("--image-path", "white.png", "--prompt", "<image><image>?"), "2 "),
+        (("--image-path", "white.png", "--prompt", "<audio>?"), "1 "),
+        (("--prompt", " "), "nothing to answer"),
+        (("--max-new-tokens", "0"), "--max-new-tokens 0"),
+        (("--tp", "2"), "--nproc-per-node 2"),
+        (("--imag-path", "white.png"), "did you mean --image-path?"),
+    ],
+)
+def test_wrong_questions_end_with_one_line(checkpoint, media, flags, message):
+    flags = [str(media / f) if f.endswith((".png", ".wav", ".flac")) else f for f in flags]
+    done = run_command("avlm_inference.py", "--ckpt", str(checkpoint), *flags)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+
+
+def damage_description(folder):
+    (folder / "mimo.json").write_text('{"format": 1')
+
+
+def other_sizes(folder):
+    saved = json.loads((folder / "mimo.json").read_text())
+    saved["config"]["language"]["num_layers"] = 6
+    (folder / "mimo.json").write_text(json.dumps(saved))
+
+
+def other_width(folder):
+    saved = json.loads((folder / "mimo.json").read_text())
+    saved["config"]["language"]["ffn_hidden_size"] = 256
+    (folder / "mimo.json").write_text(json.dumps(saved))
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.model").unlink()
+
+
+def no_weights(folder):
+    for file in folder.glob("iter_*/*.distcp"):
+        file.unlink()
+
+
+def truncated_weights(folder):
+    for file in folder.glob("iter_*/*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+
+
+def nothing_saved_yet(folder):
+    (folder / "latest_checkpointed_iteration.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_description,
+        other_sizes,
+        other_width,
+        no_tokenizer,
+        no_weights,
+        truncated_weights,
+        nothing_saved_yet,
+    ],
+)
+def test_a_damaged_checkpoint_ends_with_one_line(checkpoint, tmp_path, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    damage(copy)
+    done = run_command("avlm_inference.py", "--ckpt", str(copy), "--prompt", "hello")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert str(copy) in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
+    output = tmp_path / "eval.json"
+    flags = ("--ckpt", str(checkpoint), "--data", str(data_folder), "--samples", "12")
+    done = run_command("evaluate.py", *flags, "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(output.read_text())["scores"]
+    assert set(scores) == {
+        *("heldout", "heldout_pairs", "heldout, image blanked", "heldout, audio blanked")
+    }
+    assert all(score["samples"] == 12 for score in scores.values())
+    assert "exact match" in done.stdout

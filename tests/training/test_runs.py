@@ -1,0 +1,170 @@
+"""Every listed provider starts; what a run shows and writes."""
+
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from examples.mimo.configs import MODEL_PROVIDERS
+from examples.mimo.training.flags import DATASET_PROVIDERS
+from tests.conftest import run_command
+
+# LLaVA's width and depth are for clusters; its shapes otherwise stay.
+SMALL = (
+    *("--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128"),
+    *("--num-attention-heads", "4", "--num-query-groups", "2"),
+)
+SMALL_ENCODERS = {
+    "images": ("images.encoder.num_layers=2", "images.encoder.width=64"),
+    "audios": ("audios.encoder.num_layers=1", "audios.encoder.width=64"),
+}
+SMALL_HEADS = {"images": ("images.encoder.num_heads=4",), "audios": ("audios.encoder.num_heads=4",)}
+MODALITIES = {"llava_vlm": ("images",), "llava_avlm": ("images", "audios")}
+MODALITIES["scale_1b_avlm"] = MODALITIES["llava_avlm"]
+
+# llava_vlm hears nothing, so it does not fit questions that are spoken.
+PAIRS = [
+    (model, dataset)
+    for model in MODEL_PROVIDERS
+    for dataset in DATASET_PROVIDERS
+    if (model, dataset) != ("llava_vlm", "spoken_questions")
+]
+
+
+def flags_for(model, dataset, data_folder):
+    flags = ["--model-provider", model, "--dataset-provider", dataset]
+    if model in MODALITIES:
+        flags += [*SMALL, "--set"]
+        for name in MODALITIES[model]:
+            flags += [*SMALL_ENCODERS[name], *SMALL_HEADS[name]]
+    if dataset == "spoken_questions":
+        flags += ["--data-path", str(data_folder)]
+    return [*flags, "--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "2"]
+
+
+@pytest.mark.parametrize(("model", "dataset"), PAIRS)
+def test_every_provider_starts(model, dataset, data_folder, tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    flags = flags_for(model, dataset, data_folder)
+    done = run_command("train.py", *flags, "--metrics-file", str(metrics))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert all(0 < row["loss"] < 20 for row in rows)
+
+
+def test_a_model_that_hears_nothing_refuses_spoken_questions(data_folder):
+    flags = flags_for("llava_vlm", "spoken_questions", data_folder)
+    done = run_command("train.py", *flags)
+    assert done.returncode == 2
+    assert "holds audios, but llava_vlm takes images" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: sample ")
+
+
+@pytest.fixture(scope="module")
+def run(data_folder, tmp_path_factory):
+    """Twelve iterations at TP 2 with a frozen part, validation, TensorBoard and a checkpoint."""
+    work = tmp_path_factory.mktemp("run")
+    done = run_command(
+        "train.py",
+        *("--tensor-model-parallel-size", "2", "--dataset-provider", "spoken_questions"),
+        *("--data-path", str(data_folder), "--freeze", "images.encoder", "--num-workers", "1"),
+        *("--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "12"),
+        *("--eval-iters", "2", "--eval-interval", "5", "--log-interval", "4"),
+        *("--tensorboard-dir", str(work / "board"), "--metrics-file", str(work / "metrics")),
+        *("--save", str(work / "checkpoint"), "--save-interval", "12"),
+        processes=2,
+    )
+    assert done.returncode == 0, done.stderr
+    return work, done
+
+
+def test_the_first_screen_is_the_header(run):
+    lines = run[1].stderr.splitlines()
+    assert lines[0] == "tiny_avlm: TP 2 on CPU (gloo), float32, local layers"
+    cells = {line.split()[0]: line.split() for line in lines if line.startswith("  ")}
+    assert cells["images.encoder"][2] == "frozen"
+    assert cells["audios.encoder"][2] == "yes"
+    whole, here = (int(cells["language"][i].replace(",", "")) for i in (1, 3))
+    # fp32; everything but the norms is halved.
+    assert 4 * whole / 2 <= here <= 4 * whole / 2 * 1.01
+    assert run[1].stdout == ""
+
+
+def test_progress_shows_speed_padding_waiting_and_the_time_left(run):
+    lines = run[1].stderr.splitlines()
+    heading = next(line for line in lines if "iteration" in line and "padding" in line)
+    for column in ("loss", "samples/s", "tokens/s", "padding", "data wait", "left"):
+        assert column in heading
+    rows = [line for line in lines if "/12 " in line]
+    assert [row.split()[0] for row in rows] == ["4/12", "8/12", "12/12"]
+    assert rows[-1].endswith("0:00 min")
+
+
+def test_validation_reports_held_out_loss_and_exact_match(run):
+    assert "held out after 5 iterations: lm loss" in run[1].stderr
+    rows = [json.loads(line) for line in (run[0] / "metrics").read_text().splitlines()]
+    validations = [row for row in rows if "validation" in row]
+    assert [row["iteration"] for row in validations] == [5, 10, 12]
+    assert all(0 <= row["validation"]["exact match"] <= 1 for row in validations)
+
+
+def test_metrics_count_real_tokens(run):
+    rows = [json.loads(line) for line in (run[0] / "metrics").read_text().splitlines()]
+    for row in rows:
+        if "loss" in row:
+            assert 0 < row["tokens"] <= row["slots"]
+            assert len(row["keys"]) == 4
+            assert set(row["items"]) == {"images", "audios"}
+
+
+def test_tensorboard_holds_the_loss(run):
+    board = EventAccumulator(str(run[0] / "board")).Reload()
+    assert "lm loss" in board.Tags()["scalars"]
+    rows = [json.loads(line) for line in (run[0] / "metrics").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    events = board.Scalars("lm loss")
+    assert losses[events[-1].step - 1] == pytest.approx(events[-1].value, rel=1e-5)
+
+
+def test_another_model_is_refused_and_nothing_saved_is_lost(run, data_folder):
+    folder = run[0] / "checkpoint"
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for flags in (("--load", str(folder)), ("--save", str(folder))):
+        done = run_command("train.py", *flags, "--num-layers", "6")
+        assert done.returncode == 2
+        assert "this folder's model has language.num_layers 4, but this run's has 6" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_damaged_weights_end_with_one_line(run, tmp_path):
+    import shutil
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run[0] / "checkpoint", folder)
+    for file in folder.glob("iter_*/*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+    done = run_command("train.py", "--load", str(folder))
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "damaged" in done.stderr.splitlines()[-1]
+
+
+def test_a_loss_that_is_not_finite_names_iteration_and_samples(tmp_path):
+    done = run_command("train.py", "--lr", "1e30", "--train-iters", "4", "--global-batch-size", "4")
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.splitlines()[-1]
+    assert "the loss of iteration 2 is" in last
+    assert "its samples are mock-4, mock-5, mock-6, mock-7" in last
+
+
+def test_megatrons_output_and_flags_on_demand():
+    quiet = run_command("train.py", "--train-iters", "1", "--global-batch-size", "4")
+    loud = run_command(
+        *("train.py", "--train-iters", "1", "--global-batch-size", "4", "--show-megatron-output")
+    )
+    assert quiet.returncode == loud.returncode == 0
+    assert quiet.stdout == ""
+    assert "num_layers ....." in loud.stdout
+    listed = run_command("train.py", "--help-megatron")
+    assert "--use-distributed-optimizer" in listed.stdout
