@@ -84,8 +84,7 @@ def measure(case: Case, device: str) -> str:
     """A row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         rows = train(case, Path(folder))
-        command = [sys.executable, __file__, "--generate", str(Path(folder) / "checkpoint")]
-        done = _run(command)
+        generated = generate_in_new_process(Path(folder) / "checkpoint")
     timed = rows[WARM_UP:]
     flops = iteration_flops(case, len(rows))[WARM_UP:]
     seconds = statistics.median(row["seconds"] for row in timed)
@@ -99,7 +98,7 @@ def measure(case: Case, device: str) -> str:
         f"{tflops:.1f}",
         f"{100 * tflops / peak:.1f} %" if peak else "peak unknown",
         f"{max(row['peak_memory_bytes'] or 0 for row in rows) / 2**30:.1f} GiB",
-        f"{json.loads(done.stdout.splitlines()[-1])['tokens_per_second']:,.0f}",
+        f"{generated['tokens_per_second']:,.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -142,6 +141,12 @@ def iteration_flops(case: Case, iterations: int) -> list[int]:
             )
         )
     return counted
+
+
+def generate_in_new_process(checkpoint: Path) -> dict[str, float]:
+    """`generate`, apart: Megatron's state is one a process."""
+    done = _run([sys.executable, __file__, "--generate", str(checkpoint)])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:

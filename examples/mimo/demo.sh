@@ -14,7 +14,7 @@ step "Data: handwritten digits and spoken questions"
   python examples/mimo/prepare_data.py spoken-questions --output "$data"
 
 train() {
-  torchrun --nproc-per-node 2 examples/mimo/train.py --model-provider tiny_avlm \
+  torchrun --standalone --nproc-per-node 2 examples/mimo/train.py --model-provider tiny_avlm \
     --tensor-model-parallel-size 2 --dataset-provider spoken_questions --data-path "$data" \
     --augment --num-workers 2 --micro-batch-size 64 --global-batch-size 64 \
     --lr 1.5e-3 --lr-warmup-iters 50 --log-interval 50 --tensorboard-dir "$demo/tensorboard" "$@"
@@ -33,7 +33,10 @@ step "Score on pictures and voices it never met"
 OMP_NUM_THREADS=2 python examples/mimo/evaluate.py --ckpt "$checkpoint" --data "$data"
 
 step "One answer"
-media() { head -n 1 "$data/heldout.jsonl" | grep -o "$1/heldout/[^\"]*"; }
-set -x
-python examples/mimo/avlm_inference.py --ckpt "$checkpoint" \
-  --image-path "$data/$(media images)" --audio-path "$data/$(media audios)"
+record=$(head -n 1 "$data/heldout.jsonl")
+field() { sed "s/.*\"$1\": \[*\"\([^\"]*\)\".*/\1/" <<<"$record"; }
+ask=(python examples/mimo/avlm_inference.py --ckpt "$checkpoint"
+  --image-path "$data/$(field images)" --audio-path "$data/$(field audios)")
+echo "${ask[*]}"
+"${ask[@]}"
+echo "(right is: $(field value))"

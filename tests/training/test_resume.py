@@ -85,6 +85,13 @@ def test_killed_and_started_again(data_folder, uninterrupted, tmp_path):
     same(read(tmp_path), read(uninterrupted), 1e-6)
 
 
+def test_a_finished_run_ends_at_once(data_folder, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = run_command("train.py", *flags(data_folder, uninterrupted, TP2), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("layout", [PP2, (*TP2, *PP2), ()], ids=["PP 2", "TP 2 x PP 2", "alone"])
 def test_goes_on_at_another_layout(data_folder, uninterrupted, tmp_path, layout):
     shutil.copytree(uninterrupted / "checkpoint", tmp_path / "checkpoint")

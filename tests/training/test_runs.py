@@ -83,11 +83,14 @@ def test_the_first_screen_is_the_header(run):
     lines = run[1].stderr.splitlines()
     assert lines[0] == "tiny_avlm: TP 2 on CPU (gloo), float32, local layers"
     cells = {line.split()[0]: line.split() for line in lines if line.startswith("  ")}
-    assert cells["images.encoder"][2] == "frozen"
-    assert cells["audios.encoder"][2] == "yes"
-    whole, here = (int(cells["language"][i].replace(",", "")) for i in (1, 3))
-    # fp32; everything but the norms is halved.
-    assert 4 * whole / 2 <= here <= 4 * whole / 2 * 1.01
+    assert cells["images.encoder"][1] == "frozen"
+    assert cells["audios.encoder"][1] == "yes"
+    for part in ("images.encoder", "audios.encoder", "audios.projector", "language"):
+        whole, split, copied, here = (int(n.replace(",", "")) for n in cells[part][2:6])
+        assert whole == split + copied
+        assert here == 4 * (split // 2 + copied)
+    # What the language model copies are its nine norms.
+    assert copied == 9 * 128
     assert run[1].stdout == ""
 
 

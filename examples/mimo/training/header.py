@@ -16,9 +16,13 @@ from examples.mimo.training.freezing import part_names, parts
 
 @dataclass(frozen=True)
 class PartSize:
-    """`whole` counts all tensor-parallel ranks' parameters once; `here` what this rank holds."""
+    """Parameters: `split` over the tensor-parallel ranks (all shares), `copied` to each of them.
 
-    whole: int
+    `here` is what this rank holds: its share and the copies.
+    """
+
+    split: int
+    copied: int
     here: int
     here_bytes: int
     trains: bool
@@ -33,13 +37,12 @@ def part_sizes(model: StageMimoModel, tensor_parallel_size: int) -> dict[str, Pa
 
 
 def _size(parameters: list[torch.nn.Parameter], tensor_parallel_size: int) -> PartSize:
-    def whole(parameter: torch.nn.Parameter) -> int:
-        sharded = getattr(parameter, "tensor_model_parallel", False)
-        return parameter.numel() * (tensor_parallel_size if sharded else 1)
-
+    share = sum(p.numel() for p in parameters if getattr(p, "tensor_model_parallel", False))
+    here = sum(p.numel() for p in parameters)
     return PartSize(
-        whole=sum(map(whole, parameters)),
-        here=sum(p.numel() for p in parameters),
+        split=share * tensor_parallel_size,
+        copied=here - share,
+        here=here,
         here_bytes=sum(p.numel() * p.element_size() for p in parameters),
         trains=any(p.requires_grad for p in parameters),
     )
@@ -57,7 +60,7 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
         f"{config.name}: {_layout(args)}",
         f"data: {_data(args)}; {args.global_batch_size} samples an iteration in micro-batches "
         f"of {args.micro_batch_size}; {args.train_iters} iterations",
-        *_table(config, stages),
+        *_table(config, stages, args.tensor_model_parallel_size > 1),
     ]
     return "\n".join(lines)
 
@@ -84,22 +87,28 @@ def _data(args: argparse.Namespace) -> str:
     return f"{args.data_path[0]}, split {args.train_split}"
 
 
-def _table(config: MimoConfig, stages: list[dict[str, list[PartSize]]]) -> list[str]:
+def _table(config: MimoConfig, stages: list[dict[str, list[PartSize]]], tp: bool) -> list[str]:
     """A row a part: parameters, whether it trains, and what one rank of each stage holds."""
-    headings = ["part", "parameters", "trains"]
+    headings = ["part", "trains", "parameters"]
+    headings += ["split by TP", "copied"] if tp else []
     headings += [f"stage {i} rank" for i in range(len(stages))] if len(stages) > 1 else ["per rank"]
     rows = [headings]
-    for name in part_names(config):
-        sizes = [size for stage in stages for size in stage.get(name, [])]
-        trains = "yes" if any(size.trains for size in sizes) else "frozen"
-        row = [name, f"{sum(size.whole for size in sizes):,}", trains]
-        row += [_bytes(sum(s.here_bytes for s in stage.get(name, []))) for stage in stages]
-        rows.append(row)
-    total = sum(s.whole for stage in stages for sizes in stage.values() for s in sizes)
-    per_stage = [sum(s.here_bytes for sizes in stage.values() for s in sizes) for stage in stages]
-    rows.append(["in all", f"{total:,}", "", *map(_bytes, per_stage)])
+    by_part = {name: [stage.get(name, []) for stage in stages] for name in part_names(config)}
+    for name, found in by_part.items():
+        trains = any(size.trains for sizes in found for size in sizes)
+        rows.append([name, "yes" if trains else "frozen", *_counts(found, tp)])
+    everything = [[s for sizes in stage.values() for s in sizes] for stage in stages]
+    rows.append(["in all", "", *_counts(everything, tp)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(headings))]
     return ["  " + _row(row, widths) for row in rows]
+
+
+def _counts(stages: list[list[PartSize]], tp: bool) -> list[str]:
+    """The cells of sizes that lie on each stage."""
+    split = sum(size.split for sizes in stages for size in sizes)
+    copied = sum(size.copied for sizes in stages for size in sizes)
+    cells = [f"{split + copied:,}", *([f"{split:,}", f"{copied:,}"] if tp else [])]
+    return cells + [_bytes(sum(size.here_bytes for size in sizes)) for sizes in stages]
 
 
 def _row(cells: list[str], widths: list[int]) -> str:

@@ -130,7 +130,7 @@ def _with_scores(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         scores = answer[0]
         if scores and is_logging_rank():
             found = {name: float(value) for name, value in scores.items()}
-            iteration = get_args().curr_iteration + 1
+            iteration = max(get_args().curr_iteration + 1, get_args().iteration)
             text = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
             print(f"  held out after {iteration} iterations: {text}", file=sys.stderr, flush=True)
             _append_metrics({"iteration": iteration, "validation": found})

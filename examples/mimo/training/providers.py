@@ -139,6 +139,8 @@ def _batches(
     dataset: Dataset[Sample], consumed: int, micro_batch_size: int, num_workers: int
 ) -> Iterator[Batch]:
     """Micro-batches from sample `consumed` on, padded to what the layout divides by."""
+    if consumed >= len(dataset):  # type: ignore[arg-type]
+        return iter(())
     sampler = MegatronPretrainingSampler(
         total_samples=len(dataset),  # type: ignore[arg-type]
         consumed_samples=consumed,

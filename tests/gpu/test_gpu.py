@@ -1,0 +1,73 @@
+"""What only a CUDA device can show; `make gpu-check` runs these first."""
+
+import json
+
+import pytest
+import torch
+
+from examples.mimo.data.batch import collate, to_device
+from examples.mimo.data.datasets import MockDataset
+from tests.conftest import run_command
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+RUN = ("--train-iters", "5", "--micro-batch-size", "4", "--global-batch-size", "4", "--seed", "3")
+
+
+def losses(tmp_path, *flags, processes=0):
+    metrics = tmp_path / "metrics.jsonl"
+    done = run_command(
+        "train.py", *RUN, *flags, "--metrics-file", str(metrics), processes=processes
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert all(row["peak_memory_bytes"] > 0 for row in rows)
+    return [row["loss"] for row in rows]
+
+
+def test_bf16_follows_fp32(tmp_path):
+    (tmp_path / "fp32").mkdir()
+    (tmp_path / "bf16").mkdir()
+    exact = losses(tmp_path / "fp32")
+    assert losses(tmp_path / "bf16", "--bf16") == pytest.approx(exact, rel=2e-2)
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        ("--pipeline-model-parallel-size", "2"),
+        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ],
+)
+def test_layouts_over_nccl_follow_one_device(tmp_path, flags):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = losses(tmp_path / "one", "--bf16")
+    assert losses(tmp_path / "two", "--bf16", *flags, processes=2) == pytest.approx(one, rel=2e-2)
+
+
+def test_a_saved_model_answers_in_bf16(tmp_path):
+    done = run_command("train.py", *RUN, "--bf16", "--save", str(tmp_path), "--save-interval", "5")
+    assert done.returncode == 0, done.stderr
+    generated = run_benchmark("--generate", str(tmp_path))
+    assert json.loads(generated.stdout.splitlines()[-1])["tokens_per_second"] > 0
+
+
+def run_benchmark(*flags):
+    return run_command("../../benchmarks/gpu_check.py", *flags)
+
+
+def test_a_models_losses_on_cuda_equal_the_cpus(tiny, build_model):
+    model = build_model(tiny).cuda()
+    batch = collate([MockDataset(tiny, 128, 4, seed=0)[i] for i in range(4)])
+    there = to_device(batch, torch.device("cuda"))
+    with torch.no_grad():
+        found = model(there.input_ids, there.labels, there.modality_inputs).cpu()
+        wanted = model.cpu()(batch.input_ids, batch.labels, batch.modality_inputs)
+    assert (found - wanted).abs().max() < 1e-4
