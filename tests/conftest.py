@@ -10,7 +10,6 @@ import pytest
 from examples.mimo import command
 
 command.prepare_environment()
-command.alone_unless_launched()
 
 from examples.mimo import host  # noqa: E402
 
@@ -25,18 +24,14 @@ def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.Comp
     if processes:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         launch += [str(processes)]
-    environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}
     return subprocess.run(
         [*launch, str(ROOT / "examples/mimo" / script), *flags],
         cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
     )
-
-
-_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +69,8 @@ def build_model():
     from examples.mimo.training.arguments import parse_with_preset
     from examples.mimo.training.providers import transformer_config
 
-    torch.distributed.init_process_group("gloo")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(0)
 

@@ -22,7 +22,7 @@ from examples.mimo.training.providers import transformer_config  # noqa: E402
 
 name, tp = sys.argv[1], int(sys.argv[2])
 torch.distributed.init_process_group("fake", rank=0, world_size=tp, store=FakeStore())
-parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+parallel_state.initialize_model_parallel(tp, create_gloo_process_groups=False)
 config = get_model_config(name)
 args = parse_with_preset(config, ["--tensor-model-parallel-size", str(tp), "--no-initialization"])
 args.params_dtype = torch.float32

@@ -64,8 +64,6 @@ def test_killed_and_started_again(data_folder, uninterrupted, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "examples/mimo/train.py"), *flags(data_folder, tmp_path, TP2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(variable, None)
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

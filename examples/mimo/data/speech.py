@@ -64,7 +64,9 @@ class Synthesiser:
     ) -> np.ndarray:
         """(samples,) float32 within -1..1, without silence around; `pitch` is 0 to 99."""
         voice = f"{accent}+{variant}"
-        if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
+        # The library takes an unknown variant for none at all.
+        known = (self.data / "voices" / "!v" / variant).is_file()
+        if not known or self._library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"eSpeak NG has no voice {voice}")
         self._library.espeak_SetParameter(RATE_PARAMETER, words_per_minute, 0)
         self._library.espeak_SetParameter(PITCH_PARAMETER, pitch, 0)
