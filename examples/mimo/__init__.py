@@ -7,7 +7,7 @@ The map of the package; imports point downwards only:
     training/     flags, providers, forward step, loss, progress
     inference/    prompt -> answer: prefill, decode
     checkpoint/   what a model is, written beside its weights; strict loading
-    models/       the parallel blocks: CLIP, Whisper, projector, language model, MimoModel
+    models/       the parallel blocks: ViT, Whisper, projector, language model, MimoModel
     data/         files -> samples -> batches
     configs/      what a model is: schema.py, one file per model, a registry of names
 """

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from examples.mimo.configs import get_model_config
-from examples.mimo.models.clip import ClipConfig
+from examples.mimo.models.vit import VitConfig
 from examples.mimo.models.whisper import WhisperConfig, log_mel, sinusoids
 
 
@@ -79,12 +79,16 @@ def test_whisper_augmentation_stays_in_the_window(tiny):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"patch_size": 7}, "multiple of patch_size 7"), ({"feature_layer": -3}, "-2..-1")],
+    [
+        ({"patch_size": 64}, "hold a patch of 64 pixels"),
+        ({"feature_layer": -3}, "-2..-1"),
+        ({"family": "resnet"}, "there are clip, siglip, dinov2"),
+    ],
 )
-def test_clip_configs_that_cannot_be(fields, message):
+def test_vit_configs_that_cannot_be(fields, message):
     sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "width": 8, "num_heads": 2}
     with pytest.raises(ValueError, match=message):
-        ClipConfig(**{**sizes, "ffn_hidden_size": 8, **fields})
+        VitConfig(**{**sizes, "ffn_hidden_size": 8, **fields})
 
 
 def test_whisper_windows_that_cannot_be():

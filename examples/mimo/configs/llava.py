@@ -11,7 +11,7 @@ from examples.mimo.configs.schema import (
     ModalityConfig,
     ProjectorConfig,
 )
-from examples.mimo.models.clip import ClipConfig
+from examples.mimo.models.vit import VitConfig
 from examples.mimo.models.whisper import WhisperConfig
 
 
@@ -37,7 +37,7 @@ def llava_vlm() -> MimoConfig:
                 noun="image",
                 placeholder="<image>",
                 token_id=32000,
-                encoder=ClipConfig(
+                encoder=VitConfig(
                     image_size=336,
                     patch_size=14,
                     num_layers=24,

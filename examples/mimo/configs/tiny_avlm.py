@@ -9,7 +9,7 @@ from examples.mimo.configs.schema import (
     ModalityConfig,
     ProjectorConfig,
 )
-from examples.mimo.models.clip import ClipConfig
+from examples.mimo.models.vit import VitConfig
 from examples.mimo.models.whisper import WhisperConfig
 
 
@@ -36,7 +36,7 @@ def tiny_avlm() -> MimoConfig:
                 noun="image",
                 placeholder="<image>",
                 token_id=4,
-                encoder=ClipConfig(
+                encoder=VitConfig(
                     image_size=32,
                     patch_size=8,
                     num_layers=2,

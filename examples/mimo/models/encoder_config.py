@@ -25,15 +25,17 @@ SHARED_FIELDS = (
 )
 
 
-def encoder_transformer_config(language: TransformerConfig, **sizes: Any) -> TransformerConfig:
-    """LayerNorm (eps 1e-5), biases, no dropout; `sizes` are TransformerConfig fields."""
+def encoder_transformer_config(
+    language: TransformerConfig, layernorm_epsilon: float = 1e-5, **sizes: Any
+) -> TransformerConfig:
+    """LayerNorm, biases, no dropout; `sizes` are TransformerConfig fields."""
     shared = {name: getattr(language, name) for name in SHARED_FIELDS}
     if shared["recompute_method"]:
         shared["recompute_num_layers"] = 1
     return TransformerConfig(
         **shared,
         normalization="LayerNorm",
-        layernorm_epsilon=1e-5,
+        layernorm_epsilon=layernorm_epsilon,
         persist_layer_norm=shared["transformer_impl"] == "transformer_engine",
         hidden_dropout=0.0,
         attention_dropout=0.0,

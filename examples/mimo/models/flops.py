@@ -37,20 +37,30 @@ class Flops:
 
 
 def layer_flops(
-    rows: int, width: int, kv_width: int, ffn_hidden_size: int, gated: bool = False
+    rows: int, width: int, query_size: int, key_size: int, ffn_hidden_size: int, ffn_matrices: int
 ) -> Flops:
-    """One transformer layer over a sequence of `rows`."""
-    projections = 2 * rows * width * (2 * width + 2 * kv_width)
-    feed_forward = 2 * rows * width * ffn_hidden_size * (3 if gated else 2)
-    return Flops(projections + feed_forward, attention=2 * 2 * rows**2 * width)
+    """One transformer layer over a sequence of `rows`; a gated MLP has three matrices."""
+    projections = 2 * rows * width * (2 * query_size + 2 * key_size)
+    feed_forward = 2 * rows * width * ffn_hidden_size * ffn_matrices
+    return Flops(projections + feed_forward, attention=2 * 2 * rows**2 * query_size)
+
+
+def encoder_layer_flops(rows: int, width: int, ffn_hidden_size: int) -> Flops:
+    """One layer of an encoder: as many keys as queries, a plain MLP."""
+    return layer_flops(rows, width, width, width, ffn_hidden_size, ffn_matrices=2)
 
 
 def language_flops(language: LanguageConfig, num_rows: int, num_columns: int) -> Flops:
     """The language model over `num_rows` sequences, head included."""
-    width = language.hidden_size
-    kv_width = width // language.num_attention_heads * language.num_query_groups
-    layer = layer_flops(num_columns, width, kv_width, language.ffn_hidden_size, gated=True)
-    head = Flops(2 * num_columns * width * language.vocab_size)
+    layer = layer_flops(
+        num_columns,
+        language.hidden_size,
+        language.query_size,
+        language.key_size,
+        language.ffn_hidden_size,
+        ffn_matrices=3,
+    )
+    head = Flops(2 * num_columns * language.hidden_size * language.vocab_size)
     return (layer * language.num_layers + head) * num_rows
 
 

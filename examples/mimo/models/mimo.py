@@ -192,6 +192,8 @@ def _language_spec(
             "share_embeddings_and_output_weights": sizes.tie_embeddings,
             "position_embedding_type": "rope",
             "rotary_base": sizes.rotary_base,
+            "rope_scaling": sizes.rope_scaling_factor is not None,
+            "rope_scaling_factor": sizes.rope_scaling_factor or 1.0,
             # MimoModel shards text and media together, after it has put them in order.
             "scatter_embedding_sequence_parallel": False,
             "pg_collection": pg_collection,

@@ -19,7 +19,7 @@ from torchaudio.transforms import MelSpectrogram
 
 from examples.mimo.data.audio import read_audio
 from examples.mimo.models.encoder_config import encoder_transformer_config
-from examples.mimo.models.flops import Flops, layer_flops
+from examples.mimo.models.flops import Flops, encoder_layer_flops
 from examples.mimo.models.layer_specs import block_submodules
 
 SAMPLE_RATE_HZ = 16_000
@@ -122,7 +122,7 @@ class WhisperConfig:
         """One window through both convolutions and the layers; shorter sound costs the same."""
         frames, width = self.window_frames, self.width
         convolutions = 2 * frames * 3 * (2 * self.num_mel_bins * width + width**2)
-        layer = layer_flops(frames, width, width, self.ffn_hidden_size)
+        layer = encoder_layer_flops(frames, width, self.ffn_hidden_size)
         return Flops(convolutions) + layer * self.num_layers
 
     def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:

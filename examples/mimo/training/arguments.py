@@ -34,6 +34,9 @@ LANGUAGE_ARGUMENTS = {
     "rotary_base": "rotary_base",
     "norm_epsilon": "norm_epsilon",
     "init_method_std": "init_method_std",
+    "head_size": "kv_channels",
+    "qkv_bias": "add_qkv_bias",
+    "qk_norm": "qk_layernorm",
 }
 
 # What a Llama-shaped model and this package's data path ask of Megatron.
@@ -167,6 +170,8 @@ def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
     for field, argument in LANGUAGE_ARGUMENTS.items():
         defaults[argument] = getattr(preset.language, field)
     defaults["max_position_embeddings"] = preset.language.seq_length
+    defaults["use_rope_scaling"] = preset.language.rope_scaling_factor is not None
+    defaults["rope_scaling_factor"] = preset.language.rope_scaling_factor or 8.0
     defaults["untie_embeddings_and_output_weights"] = not preset.language.tie_embeddings
     if not has_transformer_engine():
         defaults |= WITHOUT_TRANSFORMER_ENGINE
@@ -225,6 +230,9 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
 def resolve(preset: MimoConfig, args: argparse.Namespace) -> MimoConfig:
     """The preset with the command line's sizes: what the checkpoint remembers."""
     sizes = {field: getattr(args, argument) for field, argument in LANGUAGE_ARGUMENTS.items()}
+    if args.kv_channels == args.hidden_size // args.num_attention_heads:
+        sizes["head_size"] = preset.language.head_size
+    sizes["rope_scaling_factor"] = args.rope_scaling_factor if args.use_rope_scaling else None
     sizes["tie_embeddings"] = not args.untie_embeddings_and_output_weights
     language: LanguageConfig = dataclasses.replace(preset.language, **sizes)
     return dataclasses.replace(preset, language=language)

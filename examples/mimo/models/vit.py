@@ -1,7 +1,12 @@
-"""The eye: CLIP's vision transformer (arXiv:2103.00020) from Megatron-Core blocks."""
+"""The eye: vision transformers (arXiv:2010.11929) from Megatron-Core blocks.
+
+CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343) and DINOv2 (arXiv:2304.07193) differ by the
+entries of `FAMILIES` alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +19,71 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from PIL import Image
+from torch.nn import functional
 
 from examples.mimo.data.images import read_image
+from examples.mimo.models.activations import tanh_gelu
 from examples.mimo.models.encoder_config import encoder_transformer_config
-from examples.mimo.models.flops import Flops, layer_flops
+from examples.mimo.models.flops import Flops, encoder_layer_flops
 from examples.mimo.models.layer_specs import block_submodules
 from examples.mimo.models.norm import Norm
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+@dataclass(frozen=True)
+class VitFamily:
+    """What sets one kind of ViT apart; `megatron` is its name in Megatron's CLIPViTModel."""
+
+    megatron: str
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    norm_epsilon: float
+    class_token: bool
+    final_norm: bool
+    layer_scale: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+FAMILIES = {
+    "clip": VitFamily(
+        megatron="clip",
+        activation=quick_gelu,
+        norm_epsilon=1e-5,
+        class_token=True,
+        final_norm=False,
+        layer_scale=False,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+    ),
+    "siglip": VitFamily(
+        megatron="siglip",
+        activation=tanh_gelu,
+        norm_epsilon=1e-6,
+        class_token=False,
+        final_norm=True,
+        layer_scale=False,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
+    "dinov2": VitFamily(
+        megatron="internvit",
+        activation=functional.gelu,
+        norm_epsilon=1e-6,
+        class_token=True,
+        final_norm=True,
+        layer_scale=True,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    ),
+}
 
 
 @dataclass(frozen=True)
-class ClipConfig:
-    """A CLIP ViT over square pictures of `image_size` pixels in patches of `patch_size`.
+class VitConfig:
+    """A ViT over square pictures of `image_size` pixels in patches of `patch_size`.
 
-    `feature_layer` counts from the end as in Hugging Face: -1 is the last layer's output, -2
-    the one before it (LLaVA's choice), whose layers are then not built at all.
+    `family` is one of `FAMILIES`. `feature_layer` counts from the end as in Hugging Face: -1 is
+    the last layer's output, behind the final norm if the family has one; -2 the layer before it
+    (LLaVA's choice), without. Layers behind it are not built.
     `augment_shift`, `augment_degrees` and `augment_scale` bound the random changes in training:
     shift and scale as parts of the picture's side, rotation in degrees.
     """
@@ -41,15 +94,18 @@ class ClipConfig:
     width: int
     num_heads: int
     ffn_hidden_size: int
+    family: str = "clip"
     feature_layer: int = -1
     augment_shift: float = 0.0
     augment_degrees: float = 0.0
     augment_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
+        if self.family not in FAMILIES:
+            raise ValueError(f"no ViT family {self.family!r}; there are {', '.join(FAMILIES)}")
+        if self.image_size < self.patch_size:
             raise ValueError(
-                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
+                f"image_size {self.image_size} must hold a patch of {self.patch_size} pixels"
             )
         if not -self.num_layers <= self.feature_layer <= -1:
             raise ValueError(
@@ -62,9 +118,19 @@ class ClipConfig:
         return self.width
 
     @property
+    def patches_per_side(self) -> int:
+        """Whole patches along a side; pixels that fill no patch are not seen."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """Patches in a picture."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.patches_per_side**2
+
+    @property
+    def built_layers(self) -> int:
+        """The layers up to the one whose output is used."""
+        return self.num_layers + self.feature_layer + 1
 
     def read(self, path: Path) -> Image.Image:
         """The picture in RGB, upright, on black where it was transparent."""
@@ -94,8 +160,9 @@ class ClipConfig:
         size = (width, height)
         picture = raw if raw.size == size else raw.resize(size, Image.Resampling.BICUBIC)
         picture = picture.crop((left, top, left + self.image_size, top + self.image_size))
+        family = FAMILIES[self.family]
         pixels = torch.from_numpy(np.array(picture, dtype=np.float32)) / 255.0
-        pixels = (pixels - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+        pixels = (pixels - torch.tensor(family.mean)) / torch.tensor(family.std)
         return {"pixel_values": pixels.permute(2, 0, 1).contiguous()}
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
@@ -109,45 +176,65 @@ class ClipConfig:
 
     def flops(self) -> Flops:
         """One picture through the patch embedding and the layers that are kept."""
-        num_layers = self.num_layers + self.feature_layer + 1
         embed = 2 * self.num_patches * 3 * self.patch_size**2 * self.width
-        rows = self.num_patches + 1
-        layer = layer_flops(rows, self.width, self.width, self.ffn_hidden_size)
-        return Flops(embed) + layer * num_layers
+        rows = self.num_patches + FAMILIES[self.family].class_token
+        layer = encoder_layer_flops(rows, self.width, self.ffn_hidden_size)
+        return Flops(embed) + layer * self.built_layers
 
     def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:
-        """`ClipEncoder` as a module spec."""
+        """`VitEncoder` as a module spec."""
         return ModuleSpec(
-            module=ClipEncoder,
-            params={"clip": self, "language": language, "pg_collection": pg_collection},
+            module=VitEncoder,
+            params={"vit": self, "language": language, "pg_collection": pg_collection},
         )
 
 
-class ClipEncoder(CLIPViTModel):
-    """A CLIP ViT that returns its patches' features."""
+class VitEncoder(CLIPViTModel):
+    """A ViT that returns its patches' features."""
 
-    def __init__(self, clip: ClipConfig, language: TransformerConfig, pg_collection: Any) -> None:
-        num_layers = clip.num_layers + clip.feature_layer + 1
+    def __init__(self, vit: VitConfig, language: TransformerConfig, pg_collection: Any) -> None:
+        family = FAMILIES[vit.family]
         config = encoder_transformer_config(
             language,
-            num_layers=num_layers,
-            hidden_size=clip.width,
-            num_attention_heads=clip.num_heads,
-            ffn_hidden_size=clip.ffn_hidden_size,
-            activation_func=quick_gelu,
+            num_layers=vit.built_layers,
+            hidden_size=vit.width,
+            num_attention_heads=vit.num_heads,
+            ffn_hidden_size=vit.ffn_hidden_size,
+            activation_func=family.activation,
+            layernorm_epsilon=family.norm_epsilon,
+        )
+        layers = block_submodules(
+            config.transformer_impl,
+            AttnMaskType.no_mask,
+            vit.built_layers,
+            layer_scale=family.layer_scale,
         )
         super().__init__(
             config,
-            block_submodules(config.transformer_impl, AttnMaskType.no_mask, num_layers),
+            layers,
             ln_pre_impl=Norm,
-            patch_dim=clip.patch_size,
-            img_h=clip.image_size,
-            img_w=clip.image_size,
+            ln_post_impl=Norm,
+            add_class_token=family.class_token,
+            class_token_len=int(family.class_token),
+            patch_dim=vit.patch_size,
+            # Megatron wants whole patches; the convolution leaves what is over unseen.
+            img_h=vit.patches_per_side * vit.patch_size,
+            img_w=vit.patches_per_side * vit.patch_size,
+            model_subtype=family.megatron,
             pg_collection=pg_collection,
         )
+        self._choose_final_norm(family.final_norm and vit.feature_layer == -1)
         with torch.no_grad():
             config.init_method(self.position_embeddings.weight)
-            config.init_method(self.class_token)
+            if family.class_token:
+                config.init_method(self.class_token)
+
+    def _choose_final_norm(self, wanted: bool) -> None:
+        """Megatron's SigLIP always has one, and its InternViT, which DINOv2 resembles, never."""
+        if not wanted:
+            self.ln_post: torch.nn.Module | None = None
+        elif self.ln_post is None:
+            self.ln_post = Norm(self.config, self.visual_hidden_size, self.config.layernorm_epsilon)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """(N, 3, H, W) -> (N * P, width); media order kept."""
