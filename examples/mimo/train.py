@@ -43,13 +43,14 @@ def train(argv: list[str]) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
-    from examples.mimo.checkpoint.description import save_description
+    from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
     from examples.mimo.training import adam, progress
     from examples.mimo.training.arguments import parse_arguments
     from examples.mimo.training.providers import (
         check_inputs,
         data_provider,
         model_provider,
+        starting_point,
         tokenizer_path,
     )
     from examples.mimo.training.step import forward_step
@@ -58,7 +59,10 @@ def train(argv: list[str]) -> None:
     check_inputs(args, config)
     set_global_variables(args)
     if args.save and args.rank == 0:
-        save_description(Path(args.save), config, tokenizer_path(args))
+        start = starting_point(args)
+        known = start is not None and (start / FILE_NAME).is_file()
+        sources = open_checkpoint(start).sources if start and known else {}
+        save_description(Path(args.save), config, tokenizer_path(args), sources)
     adam.install()
     progress.install(config)
     command.speak_for_myself()

@@ -144,7 +144,7 @@ def other_width(folder):
 
 
 def no_tokenizer(folder):
-    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer/tokenizer.model").unlink()
 
 
 def no_weights(folder):

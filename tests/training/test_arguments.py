@@ -70,7 +70,7 @@ def test_wrong_flags_are_named(parse, processes, flags, message):
         (
             "train.py",
             ("--dataset-provider", "spoken_questions", "--data-path", "tests"),
-            "tests/tokenizer.model",
+            "no tokenizer.model in it",
         ),
         ("train.py", ("--train-iter", "5"), "did you mean --train-iters?"),
         ("train.py", ("--model-provider", "gpt"), "invalid choice: 'gpt' (choose from 'tiny_avlm'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from examples.mimo.configs.schema import MimoConfig, overlay, to_dict
 FILE_NAME = "mimo.json"
 FORMAT = 1
 TRACKER = "latest_checkpointed_iteration.txt"
+# What Megatron calls weights that are of no iteration, such as converted ones.
+RELEASE = "release"
+TOKENIZER = "tokenizer"
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
 
 # What two runs of one model may choose differently.
 FREE_FIELDS = ("seq_length", "prompt", "overflow", "init_method_std")
@@ -22,31 +30,42 @@ FREE_FIELDS = ("seq_length", "prompt", "overflow", "init_method_std")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`folder` is what `--save` named; `weights` the iteration inside it that is loaded."""
+    """`folder` is what `--save` named; `weights` the iteration inside it that is loaded.
+
+    `sources` says of each part that came from Hugging Face what its config.json was.
+    """
 
     folder: Path
     weights: Path
     config: MimoConfig
+    sources: dict[str, Any]
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer the model was trained with."""
-        return self.folder / "tokenizer.model"
+        """The folder of the tokenizer the model was trained with."""
+        return self.folder / TOKENIZER
 
 
-def save_description(folder: Path, config: MimoConfig, tokenizer: Path | None) -> None:
-    """Write `mimo.json` and the tokenizer into `folder`, whole or not at all."""
+def save_description(
+    folder: Path,
+    config: MimoConfig,
+    tokenizer: Path | None,
+    sources: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `mimo.json` and the tokenizer's files into `folder`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, "config": to_dict(config)}, indent=1)
+    described = {"format": FORMAT, "config": to_dict(config), "sources": dict(sources or {})}
     draft = folder / f".{FILE_NAME}.{os.getpid()}"
-    draft.write_text(text, encoding="utf-8")
+    draft.write_text(json.dumps(described, indent=1), encoding="utf-8")
     draft.replace(folder / FILE_NAME)
-    target = folder / "tokenizer.model"
-    if tokenizer is None or (target.exists() and tokenizer.samefile(target)):
+    target = folder / TOKENIZER
+    if tokenizer is None or (target.exists() and tokenizer.resolve() == target.resolve()):
         return
-    draft = folder / f".tokenizer.{os.getpid()}"
-    copy = shutil.copytree if tokenizer.is_dir() else shutil.copyfile
-    copy(tokenizer, draft)
+    draft = folder / f".{TOKENIZER}.{os.getpid()}"
+    draft.mkdir()
+    for file in [tokenizer] if tokenizer.is_file() else tokenizer.iterdir():
+        if tokenizer.is_file() or file.name in TOKENIZER_FILES:
+            shutil.copyfile(file, draft / (TOKENIZER_FILES[0] if file == tokenizer else file.name))
     if target.is_dir():
         shutil.rmtree(target)
     draft.replace(target)
@@ -72,7 +91,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{FORMAT}"
         )
     config = overlay(get_model_config(name), saved["config"], FILE_NAME)
-    return Checkpoint(folder, _latest(folder), config)
+    return Checkpoint(folder, _latest(folder), config, saved.get("sources", {}))
 
 
 def check_same_model(flag: str, folder: Path, config: MimoConfig) -> None:
@@ -107,9 +126,9 @@ def _latest(folder: Path) -> Path:
     if not tracker.is_file():
         raise ValueError(f"--ckpt {folder}: nothing has been saved here yet ({TRACKER} is missing)")
     iteration = tracker.read_text(encoding="utf-8").strip()
-    if not iteration.isdigit():
+    if not iteration.isdigit() and iteration != RELEASE:
         raise ValueError(f"--ckpt {folder}: {TRACKER} names no iteration: {iteration!r}")
-    weights = folder / f"iter_{int(iteration):07d}"
+    weights = folder / (RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}")
     if not (weights / ".metadata").is_file():
         raise ValueError(f"--ckpt {folder}: the weights in {weights.name} are missing or damaged")
     return weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import initialize
 from megatron.training.arguments import validate_args
@@ -37,8 +37,9 @@ def load_model(checkpoint: Checkpoint, tp: int = 1, pp: int = 1) -> StageMimoMod
         )
     check_layout(args, checkpoint.config)
     validate_args(args)
-    set_global_variables(args, build_tokenizer=False)
-    initialize.initialize_megatron()
+    if not parallel_state.model_parallel_is_initialized():
+        set_global_variables(args, build_tokenizer=False)
+        initialize.initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = build_mimo_model(
         checkpoint.config,

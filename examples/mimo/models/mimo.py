@@ -163,6 +163,29 @@ def build_mimo_model(
     return StageMimoModel(mimo_config, pg_collection, pre_process, post_process, vp_stage, idle)
 
 
+def part_spec(
+    config: MimoConfig, part: str, language: TransformerConfig, pg_collection: Any
+) -> ModuleSpec:
+    """One part by its name (`images.encoder`, `images.projector`, `language`), whole."""
+    if part == "language":
+        return _language_spec(config.language, language, pg_collection, True, True, None)
+    name, side = part.split(".")
+    spec = _modality_spec(config.modalities[name], language, pg_collection)
+    assert spec.submodules is not None
+    if side == "projector":
+        return spec.submodules["input_projections"][0]
+    return spec.submodules["encoders"][ENCODER]
+
+
+def part_prefix(part: str) -> str:
+    """What the names of a part's weights begin with in a checkpoint."""
+    if part == "language":
+        return "language_model."
+    name, side = part.split(".")
+    inside = "input_projections.0" if side == "projector" else f"encoders.{ENCODER}"
+    return f"modality_submodules.{name}.{inside}."
+
+
 def _one_mock_item(modality: ModalityConfig) -> dict[str, torch.Tensor]:
     item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
     return {name: tensor.unsqueeze(0) for name, tensor in item.items()}

@@ -32,7 +32,7 @@ LANGUAGE_ARGUMENTS = {
     "vocab_size": "vocab_size",
     "seq_length": "seq_length",
     "rotary_base": "rotary_base",
-    "norm_epsilon": "norm_epsilon",
+    "norm_epsilon": "layernorm_epsilon",
     "init_method_std": "init_method_std",
     "head_size": "kv_channels",
     "qkv_bias": "add_qkv_bias",
@@ -152,7 +152,10 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         setattr(parser, "error", functools.partial(refuse, parser))
         add_own_flags(parser)
-        parser.set_defaults(**preset_defaults(preset))
+        defaults = preset_defaults(preset)
+        unknown = set(defaults) - {action.dest for action in parser._actions}
+        assert not unknown, f"Megatron has no arguments {unknown}"
+        parser.set_defaults(**defaults)
         refuse_idle_flags(parser, argv)
         return parser
 

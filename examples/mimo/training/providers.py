@@ -15,7 +15,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
-from examples.mimo.checkpoint.description import TRACKER, check_same_model
+from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
@@ -76,11 +76,22 @@ def model_provider(
 
 
 def tokenizer_path(args: argparse.Namespace) -> Path | None:
-    """`--tokenizer-model`, else the one in the data folder, else none."""
+    """`--tokenizer-model`, else the data folder's, else that of the weights, else none."""
     if args.tokenizer_model:
         return Path(args.tokenizer_model)
-    if args.data_path:
+    if args.data_path and (Path(args.data_path[0]) / "tokenizer.model").is_file():
         return Path(args.data_path[0]) / "tokenizer.model"
+    start = starting_point(args)
+    if start and (start / TOKENIZER).is_dir():
+        return start / TOKENIZER
+    return None
+
+
+def starting_point(args: argparse.Namespace) -> Path | None:
+    """The folder of the weights a run begins with, if it does not begin with random ones."""
+    for folder in (args.load, args.pretrained_checkpoint):
+        if folder and (Path(folder) / TRACKER).is_file():
+            return Path(folder)
     return None
 
 
@@ -120,7 +131,10 @@ def _spoken_questions(
     if not root.is_dir():
         raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
     path = tokenizer_path(args)
-    assert path is not None
+    if path is None:
+        raise ValueError(
+            f"--data-path {root}: no tokenizer.model in it; name one with --tokenizer-model"
+        )
     reader = functools.partial(SampleReader, mimo, load_tokenizer(path), args.seq_length)
     train = ConversationDataset(
         root, args.train_split, reader(augment=args.augment), num_train, args.seed, shuffle=True

@@ -1,0 +1,128 @@
+"""Hugging Face folders: config.json and safetensors, tensor by tensor; nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from examples.mimo.checkpoint.families.rows import Family
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Folder:
+    """The config and the tensors of a folder; ValueError, one line, for one that is not whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = self._read_json("config.json")
+        self.model_type = str(self.settings.get("model_type"))
+        self._files = self._find_tensors()
+        self._open: dict[Path, Any] = {}
+
+    def section(self, family: Family) -> Any:
+        """The transformers config of the part that `family` describes, defaults filled in."""
+        from transformers import CONFIG_MAPPING
+
+        where = family.sections[self.model_type]
+        values = self.settings.get(where, {}) if where else self.settings
+        own = values.get("model_type", family.name)
+        if own not in CONFIG_MAPPING:
+            raise ValueError(f"{self.path}/config.json: unknown model type {own!r}")
+        return CONFIG_MAPPING[own].from_dict(dict(values))
+
+    def names(self, family: Family) -> dict[str, str]:
+        """The family's spelling of a tensor's name -> its name in the files."""
+        spelled = {_respell(name, family): name for name in self._files}
+        for root in family.roots:
+            if root + family.anchor in spelled:
+                return {n.removeprefix(root): f for n, f in spelled.items() if n.startswith(root)}
+        raise ValueError(
+            f"{self.path}: no tensor {family.anchor} of a {family.name} in this folder's files"
+        )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, read now."""
+        return self._holder(name).get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._holder(name).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor, without reading it."""
+        kind = self._holder(name).get_slice(name).get_dtype()
+        if kind not in DTYPES:
+            raise ValueError(f"{self.path}: {name} is {kind}; {', '.join(DTYPES)} are read")
+        return DTYPES[kind]
+
+    def _holder(self, name: str) -> Any:
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = _open(file)
+            if name not in set(self._open[file].keys()):
+                raise ValueError(f"{file}: {name} is missing, though the index lists it here")
+        return self._open[file]
+
+    def _find_tensors(self) -> dict[str, Path]:
+        if (self.path / INDEX).is_file():
+            listed = self._read_json(INDEX).get("weight_map")
+            if not isinstance(listed, dict):
+                raise ValueError(f"{self.path}/{INDEX}: no weight_map in it")
+            files = {name: self._inside(str(file)) for name, file in listed.items()}
+            missing = sorted({f.name for f in files.values() if not f.is_file()})
+            if missing:
+                raise ValueError(
+                    f"{self.path}: {len(missing)} files of the index are missing, such as "
+                    f"{missing[0]}; finish the download"
+                )
+            return files
+        single = self.path / SINGLE
+        if single.is_file():
+            return dict.fromkeys(_open(single).keys(), single)
+        if any(self.path.glob("*.bin")):
+            raise ValueError(
+                f"{self.path}: holds pickled .bin weights, which are not read; load them with "
+                "transformers where you trust them and save_pretrained() them as safetensors"
+            )
+        raise ValueError(f"{self.path}: no {SINGLE} in this folder")
+
+    def _inside(self, name: str) -> Path:
+        file = (self.path / name).resolve()
+        if not file.is_relative_to(self.path.resolve()):
+            raise ValueError(f"{self.path}/{INDEX}: {name} lies outside the folder")
+        return file
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path}: no such folder")
+        if not file.is_file():
+            raise ValueError(f"{self.path}: not a Hugging Face folder ({name} is missing)")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise ValueError(f"{file}: not JSON") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: not a JSON object")
+        return values
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: damaged or half downloaded ({error})") from None
+
+
+def _respell(name: str, family: Family) -> str:
+    for pattern, replacement in family.spellings:
+        name = re.sub(pattern, replacement, name)
+    return name

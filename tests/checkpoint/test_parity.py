@@ -1,0 +1,72 @@
+"""Every family computes what transformers computes, at every layout, and comes back bit for bit."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from examples.mimo.checkpoint import from_hf, to_hf
+from examples.mimo.checkpoint.description import open_checkpoint
+from examples.mimo.checkpoint.folder import Folder
+from tests.checkpoint.cases import CASES
+from tests.conftest import ROOT
+
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+LANGUAGE = [name for name, case in CASES.items() if case.part == "language"]
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, build_model):
+    """All families saved by transformers, converted, and run at every layout."""
+    folder = tmp_path_factory.mktemp("parity")
+    for name, case in CASES.items():
+        case.build().save_pretrained(folder / name / "theirs")
+        source = {case.part: Folder(folder / name / "theirs")}
+        from_hf.convert(case.config, source, folder / name / "ours", lambda text: None)
+    for tp, pp in LAYOUTS:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += ["--nproc-per-node", str(tp * pp), "-m", "tests.checkpoint.run_parity"]
+        launch += [str(folder), str(tp), str(pp)]
+        done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_output_is_transformers(work, name, tp):
+    compare(work, name, tp, 1)
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_the_output_is_transformers_over_two_stages(work, name):
+    compare(work, name, 1, 2)
+
+
+def compare(work, name, tp, pp):
+    case = CASES[name]
+    with torch.no_grad():
+        wanted = case.output(case.build(), case.inputs)
+    found = torch.load(work / name / f"output_{tp}_{pp}.pt", weights_only=True)
+    if case.part == "language":
+        found = found[..., : wanted.shape[-1]]
+    assert wanted.std() > 0.05
+    assert (found.reshape(wanted.shape) - wanted).abs().max() <= BOUND
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("which", ["ours", "again"])
+def test_the_round_trip_is_bit_equal(work, name, which, tmp_path):
+    part = CASES[name].part
+    to_hf.convert(open_checkpoint(work / name / which), tmp_path / "back", lambda text: None)
+    before = load_file(work / name / "theirs/model.safetensors")
+    after = load_file(tmp_path / "back" / part / "model.safetensors")
+    roots = ("", "model.encoder.")
+    before = {key.removeprefix(roots[1]): tensor for key, tensor in before.items()}
+    assert len(after) > 10
+    for key, tensor in after.items():
+        assert torch.equal(tensor, before[key]), key
+        assert tensor.dtype == before[key].dtype
