@@ -2,11 +2,12 @@
 
 The map of the package; imports point downwards only:
 
-    train.py  avlm_inference.py  evaluate.py  prepare_data.py     what a user types
+    train.py  avlm_inference.py  evaluate.py  convert.py  prepare_data.py   what a user types
     host/         lets the same commands run where CUDA is absent
     training/     flags, providers, forward step, loss, progress
     inference/    prompt -> answer: prefill, decode
-    checkpoint/   what a model is, written beside its weights; strict loading
+    checkpoint/   what a model is, written beside its weights; strict loading;
+                  Hugging Face weights in and out
     models/       the parallel blocks: ViT, Whisper, projector, language model, MimoModel
     data/         files -> samples -> batches
     configs/      what a model is: schema.py, one file per model, a registry of names

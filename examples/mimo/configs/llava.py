@@ -19,7 +19,7 @@ def llava_vlm() -> MimoConfig:
     """Vicuna-7B and CLIP ViT-L/14 at 336 px: the sizes of LLaVA-1.5 (arXiv:2310.03744).
 
     Picture features leave the last but one CLIP layer without the class token, 576 tokens a
-    picture. Weights come from nowhere yet: a run starts from random ones.
+    picture. `convert.py from-hf --llava DIR` brings its weights in.
     """
     return MimoConfig(
         name="llava_vlm",
