@@ -56,6 +56,13 @@ def test_factories_read_cuda_as_the_cpu():
     assert not torch.empty(2, pin_memory=True).is_pinned()
 
 
+def test_a_device_context_still_holds():
+    with torch.device("meta"):
+        made = [torch.arange(3), torch.empty(2), torch.ones(2), torch.tensor([1.0])]
+    assert all(tensor.is_meta for tensor in made)
+    assert not torch.empty(2).is_meta
+
+
 def test_adam_is_torchs_adamw():
     def train(build):
         torch.manual_seed(0)

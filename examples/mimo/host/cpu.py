@@ -103,6 +103,8 @@ def _in_stream(stream: Any) -> Iterator[None]:
 
 def torch_stand_ins() -> list[StandIn]:
     """The entries in torch itself; they must stand before Megatron is imported."""
+    with torch.device("cpu"):
+        torch.empty(0)  # torch now remembers its own factories, for `with torch.device(...)`
     cuda, tensor, comms = torch.cuda, torch.Tensor, torch.distributed
     kinds, barrier = _named_alike(tensor.type), _without_device_ids(comms.barrier)
     factories = "training.py, schedules.py, clip_grads.py: device='cuda', pin_memory"
