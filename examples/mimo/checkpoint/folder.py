@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,14 @@ SINGLE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+class Stored(NamedTuple):
+    """Where a tensor is, and what it is like."""
+
+    file: Path
+    shape: tuple[int, ...]
+    kind: str
+
+
 class Folder:
     """The config and the tensors of a folder; ValueError, one line, for one that is not whole."""
 
@@ -24,8 +34,7 @@ class Folder:
         self.path = path
         self.settings = self._read_json("config.json")
         self.model_type = str(self.settings.get("model_type"))
-        self._files = self._find_tensors()
-        self._open: dict[Path, Any] = {}
+        self._stored = self._find_tensors()
 
     def section(self, family: Family) -> Any:
         """The transformers config of the part that `family` describes, defaults filled in."""
@@ -40,7 +49,7 @@ class Folder:
 
     def names(self, family: Family) -> dict[str, str]:
         """The family's spelling of a tensor's name -> its name in the files."""
-        spelled = {_respell(name, family): name for name in self._files}
+        spelled = {_respell(name, family): name for name in self._stored}
         for root in family.roots:
             if root + family.anchor in spelled:
                 return {n.removeprefix(root): f for n, f in spelled.items() if n.startswith(root)}
@@ -49,44 +58,40 @@ class Folder:
         )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, read now."""
-        return self._holder(name).get_tensor(name)
+        """One tensor, read now; the file is closed again, so that its pages can be forgotten."""
+        with _opened(self._stored[name].file) as opened:
+            return opened.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return tuple(self._holder(name).get_slice(name).get_shape())
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor, without reading it."""
-        kind = self._holder(name).get_slice(name).get_dtype()
+        kind = self._stored[name].kind
         if kind not in DTYPES:
             raise ValueError(f"{self.path}: {name} is {kind}; {', '.join(DTYPES)} are read")
         return DTYPES[kind]
 
-    def _holder(self, name: str) -> Any:
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = _open(file)
-            if name not in set(self._open[file].keys()):
-                raise ValueError(f"{file}: {name} is missing, though the index lists it here")
-        return self._open[file]
-
-    def _find_tensors(self) -> dict[str, Path]:
+    def _find_tensors(self) -> dict[str, Stored]:
         if (self.path / INDEX).is_file():
             listed = self._read_json(INDEX).get("weight_map")
             if not isinstance(listed, dict):
                 raise ValueError(f"{self.path}/{INDEX}: no weight_map in it")
-            files = {name: self._inside(str(file)) for name, file in listed.items()}
-            missing = sorted({f.name for f in files.values() if not f.is_file()})
+            files = sorted({self._inside(str(file)) for file in listed.values()})
+            missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise ValueError(
                     f"{self.path}: {len(missing)} files of the index are missing, such as "
                     f"{missing[0]}; finish the download"
                 )
-            return files
-        single = self.path / SINGLE
-        if single.is_file():
-            return dict.fromkeys(_open(single).keys(), single)
+            found = {name: entry for file in files for name, entry in _list(file).items()}
+            lost = sorted(set(listed) - set(found))
+            if lost:
+                raise ValueError(f"{self.path}: the index lists {lost[0]}, and no file holds it")
+            return found
+        if (self.path / SINGLE).is_file():
+            return _list(self.path / SINGLE)
         if any(self.path.glob("*.bin")):
             raise ValueError(
                 f"{self.path}: holds pickled .bin weights, which are not read; load them with "
@@ -115,9 +120,21 @@ class Folder:
         return values
 
 
-def _open(file: Path) -> Any:
+def _list(file: Path) -> dict[str, Stored]:
+    """What a file holds, from its header."""
+    with _opened(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {
+            name: Stored(file, tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
+        }
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as opened:
+            yield opened
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: damaged or half downloaded ({error})") from None
 
