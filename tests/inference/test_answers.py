@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import soundfile
 from PIL import Image
 
 from examples.mimo import avlm_inference
+from examples.mimo.inference.answerer import forbidden_tokens
 from tests.conftest import ROOT, run_command
 
 SAMPLES = 20
@@ -223,3 +225,10 @@ def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
     }
     assert all(score["samples"] == 12 for score in scores.values())
     assert "exact match" in done.stdout
+
+
+@pytest.mark.parametrize(("pad", "eos"), [(0, 3), (3, 3)])
+def test_what_may_not_be_said(tiny, pad, eos):
+    tokenizer = SimpleNamespace(size=500, pad_id=pad, eos_id=eos)
+    forbidden = forbidden_tokens(tokenizer, tiny)
+    assert forbidden == {4, 5, *range(500, 512)} | ({0} if pad == 0 else set())

@@ -12,7 +12,7 @@ from tests.conftest import run_command
 # LLaVA's width and depth are for clusters; its shapes otherwise stay.
 SMALL = (
     *("--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128"),
-    *("--num-attention-heads", "4", "--num-query-groups", "2"),
+    *("--num-attention-heads", "4", "--num-query-groups", "2", "--kv-channels", "16"),
 )
 SMALL_ENCODERS = {
     "images": ("images.encoder.num_layers=2", "images.encoder.width=64"),
@@ -20,7 +20,8 @@ SMALL_ENCODERS = {
 }
 SMALL_HEADS = {"images": ("images.encoder.num_heads=4",), "audios": ("audios.encoder.num_heads=4",)}
 MODALITIES = {"llava_vlm": ("images",), "llava_avlm": ("images", "audios")}
-MODALITIES["scale_1b_avlm"] = MODALITIES["llava_avlm"]
+for name in ("scale_1b_avlm", "llava_avlm_tuned", "qwen3_avlm", "smollm2_avlm"):
+    MODALITIES[name] = MODALITIES["llava_avlm"]
 
 # llava_vlm hears nothing, so it does not fit questions that are spoken.
 PAIRS = [

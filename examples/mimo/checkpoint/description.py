@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
 )
 
 # What two runs of one model may choose differently.
-FREE_FIELDS = ("seq_length", "prompt", "overflow", "init_method_std")
+FREE_FIELDS = ("name", "seq_length", "prompt", "overflow", "init_method_std", "frozen")
 
 
 @dataclass(frozen=True)

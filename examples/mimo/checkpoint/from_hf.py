@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -67,17 +68,24 @@ def check(ours: Any, family: Family, theirs: Any, where: str, part: str) -> None
     """ValueError naming field and both values where a config.json is not what `ours` is."""
     for name, wanted in family.required.items():
         found = getattr(theirs, name, wanted)
-        if found != wanted:
+        if not _same(found, wanted):
             raise ValueError(
                 f"{where}: {name} is {found!r}, but {family.name} is built with {wanted!r}"
             )
     for name, found in family.fields(theirs).items():
         wanted = getattr(ours, name)
-        if found != wanted:
+        if not _same(found, wanted):
             raise ValueError(f"{where}: {name} is {found!r}, but {part} has {wanted!r}")
     size = getattr(theirs, "vocab_size", 0)
     if hasattr(ours, "vocab_size") and size > ours.vocab_size:
         raise ValueError(f"{where}: vocab_size is {size}, but {part} has {ours.vocab_size} rows")
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Equal, numbers up to what a float32 keeps: some formats store them so."""
+    if isinstance(found, float) and isinstance(wanted, (int, float)):
+        return math.isclose(found, wanted, rel_tol=1e-6)
+    return found == wanted
 
 
 def _read(

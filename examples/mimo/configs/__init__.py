@@ -10,6 +10,9 @@ MODEL_PROVIDERS = {
     "tiny_avlm": "examples.mimo.configs.tiny_avlm",
     "llava_vlm": "examples.mimo.configs.llava",
     "llava_avlm": "examples.mimo.configs.llava",
+    "llava_avlm_tuned": "examples.mimo.configs.llava",
+    "qwen3_avlm": "examples.mimo.configs.qwen3",
+    "smollm2_avlm": "examples.mimo.configs.smollm2",
     "scale_1b_avlm": "examples.mimo.configs.scale_1b",
 }
 

@@ -23,6 +23,7 @@ def llava_vlm() -> MimoConfig:
     """
     return MimoConfig(
         name="llava_vlm",
+        frozen=("images.encoder", "language"),
         language=LanguageConfig(
             num_layers=32,
             hidden_size=4096,
@@ -78,5 +79,15 @@ def llava_avlm() -> MimoConfig:
         projector=ProjectorConfig(ffn_hidden_size=4096),
     )
     return dataclasses.replace(
-        base, name="llava_avlm", modalities={**base.modalities, "audios": audios}
+        base,
+        name="llava_avlm",
+        modalities={**base.modalities, "audios": audios},
+        frozen=("images.encoder", "audios.encoder", "language"),
+    )
+
+
+def llava_avlm_tuned() -> MimoConfig:
+    """`llava_avlm` as it trains in the second stage: the language model too, the towers not."""
+    return dataclasses.replace(
+        llava_avlm(), name="llava_avlm_tuned", frozen=("images.encoder", "audios.encoder")
     )

@@ -13,6 +13,7 @@ def scale_1b_avlm() -> MimoConfig:
     return dataclasses.replace(
         llava_avlm(),
         name="scale_1b_avlm",
+        frozen=(),
         language=LanguageConfig(
             num_layers=16,
             hidden_size=2048,

@@ -114,11 +114,15 @@ class ModalityConfig:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The text around the turns of a conversation; `{}` is where the turn goes."""
+    """The text around the turns of a conversation; `{}` is where the turn goes.
+
+    `between` follows an answer's end-of-text token when another turn comes.
+    """
 
     system: str = ""
     human: str = "{}\n"
     answer: str = "{}"
+    between: str = ""
 
     def __post_init__(self) -> None:
         for name in ("human", "answer"):
@@ -130,7 +134,10 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class MimoConfig:
-    """A whole model. `name` is its entry in the registry; `prompt` is asked when none is given."""
+    """A whole model. `name` is its entry in the registry; `prompt` is asked when none is given.
+
+    `frozen` names the parts that do not train unless `--freeze` says otherwise.
+    """
 
     name: str
     language: LanguageConfig
@@ -138,6 +145,7 @@ class MimoConfig:
     chat: ChatTemplate = ChatTemplate()
     prompt: str = ""
     add_bos: bool = True
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         seen: dict[int, str] = {}

@@ -84,7 +84,9 @@ def to_pieces(turns: Sequence[Turn], config: MimoConfig) -> list[Piece]:
     if config.chat.system:
         pieces.append(TextPiece(config.chat.system, has_loss=False))
     counts = dict.fromkeys(config.modalities, 0)
-    for turn in turns:
+    for number, turn in enumerate(turns):
+        if config.chat.between and number and turns[number - 1].is_answer:
+            pieces.append(TextPiece(config.chat.between, has_loss=False))
         if turn.is_answer:
             before, after = config.chat.answer.split("{}")
             pieces.append(TextPiece(before + turn.text + after, has_loss=True))

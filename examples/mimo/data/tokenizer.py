@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """What the data path and generation need of a tokenizer."""
+    """What the data path and generation need of a tokenizer; without a begin token it is -1."""
 
     bos_id: int
     eos_id: int
@@ -51,7 +51,7 @@ class HuggingFaceTokenizer:
         self.model: Any = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-        self.bos_id = self.model.bos_token_id
+        self.bos_id = -1 if self.model.bos_token_id is None else self.model.bos_token_id
         self.eos_id = self.model.eos_token_id
         self.pad_id = self.model.pad_token_id or 0
         self.size = len(self.model)

@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from examples.mimo.checkpoint.description import Checkpoint
 from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import collate, to_device
 from examples.mimo.data.conversation import Turn, to_pieces
 from examples.mimo.data.samples import Sample, SampleReader
-from examples.mimo.data.tokenizer import load_tokenizer
+from examples.mimo.data.tokenizer import Tokenizer, load_tokenizer
 from examples.mimo.inference.generate import generate
 from examples.mimo.training.providers import device
 
@@ -87,9 +85,7 @@ class Answerer:
 
     def _generate(self, samples: list[Sample], max_new_tokens: int) -> list[list[int]]:
         prompts = to_device(collate(samples), device())
-        beyond = np.arange(self.tokenizer.size, self.config.language.vocab_size)
-        placeholders = (m.token_id for m in self.config.modalities.values())
-        forbidden = {*beyond.tolist(), *placeholders, self.tokenizer.pad_id}
+        forbidden = forbidden_tokens(self.tokenizer, self.config)
         return generate(self.model, prompts, max_new_tokens, self.tokenizer.eos_id, forbidden)
 
     def _placeholders(self, request: Request) -> str:
@@ -97,6 +93,16 @@ class Answerer:
             modality.placeholder * len(request.files.get(name, ()))
             for name, modality in self.config.modalities.items()
         )
+
+
+def forbidden_tokens(tokenizer: Tokenizer, config: MimoConfig) -> set[int]:
+    """Rows of the table that are no words: beyond the tokenizer's, placeholders, padding.
+
+    Many tokenizers pad with the end-of-text token, which must stay.
+    """
+    beyond = range(tokenizer.size, config.language.vocab_size)
+    placeholders = (modality.token_id for modality in config.modalities.values())
+    return {*beyond, *placeholders, tokenizer.pad_id} - {tokenizer.eos_id}
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

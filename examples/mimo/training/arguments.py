@@ -172,6 +172,7 @@ def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
     defaults = dict(MODEL_DEFAULTS)
     for field, argument in LANGUAGE_ARGUMENTS.items():
         defaults[argument] = getattr(preset.language, field)
+    defaults["freeze"] = list(preset.frozen)
     defaults["max_position_embeddings"] = preset.language.seq_length
     defaults["use_rope_scaling"] = preset.language.rope_scaling_factor is not None
     defaults["rope_scaling_factor"] = preset.language.rope_scaling_factor or 8.0

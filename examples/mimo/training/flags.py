@@ -45,10 +45,10 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--freeze",
-        nargs="+",
-        default=[],
+        nargs="*",
         metavar="PART",
-        help="parts that do not train: MODALITY.encoder, MODALITY.projector, language",
+        help="parts that do not train: MODALITY.encoder, MODALITY.projector, language; without a "
+        "name all parts train (default: what the model's config says)",
     )
     group.add_argument(
         "--set",

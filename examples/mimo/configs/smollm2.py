@@ -1,0 +1,79 @@
+"""Real weights that ordinary Python packages carry, small enough for a CPU."""
+
+from __future__ import annotations
+
+from examples.mimo.configs.schema import (
+    ChatTemplate,
+    LanguageConfig,
+    MimoConfig,
+    ModalityConfig,
+    ProjectorConfig,
+)
+from examples.mimo.models.vit import VitConfig
+from examples.mimo.models.whisper import WhisperConfig
+
+
+def smollm2_avlm() -> MimoConfig:
+    """SmolLM2-135M-Instruct with a DINOv2 ViT-S/14 at 224 px and Whisper tiny.en.
+
+    `prepare_data.py real-weights` unpacks the three, `convert.py from-hf` takes them in. Heads
+    allow a tensor-parallel size of 1 or 3. A picture takes 256 tokens, a second of sound 50.
+    """
+    return MimoConfig(
+        name="smollm2_avlm",
+        frozen=("images.encoder", "audios.encoder", "language"),
+        language=LanguageConfig(
+            num_layers=30,
+            hidden_size=576,
+            ffn_hidden_size=1536,
+            num_attention_heads=9,
+            num_query_groups=3,
+            # The tokenizer's 49,152 and the placeholders, made up to a multiple of three.
+            vocab_size=49_155,
+            seq_length=2048,
+            rotary_base=100_000,
+            norm_epsilon=1e-5,
+            tie_embeddings=True,
+        ),
+        modalities={
+            "images": ModalityConfig(
+                noun="image",
+                placeholder="<image>",
+                token_id=49_152,
+                encoder=VitConfig(
+                    family="dinov2",
+                    image_size=224,
+                    patch_size=14,
+                    num_layers=12,
+                    width=384,
+                    num_heads=6,
+                    ffn_hidden_size=1536,
+                ),
+                projector=ProjectorConfig(ffn_hidden_size=1152),
+            ),
+            "audios": ModalityConfig(
+                noun="audio",
+                placeholder="<audio>",
+                token_id=49_153,
+                encoder=WhisperConfig(
+                    num_mel_bins=80,
+                    hop_samples=160,
+                    clip_seconds=30.0,
+                    num_layers=4,
+                    width=384,
+                    num_heads=6,
+                    ffn_hidden_size=1536,
+                ),
+                projector=ProjectorConfig(ffn_hidden_size=1152),
+            ),
+        },
+        chat=ChatTemplate(
+            system="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+            "Hugging Face<|im_end|>\n",
+            human="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+            answer="{}",
+            between="\n",
+        ),
+        prompt="What do you see and hear?",
+        add_bos=False,
+    )
