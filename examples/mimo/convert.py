@@ -6,7 +6,6 @@ Hugging Face folders to a distributed checkpoint, and `to-hf` back.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -62,8 +61,7 @@ def to_hf(args: argparse.Namespace) -> None:
     from examples.mimo.checkpoint import to_hf as exporting
     from examples.mimo.checkpoint.description import open_checkpoint
 
-    checkpoint = open_checkpoint(args.load)
-    exporting.convert(dataclasses.replace(checkpoint), args.save, _say)
+    exporting.convert(open_checkpoint(args.load), args.save, _say)
 
 
 def _say(text: str) -> None:

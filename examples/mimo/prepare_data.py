@@ -1,6 +1,6 @@
 """python examples/mimo/prepare_data.py spoken-questions --output demo/data
 
-Makes a data folder for train.py.
+Makes a data folder for train.py; `real-weights` makes pretrained folders for convert.py.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def test_commands_end_with_one_line_and_status_2(script, flags, message):
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "avlm_inference.py", "evaluate.py", "prepare_data.py"]
+    "script", ["train.py", "avlm_inference.py", "evaluate.py", "convert.py", "prepare_data.py"]
 )
 def test_help_imports_nothing_slow(script, tmp_path):
     import subprocess
