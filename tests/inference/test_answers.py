@@ -224,7 +224,9 @@ def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
         *("heldout", "heldout_pairs", "heldout, image blanked", "heldout, audio blanked")
     }
     assert all(score["samples"] == 12 for score in scores.values())
-    assert "exact match" in done.stdout
+    low, high = scores["heldout"]["interval_95"]
+    assert 0 <= low <= scores["heldout"]["exact_match"] <= high <= 1
+    assert "95 % interval" in done.stdout
 
 
 @pytest.mark.parametrize(("pad", "eos"), [(0, 3), (3, 3)])

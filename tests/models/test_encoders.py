@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from examples.mimo.configs import get_model_config
-from examples.mimo.models.vit import VitConfig
+from examples.mimo.models.vit import VitConfig, VitEncoder
 from examples.mimo.models.whisper import WhisperConfig, log_mel, sinusoids
 
 
@@ -44,6 +44,28 @@ def test_sinusoids_are_whispers():
     from transformers.models.whisper.modeling_whisper import sinusoids as hugging_face
 
     assert torch.equal(sinusoids(1500, 512), hugging_face(1500, 512))
+
+
+def test_neighbouring_patches_side_by_side_make_a_token():
+    vit = VitConfig(
+        image_size=24, patch_size=4, num_layers=1, width=1, num_heads=1, ffn_hidden_size=1,
+        patches_per_token=4,
+    )  # fmt: skip
+    encoder = object.__new__(VitEncoder)
+    encoder.patches_per_side, encoder.token_side = vit.patches_per_side, vit.token_side
+    numbers = torch.arange(2 * 36.0).reshape(2, 36, 1)
+    tokens = encoder._join_patches(numbers)
+    assert tokens.shape == (2 * vit.num_tokens({}), vit.hidden_size) == (18, 4)
+    assert tokens[0].tolist() == [0, 1, 6, 7]
+    assert tokens[1].tolist() == [2, 3, 8, 9]
+    assert tokens[3].tolist() == [12, 13, 18, 19]
+    assert tokens[9].tolist() == [36, 37, 42, 43]
+
+
+@pytest.mark.parametrize("patches", [2, 16, 0])
+def test_a_token_is_a_square_of_patches(patches):
+    with pytest.raises(ValueError, match="square of a number that divides the 6 patches"):
+        VitConfig(24, 4, 1, 1, 1, 1, patches_per_token=patches)
 
 
 def test_clip_preprocessing_is_the_image_processors():

@@ -1,21 +1,30 @@
 import functools
+import importlib
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+from examples.mimo.configs import MODEL_PROVIDERS
 from tests.conftest import ROOT
+
+# The heads of smollm2_avlm divide by neither two nor four.
+SIZES = {name: (1,) if name == "smollm2_avlm" else (1, 2, 4) for name in MODEL_PROVIDERS}
+CASES = [f"{name}:{tp}" for name, sizes in SIZES.items() for tp in sizes]
 
 
 @functools.cache
-def count(name, tp):
-    script = ROOT / "tests/models/count_llava.py"
-    done = subprocess.run(
-        [sys.executable, str(script), name, str(tp)], cwd=ROOT, capture_output=True, text=True
-    )
+def counts():
+    command = [sys.executable, "-m", "tests.models.count_parameters", *CASES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def count(name, tp):
+    return counts()[f"{name}:{tp}"]
 
 
 @pytest.mark.parametrize("name", ["tiny_avlm", "llava_avlm", "qwen3_avlm"])
@@ -45,3 +54,23 @@ def test_llava_is_as_large_as_it_should_be():
     assert whole["language"] == 6_738_939_904
     assert whole["images.projector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
     assert whole["images.encoder"] == 23 * 12_596_224 + 588 * 1024 + 578 * 1024 + 2 * 1024
+
+
+@pytest.mark.parametrize("name", MODEL_PROVIDERS)
+def test_a_config_says_what_it_holds(name):
+    config = getattr(importlib.import_module(MODEL_PROVIDERS[name]), name)
+    text = " ".join(config.__doc__.split())
+    listed = re.search(r"Million parameters: (.*?)\. Before", text)[1]
+    said = {part: float(size) for part, size in (line.split() for line in listed.split(", "))}
+    counted = count(name, 1)["parts"]
+    assert said == {part: round(size / 1e6, 1) for part, size in counted.items()}
+    found = re.search(r"a rank of TP (\d) in (\w+) holds ([\d.]+) GiB", text)
+    tp, dtype, gib = int(found[1]), found[2], float(found[3])
+    # Weights; for what trains also fp32 gradients, Adam's moments, and in bf16 fp32 weights.
+    weight, trained = {"bf16": (2, 16), "fp32": (4, 12)}[dtype]
+    frozen = config().frozen
+    here = count(name, tp)["parts"]
+    size = sum(n * (weight + trained * (part not in frozen)) for part, n in here.items())
+    assert gib == round(size / 2**30, 2)
+    assert f"torchrun --nproc-per-node {2 if tp < 4 else 8} examples/mimo/train.py" in text
+    assert f"--model-provider {name}" in text

@@ -67,6 +67,8 @@ def picture_error(answerer, folder):
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     wanted = hf.Dinov2Model.from_pretrained(folder).eval()(pixels).last_hidden_state[0, 1:]
     encoder = answerer.model.modality_submodules["images"].encoders[ENCODER]
+    # transformers returns a patch a row.
+    encoder.token_side = 1
     return float((encoder(pixel_values=pixels) - wanted).abs().max())
 
 
@@ -77,8 +79,9 @@ def recording_errors(answerer, folder, data):
     theirs.load_state_dict({n.removeprefix("model.encoder."): t for n, t in stored.items()})
     config = answerer.config.modalities["audios"].encoder
     encoder = answerer.model.modality_submodules["audios"].encoders[ENCODER]
+    encoder.frames_per_token = 1
     errors = []
-    for file in sorted((data / "audios/heldout").glob("*.flac"))[:3]:
+    for file in sorted((data / "audios").glob("*-name.flac"))[:3]:
         inputs = {k: v[None] for k, v in config.preprocess(config.read(file)).items()}
         wanted = theirs(inputs["input_features"]).last_hidden_state[0]
         found = encoder(**inputs)

@@ -19,7 +19,14 @@ def llava_vlm() -> MimoConfig:
     """Vicuna-7B and CLIP ViT-L/14 at 336 px: the sizes of LLaVA-1.5 (arXiv:2310.03744).
 
     Picture features leave the last but one CLIP layer without the class token, 576 tokens a
-    picture. `convert.py from-hf --llava DIR` brings its weights in.
+    picture. `convert.py from-hf --model-provider llava_vlm --llava DIR --save START` brings its
+    weights in; as it stands the projector trains.
+
+    Million parameters: images.encoder 290.9, images.projector 21.0, language 6738.9.
+    Before activations a rank of TP 4 in bf16 holds 3.36 GiB.
+
+    torchrun --nproc-per-node 8 examples/mimo/train.py --model-provider llava_vlm --bf16
+    --tensor-model-parallel-size 4 --pretrained-checkpoint START
     """
     return MimoConfig(
         name="llava_vlm",
@@ -61,7 +68,17 @@ def llava_vlm() -> MimoConfig:
 
 
 def llava_avlm() -> MimoConfig:
-    """`llava_vlm` with Whisper base: 30 seconds of sound are 1,500 tokens."""
+    """`llava_vlm` with Whisper base: 30 seconds of sound are 1,500 tokens.
+
+    Both projectors train.
+
+    Million parameters: images.encoder 290.9, images.projector 21.0, audios.encoder 19.8,
+    audios.projector 18.9, language 6738.9.
+    Before activations a rank of TP 4 in bf16 holds 3.45 GiB.
+
+    torchrun --nproc-per-node 8 examples/mimo/train.py --model-provider llava_avlm --bf16
+    --tensor-model-parallel-size 4 --pretrained-checkpoint START
+    """
     base = llava_vlm()
     audios = ModalityConfig(
         noun="audio",
@@ -87,7 +104,15 @@ def llava_avlm() -> MimoConfig:
 
 
 def llava_avlm_tuned() -> MimoConfig:
-    """`llava_avlm` as it trains in the second stage: the language model too, the towers not."""
+    """`llava_avlm` as it trains in the second stage: the language model too, the towers not.
+
+    Million parameters: images.encoder 290.9, images.projector 21.0, audios.encoder 19.8,
+    audios.projector 18.9, language 6738.9.
+    Before activations a rank of TP 4 in bf16 holds 28.56 GiB.
+
+    torchrun --nproc-per-node 8 examples/mimo/train.py --model-provider llava_avlm_tuned --bf16
+    --tensor-model-parallel-size 4 --use-distributed-optimizer --pretrained-checkpoint STAGE_1
+    """
     return dataclasses.replace(
         llava_avlm(), name="llava_avlm_tuned", frozen=("images.encoder", "audios.encoder")
     )

@@ -19,6 +19,13 @@ def qwen3_avlm() -> MimoConfig:
     The placeholders take two rows of the embedding table that Qwen's tokenizer leaves unused.
     Both towers and the language model start frozen; `--freeze images.encoder audios.encoder`
     trains the language model too.
+
+    Million parameters: images.encoder 413.0, images.projector 21.5, audios.encoder 635.1,
+    audios.projector 22.0, language 8190.7.
+    Before activations a rank of TP 4 in bf16 holds 4.50 GiB.
+
+    torchrun --nproc-per-node 8 examples/mimo/train.py --model-provider qwen3_avlm --bf16
+    --tensor-model-parallel-size 4 --pretrained-checkpoint START
     """
     return MimoConfig(
         name="qwen3_avlm",

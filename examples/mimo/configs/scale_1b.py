@@ -9,7 +9,17 @@ from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 
 
 def scale_1b_avlm() -> MimoConfig:
-    """`llava_avlm`'s encoders before a language model of width 2048 with 16 layers."""
+    """`llava_avlm`'s encoders before a language model of width 2048 with 16 layers.
+
+    Everything trains.
+
+    Million parameters: images.encoder 290.9, images.projector 12.6, audios.encoder 19.8,
+    audios.projector 10.5, language 852.8.
+    Before activations a rank of TP 2 in bf16 holds 9.97 GiB.
+
+    torchrun --nproc-per-node 2 examples/mimo/train.py --model-provider scale_1b_avlm --bf16
+    --tensor-model-parallel-size 2
+    """
     return dataclasses.replace(
         llava_avlm(),
         name="scale_1b_avlm",

@@ -17,8 +17,14 @@ def tiny_avlm() -> MimoConfig:
     """A ViT, a Whisper-shaped encoder and a Llama-shaped GPT, all of width 128.
 
     Sees 32 x 32 pictures as 16 tokens and hears up to 2.4 seconds as at most 20 tokens.
-    `make demo` trains it: `torchrun --nproc-per-node 2 examples/mimo/train.py
-    --model-provider tiny_avlm --tensor-model-parallel-size 2`.
+    Everything trains; `make demo` does it.
+
+    Million parameters: images.encoder 0.4, images.projector 0.1, audios.encoder 0.5,
+    audios.projector 0.1, language 0.9.
+    Before activations a rank of TP 2 in fp32 holds 0.02 GiB.
+
+    torchrun --nproc-per-node 2 examples/mimo/train.py --model-provider tiny_avlm
+    --tensor-model-parallel-size 2
     """
     return MimoConfig(
         name="tiny_avlm",

@@ -7,7 +7,6 @@ is held out. Voices are eSpeak NG's variants; every fifth is held out whole.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,13 +253,6 @@ def _write_readme(root: Path, sizes: Sizes) -> None:
 
 def _kinds_table() -> str:
     return "\n".join(f"| {k.name} | {k.wording} | {k.answer(7)} |" for k in KINDS)
-
-
-def copy_finished(draft: Path, target: Path) -> None:
-    """Put a finished folder in the place of `target`."""
-    if target.exists():
-        shutil.rmtree(target)
-    draft.rename(target)
 
 
 _README = """# Spoken questions about handwritten digits

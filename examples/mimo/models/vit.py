@@ -6,6 +6,7 @@ entries of `FAMILIES` alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ class VitConfig:
     ffn_hidden_size: int
     family: str = "clip"
     feature_layer: int = -1
+    patches_per_token: int = 1
     augment_shift: float = 0.0
     augment_degrees: float = 0.0
     augment_scale: float = 0.0
@@ -111,11 +113,22 @@ class VitConfig:
             raise ValueError(
                 f"feature_layer {self.feature_layer} must lie in -{self.num_layers}..-1"
             )
+        side = self.token_side
+        if side**2 != self.patches_per_token or not side or self.patches_per_side % side:
+            raise ValueError(
+                f"patches_per_token {self.patches_per_token} must be the square of a number that "
+                f"divides the {self.patches_per_side} patches of a side"
+            )
 
     @property
     def hidden_size(self) -> int:
-        """The width of a patch's features."""
-        return self.width
+        """The width of a token's features: its patches' side by side."""
+        return self.width * self.patches_per_token
+
+    @property
+    def token_side(self) -> int:
+        """Patches along the side of the square that becomes a token."""
+        return math.isqrt(self.patches_per_token)
 
     @property
     def patches_per_side(self) -> int:
@@ -137,7 +150,7 @@ class VitConfig:
         return read_image(path)
 
     def augment(self, raw: Image.Image, generator: np.random.Generator) -> Image.Image:
-        """A random small rotation, scaling and shift of the picture; edges repeat nothing."""
+        """A random small rotation, scaling and shift; the upper left pixel fills what comes in."""
         degrees, scale = generator.uniform(-1, 1, 2) * (self.augment_degrees, self.augment_scale)
         dx, dy = generator.uniform(-1, 1, 2) * self.augment_shift * raw.width
         radians = np.deg2rad(degrees)
@@ -146,7 +159,13 @@ class VitConfig:
         upper = (cos, sin, x - cos * (x + dx) - sin * (y + dy))
         lower = (-sin, cos, y + sin * (x + dx) - cos * (y + dy))
         matrix = (*upper, *lower)
-        return raw.transform(raw.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        return raw.transform(
+            raw.size,
+            Image.Transform.AFFINE,
+            matrix,
+            Image.Resampling.BILINEAR,
+            fillcolor=raw.getpixel((0, 0)),
+        )
 
     def blank(self, raw: Image.Image) -> Image.Image:
         """A black picture of the same size."""
@@ -166,8 +185,8 @@ class VitConfig:
         return {"pixel_values": pixels.permute(2, 0, 1).contiguous()}
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
-        """One token a patch; the class token is dropped."""
-        return self.num_patches
+        """`patches_per_token` patches make a token; the class token is dropped."""
+        return self.num_patches // self.patches_per_token
 
     def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Noise of the shape `preprocess` makes."""
@@ -190,7 +209,7 @@ class VitConfig:
 
 
 class VitEncoder(CLIPViTModel):
-    """A ViT that returns its patches' features."""
+    """A ViT that returns its patches' features, those of a token side by side."""
 
     def __init__(self, vit: VitConfig, language: TransformerConfig, pg_collection: Any) -> None:
         family = FAMILIES[vit.family]
@@ -223,6 +242,7 @@ class VitEncoder(CLIPViTModel):
             model_subtype=family.megatron,
             pg_collection=pg_collection,
         )
+        self.patches_per_side, self.token_side = vit.patches_per_side, vit.token_side
         self._choose_final_norm(family.final_norm and vit.feature_layer == -1)
         with torch.no_grad():
             config.init_method(self.position_embeddings.weight)
@@ -237,6 +257,12 @@ class VitEncoder(CLIPViTModel):
             self.ln_post = Norm(self.config, self.visual_hidden_size, self.config.layernorm_epsilon)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """(N, 3, H, W) -> (N * P, width); media order kept."""
+        """(N, 3, H, W) -> (N * P, width * patches_per_token); media order kept."""
         pixel_values = pixel_values.to(self.conv1.weight.dtype)
-        return super().forward(pixel_values)[:, self.class_token_len :].flatten(0, 1)
+        return self._join_patches(super().forward(pixel_values)[:, self.class_token_len :])
+
+    def _join_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """(N, rows * columns, H) -> (N * P, k * k * H): squares of k by k, row by row."""
+        side = (self.patches_per_side // self.token_side, self.token_side)
+        squares = patches.unflatten(1, (*side, *side)).transpose(2, 3)
+        return squares.flatten(3).flatten(0, 2)

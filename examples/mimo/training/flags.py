@@ -7,7 +7,7 @@ import argparse
 from examples.mimo.command import Parser
 from examples.mimo.configs import MODEL_PROVIDERS
 
-DATASET_PROVIDERS = ("spoken_questions", "mock")
+DATASET_PROVIDERS = ("conversations", "spoken_questions", "mock")
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -24,7 +24,8 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--dataset-provider",
         choices=DATASET_PROVIDERS,
         default="mock",
-        help="spoken_questions reads --data-path; mock draws random data (default)",
+        help="conversations reads the samples of --data-path, and spoken_questions is another name "
+        "for it; mock draws random data (default)",
     )
     group.add_argument(
         "--train-split",

