@@ -29,6 +29,15 @@ COMMON = (
 )
 TP2 = ("--tensor-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
+PACKED = ("--pack-sequences",)
+CP2 = ("--context-parallel-size", "2")
+SP = ("--sequence-parallel",)
+VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
+UNEVEN = ("--decoder-first-pipeline-num-layers", "1")
+FULL_RECOMPUTE = (
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+)
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 
@@ -47,11 +56,24 @@ LAYOUTS = (
     Layout("TP 2", 2, TP2),
     Layout("PP 2", 2, PP2),
     Layout("DP 2", 2),
+    Layout("CP 2", 2, CP2),
     Layout("TP 2 x PP 2", 4, TP2 + PP2),
     Layout("TP 2 x DP 2, distributed optimizer", 4, TP2 + DISTRIBUTED_OPTIMIZER),
-    Layout("TP 2, sequence parallel", 2, (*TP2, "--sequence-parallel")),
-    Layout("PP 2, 2 virtual stages", 2, (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")),
+    Layout("TP 2, sequence parallel", 2, TP2 + SP),
+    Layout("PP 2, 2 virtual stages", 2, PP2 + VPP2),
     Layout("DP 2, distributed optimizer, overlap", 2, DISTRIBUTED_OPTIMIZER + OVERLAP),
+    Layout("CP 2 x PP 2", 4, CP2 + PP2),
+    Layout("TP 2 x CP 2, sequence parallel", 4, TP2 + CP2 + SP),
+    Layout("CP 2 x DP 2, distributed optimizer, overlap", 4, CP2 + DISTRIBUTED_OPTIMIZER + OVERLAP),
+    Layout("PP 2, uneven: 1 and 3 layers", 2, PP2 + UNEVEN),
+    Layout("full recompute", 1, FULL_RECOMPUTE),
+    Layout("selective recompute", 1, ("--recompute-granularity", "selective")),
+    Layout("TP 2 x PP 2, full recompute", 4, TP2 + PP2 + FULL_RECOMPUTE),
+    Layout("packed", 1, PACKED),
+    Layout("packed, PP 2", 2, PACKED + PP2),
+    Layout("packed, CP 2", 2, PACKED + CP2),
+    Layout("packed, TP 2, sequence parallel", 2, PACKED + TP2 + SP),
+    Layout("packed, TP 2 x CP 2, sequence parallel", 4, PACKED + TP2 + CP2 + SP),
 )
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from examples.mimo.data.batch import collate
+from examples.mimo.data.batch import collate, collate_packed
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.samples import SampleReader
 
@@ -17,6 +17,26 @@ def test_rows_are_padded_without_loss_and_media_kept_in_order(tiny):
         assert batch.loss_mask[row].sum() == sum(sample.row.loss_mask)
     pixels = [item["pixel_values"] for s in samples for item in s.media.get("images", [])]
     assert torch.equal(batch.modality_inputs["images"]["pixel_values"], torch.stack(pixels))
+
+
+def test_packed_samples_follow_one_another(tiny):
+    samples = [MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6)]
+    batch = collate_packed(samples, multiple=16, sample_multiple=4)
+    assert (batch.num_rows, len(batch.bounds)) == (1, 7)
+    assert batch.bounds[-1] == batch.num_columns
+    assert batch.num_columns % 16 == 0
+    for start, end, sample in zip(batch.bounds, batch.bounds[1:], samples, strict=False):
+        length = len(sample.row.ids)
+        assert start % 4 == 0
+        assert batch.input_ids[0, start : start + length].tolist() == sample.row.ids
+        assert batch.labels[0, start : start + length].tolist() == sample.row.labels
+        assert batch.loss_mask[0, start : start + length].tolist() == sample.row.loss_mask
+        assert batch.loss_mask[0, start + length : end].sum() == 0
+    assert batch.num_columns - batch.num_tokens < 6 * 3 + 16
+    rows = collate(samples)
+    assert batch.items == rows.items
+    pixels = [b.modality_inputs["images"]["pixel_values"] for b in (batch, rows)]
+    assert torch.equal(*pixels)
 
 
 def test_mock_samples_mix_media_and_fit(tiny):

@@ -20,6 +20,7 @@ def attention():
     module = SdpaCoreAttention.__new__(SdpaCoreAttention)
     torch.nn.Module.__init__(module)
     module.config, module.attn_mask_type = config, AttnMaskType.causal
+    module.cp_group = None
     module.tp_group, module.dropout, module.scale, module.heads = groups.tp, 0.0, 8**-0.5, 4
     return module
 
@@ -51,7 +52,12 @@ def test_full_attention_with_a_mask(attention):
     assert (got - by_hand(query, key, value, hidden)).abs().max() < 1e-6
 
 
-def test_packed_sequences_are_refused(attention):
-    tensor = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(ValueError, match="packed sequences need Transformer Engine"):
-        attention(tensor, tensor, tensor, None, packed_seq_params=object())
+def test_packed_sequences_attend_to_themselves(attention):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(9, 1, n, 8) for n in (4, 2, 2))
+    segment = torch.tensor([0] * 2 + [1] * 6 + [2])
+    hidden = (segment[:, None] != segment) | torch.ones(9, 9, dtype=torch.bool).triu(1)
+    packed = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 2, 8, 9]))
+    flat = (tensor.squeeze(1) for tensor in (query, key, value))
+    got = attention(*flat, None, packed_seq_params=packed)
+    assert (got - by_hand(query, key, value, hidden)).abs().max() < 1e-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class Batch:
     """B rows of S tokens; a stage holds what it needs, and None for the rest.
 
     `modality_inputs[modality][name]` has a row per item, in the order of the placeholders;
-    `items[modality]` says of each item its sample's key and its file.
+    `items[modality]` says of each item its sample's key and its file. In a packed batch the one
+    row holds all samples, and `bounds` are their starts and the row's end.
     """
 
     num_rows: int
@@ -26,6 +28,7 @@ class Batch:
     num_tokens: int
     keys: list[str]
     items: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    bounds: list[int] | None = None
     input_ids: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
@@ -34,8 +37,30 @@ class Batch:
 
 def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
     """Rows padded with id 0, label 0 and no loss to the longest, rounded up to `multiple`."""
-    longest = max(len(sample.row.ids) for sample in samples)
-    columns = -(-longest // multiple) * multiple
+    columns = _round_up(max(len(sample.row.ids) for sample in samples), multiple)
+    return _batch(
+        samples,
+        input_ids=_pad([s.row.ids for s in samples], columns, torch.long),
+        labels=_pad([s.row.labels for s in samples], columns, torch.long),
+        loss_mask=_pad([s.row.loss_mask for s in samples], columns, torch.float32),
+    )
+
+
+def collate_packed(samples: Sequence[Sample], multiple: int = 1, sample_multiple: int = 1) -> Batch:
+    """All samples in one row, padded each to `sample_multiple` and together to `multiple`."""
+    ends = list(accumulate(_round_up(len(s.row.ids), sample_multiple) for s in samples))
+    ends[-1] = _round_up(ends[-1], multiple)
+    bounds = [0, *ends]
+    return _batch(
+        samples,
+        input_ids=_pack([s.row.ids for s in samples], bounds, torch.long),
+        labels=_pack([s.row.labels for s in samples], bounds, torch.long),
+        loss_mask=_pack([s.row.loss_mask for s in samples], bounds, torch.float32),
+        bounds=bounds,
+    )
+
+
+def _batch(samples: Sequence[Sample], input_ids: torch.Tensor, **fields: Any) -> Batch:
     media: dict[str, list[dict[str, torch.Tensor]]] = {}
     items: dict[str, list[tuple[str, str]]] = {}
     for sample in samples:
@@ -43,19 +68,29 @@ def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
             media.setdefault(name, []).extend(inputs)
             items.setdefault(name, []).extend((sample.key, s) for s in sample.sources[name])
     return Batch(
-        num_rows=len(samples),
-        num_columns=columns,
+        num_rows=input_ids.shape[0],
+        num_columns=input_ids.shape[1],
         num_tokens=sum(len(sample.row.ids) for sample in samples),
         keys=[sample.key for sample in samples],
         items=items,
-        input_ids=_pad([s.row.ids for s in samples], columns, torch.long),
-        labels=_pad([s.row.labels for s in samples], columns, torch.long),
-        loss_mask=_pad([s.row.loss_mask for s in samples], columns, torch.float32),
+        input_ids=input_ids,
         modality_inputs={
             name: {key: torch.stack([item[key] for item in inputs]) for key in inputs[0]}
             for name, inputs in media.items()
         },
+        **fields,
     )
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _pack(rows: list[list[int]], bounds: list[int], dtype: torch.dtype) -> torch.Tensor:
+    packed = torch.zeros(1, bounds[-1], dtype=dtype)
+    for start, values in zip(bounds, rows, strict=False):
+        packed[0, start : start + len(values)] = torch.tensor(values, dtype=dtype)
+    return packed
 
 
 def _pad(rows: list[list[int]], columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -77,17 +112,21 @@ def share_batch(
     description: list[Any] = [None]
     if batch is not None:
         shapes = [(path, tuple(t.shape), t.dtype) for path, t in tensors.items()]
-        about = (batch.num_rows, batch.num_columns, batch.num_tokens, batch.keys, batch.items)
-        description = [(about, shapes)]
+        description = [(_without_tensors(batch), shapes)]
     if group.size() > 1:
         dist.broadcast_object_list(description, group_src=0, group=group, device=device)
-    about, shapes = description[0]
-    shared = Batch(*about)
+    shared, shapes = description[0]
     for dtype in dict.fromkeys(dtype for _, _, dtype in shapes):
         chosen = [(path, shape) for path, shape, kind in shapes if kind == dtype]
         flat = _broadcast_flat(tensors, chosen, dtype, group, device)
         _unflatten(shared, flat, chosen)
     return shared
+
+
+def _without_tensors(batch: Batch) -> Batch:
+    return dataclasses.replace(
+        batch, input_ids=None, labels=None, loss_mask=None, modality_inputs={}
+    )
 
 
 def _flatten(batch: Batch, first: bool, last: bool) -> dict[tuple[str, ...], torch.Tensor]:

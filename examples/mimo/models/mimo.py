@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
+from examples.mimo.models.context_parallel import gather_rows, shard_sequence, share_of
 from examples.mimo.models.layer_specs import block_submodules
 from examples.mimo.models.projector import projector_spec
 
@@ -81,18 +85,20 @@ class StageMimoModel(MimoModel):
         labels: torch.Tensor | None = None,
         modality_inputs: dict[str, dict[str, Any]] | None = None,
         inference_context: Any = None,
+        bounds: list[int] | None = None,
     ) -> torch.Tensor:
         """(B, S) ids -> per-token loss (B, S) with labels, else logits (B, S, V / TP).
 
+        Under context parallelism labels, loss and logits are shards of the sequence, S / CP.
         With `inference_context`, keys and values are kept in it, and the logits are the last
         position's over the whole vocabulary (B, 1, V). Stages before the last return hidden
         states (S, B, H). `modality_inputs` maps modality -> input name -> tensor with a row per
-        item, in the order of the placeholders.
+        item, in the order of the placeholders. `bounds` are the starts of the sequences in a packed
+        row, and its end.
         """
         embeddings = self._embed(input_ids, modality_inputs or {}) if self.pre_process else None
-        embeddings, labels, _, _ = self._shard_language_inputs(
-            embeddings=embeddings, labels=labels, loss_mask=None
-        )
+        if embeddings is not None:
+            embeddings = self._shard(embeddings, bounds)
         return self.language_model(
             input_ids=None,
             position_ids=None,
@@ -101,7 +107,18 @@ class StageMimoModel(MimoModel):
             labels=labels,
             inference_context=inference_context,
             runtime_gather_output=True if inference_context else None,
+            packed_seq_params=packed_params(bounds) if bounds else None,
         )
+
+    def _shard(self, embeddings: torch.Tensor, bounds: list[int] | None) -> torch.Tensor:
+        """(S, B, H) -> (S / CP, B, H), and a part of it for every rank under sequence parallelism.
+
+        Megatron's adapter does the same, but packed rows only with Transformer Engine.
+        """
+        embeddings = shard_sequence(embeddings, 0, self.pg_collection.cp, bounds)
+        if self.config.sequence_parallel:
+            return scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
+        return embeddings
 
     def _embed(
         self, input_ids: torch.Tensor | None, modality_inputs: dict[str, dict[str, Any]]
@@ -125,7 +142,14 @@ class StageMimoModel(MimoModel):
         )
 
     def _encode(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.modality_submodules[name](encoder_inputs={ENCODER: inputs})
+        """(N, ...) inputs -> (tokens, H), shared out when every context-parallel rank gets one."""
+        group = self.pg_collection.cp
+        count = len(next(iter(inputs.values())))
+        if group.size() == 1 or count < group.size():
+            return self.modality_submodules[name](encoder_inputs={ENCODER: inputs})
+        mine = {key: tensor[share_of(count, group)] for key, tensor in inputs.items()}
+        rows = self.modality_submodules[name](encoder_inputs={ENCODER: mine})
+        return gather_rows(rows, group)
 
     def _encode_idle(self, device: torch.device, busy: set[str]) -> dict[str, torch.Tensor]:
         """No rows of the modalities this batch lacks, on a graph through all their weights.
@@ -137,6 +161,20 @@ class StageMimoModel(MimoModel):
             for name, inputs in self.idle_inputs.items()
             if name not in busy
         }
+
+
+def packed_params(bounds: list[int]) -> PackedSeqParams:
+    """What Megatron's rotary positions and attention ask about a packed row."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    starts = torch.tensor(bounds, dtype=torch.int32, device=where)
+    longest = max(end - start for start, end in pairwise(bounds))
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def build_mimo_model(

@@ -124,7 +124,6 @@ REFUSED_FLAGS = {
     "full_validation": "use --eval-iters",
     "multiple_validation_sets": "use --valid-split",
     "dataloader_type": "the order of samples is --seed's",
-    "context_parallel_size": "context parallelism is not built yet",
     "expert_model_parallel_size": "the language model is dense",
     "freeze_all_layers": "use --freeze",
 }
@@ -198,11 +197,13 @@ def refuse_idle_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
 def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
     """ValueError unless every part divides into the layout and the world holds it."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.world_size % (tp * pp):
+    cp = args.context_parallel_size
+    if args.world_size % (tp * pp * cp):
+        context = f" x --context-parallel-size {cp}" if cp > 1 else ""
         raise ValueError(
             f"{args.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp} = {tp * pp}; start a multiple of {tp * pp} "
-            "with torchrun --nproc-per-node"
+            f"--pipeline-model-parallel-size {pp}{context} = {tp * pp * cp}; start a multiple of "
+            f"{tp * pp * cp} with torchrun --nproc-per-node"
         )
     widths = {
         "--num-attention-heads": args.num_attention_heads,

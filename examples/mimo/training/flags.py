@@ -45,6 +45,12 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="vary pictures and sound a little in training, as the model's config says",
     )
     group.add_argument(
+        "--pack-sequences",
+        action="store_true",
+        help="put the samples of a micro-batch into one row without padding; each attends to "
+        "itself alone",
+    )
+    group.add_argument(
         "--freeze",
         nargs="*",
         metavar="PART",

@@ -71,6 +71,7 @@ def _layout(args: argparse.Namespace) -> str:
         "TP": args.tensor_model_parallel_size,
         "PP": args.pipeline_model_parallel_size,
         "VPP": args.virtual_pipeline_model_parallel_size or 1,
+        "CP": args.context_parallel_size,
         "DP": args.data_parallel_size,
     }
     layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 process"

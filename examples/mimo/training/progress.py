@@ -89,7 +89,7 @@ def is_logging_rank() -> bool:
     return bool(
         mpu.is_pipeline_last_stage(ignore_virtual=True)
         and mpu.get_tensor_model_parallel_rank() == 0
-        and mpu.get_data_parallel_rank() == 0
+        and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
     )
 
 

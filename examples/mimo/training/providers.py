@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, collate
+from examples.mimo.data.batch import Batch, collate, collate_packed
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.samples import Sample, SampleReader
 from examples.mimo.data.tokenizer import load_tokenizer
@@ -103,12 +103,16 @@ def data_provider(
     build = DATASETS[args.dataset_provider]
     train, valid = build(args, mimo, num_samples[0], num_samples[1] or 0)
     train_iterator = _batches(
-        train, args.consumed_train_samples, args.micro_batch_size, args.num_workers
+        train, args.consumed_train_samples, args.micro_batch_size, args.num_workers, _collate(args)
     )
     if valid is None or args.eval_iters == 0:
         return train_iterator, None, None
     valid_iterator = _batches(
-        valid, args.consumed_valid_samples, args.eval_micro_batch_size, args.num_workers
+        valid,
+        args.consumed_valid_samples,
+        args.eval_micro_batch_size,
+        args.num_workers,
+        functools.partial(collate, multiple=_row_multiple()),
     )
     return train_iterator, valid_iterator, None
 
@@ -151,9 +155,13 @@ DATASETS: dict[str, Callable[..., tuple[Dataset, Dataset]]] = {
 
 
 def _batches(
-    dataset: Dataset[Sample], consumed: int, micro_batch_size: int, num_workers: int
+    dataset: Dataset[Sample],
+    consumed: int,
+    micro_batch_size: int,
+    num_workers: int,
+    collate_fn: Callable[[Sequence[Sample]], Batch],
 ) -> Iterator[Batch]:
-    """Micro-batches from sample `consumed` on, padded to what the layout divides by."""
+    """Micro-batches from sample `consumed` on."""
     if consumed >= len(dataset):  # type: ignore[arg-type]
         return iter(())
     sampler = MegatronPretrainingSampler(
@@ -163,15 +171,33 @@ def _batches(
         data_parallel_rank=mpu.get_data_parallel_rank(),
         data_parallel_size=mpu.get_data_parallel_world_size(),
     )
-    multiple = mpu.get_tensor_model_parallel_world_size()
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        collate_fn=functools.partial(collate, multiple=multiple),
+        collate_fn=collate_fn,
     )
     return iter(loader)
+
+
+def _collate(args: argparse.Namespace) -> Callable[[Sequence[Sample]], Batch]:
+    if not args.pack_sequences:
+        return functools.partial(collate, multiple=_row_multiple())
+    return functools.partial(
+        collate_packed, multiple=_row_multiple(), sample_multiple=_sequence_multiple()
+    )
+
+
+def _sequence_multiple() -> int:
+    """Context parallelism cuts a sequence into two chunks a rank."""
+    size = mpu.get_context_parallel_world_size()
+    return 2 * size if size > 1 else 1
+
+
+def _row_multiple() -> int:
+    """Sequence parallelism divides what context parallelism leaves of a row."""
+    return mpu.get_tensor_model_parallel_world_size() * _sequence_multiple()
 
 
 def device() -> torch.device:

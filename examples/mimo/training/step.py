@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from examples.mimo.data.batch import Batch, share_batch
+from examples.mimo.models.context_parallel import shard_sequence
 from examples.mimo.models.mimo import MediaCountError, StageMimoModel
 from examples.mimo.training.progress import COUNTERS
 from examples.mimo.training.providers import device
@@ -28,12 +30,13 @@ def forward_step(
     In evaluation the last stage returns logits, from which come the loss and exact match.
     """
     stage: StageMimoModel = unwrap_model(model)
-    batch = next_batch(data_iterator, stage)
+    batch = shard_targets(next_batch(data_iterator, stage))
     try:
         output = model(
             input_ids=batch.input_ids,
             labels=batch.labels if model.training else None,
             modality_inputs=batch.modality_inputs,
+            bounds=batch.bounds,
         )
     except MediaCountError as error:
         raise ValueError(error.explain(batch.items)) from None
@@ -42,8 +45,8 @@ def forward_step(
 
 
 def next_batch(data_iterator: Iterator[Batch] | None, stage: StageMimoModel) -> Batch:
-    """What this stage needs of the next micro-batch; a middle stage needs nothing."""
-    if not stage.pre_process and not stage.post_process:
+    """What this stage needs of the next micro-batch; a middle stage needs a packed row's bounds."""
+    if not (stage.pre_process or stage.post_process or get_args().pack_sequences):
         return Batch(num_rows=0, num_columns=0, num_tokens=0, keys=[])
     start = time.perf_counter()
     group = mpu.get_tensor_model_parallel_group()
@@ -54,8 +57,20 @@ def next_batch(data_iterator: Iterator[Batch] | None, stage: StageMimoModel) -> 
     return shared
 
 
+def shard_targets(batch: Batch) -> Batch:
+    """Labels and loss mask (B, S) -> (B, S / CP), as the model's outputs are sharded."""
+    group = mpu.get_context_parallel_group()
+    if group.size() == 1 or batch.labels is None or batch.loss_mask is None:
+        return batch
+    return dataclasses.replace(
+        batch,
+        labels=shard_sequence(batch.labels, 1, group, batch.bounds),
+        loss_mask=shard_sequence(batch.loss_mask, 1, group, batch.bounds),
+    )
+
+
 def training_loss(batch: Batch, losses: torch.Tensor) -> Reduced:
-    """(B, S) per-token losses -> their sum over target tokens, the number of those, a report.
+    """(B, S / CP) per-token losses -> their sum over target tokens, the number of those, a report.
 
     Megatron divides the sum over all micro-batches and ranks by the number over all of them.
     """
@@ -72,7 +87,7 @@ def training_loss(batch: Batch, losses: torch.Tensor) -> Reduced:
 
 
 def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -> Reduced:
-    """(B, S, V / TP) logits -> the sum of losses, and rows whose every target is the argmax.
+    """(B, S / CP, V / TP) logits -> the sum of losses, and rows whose every target is the argmax.
 
     Such a row is what greedy decoding would answer, so this is exact match.
     """
@@ -84,11 +99,14 @@ def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -
     )
     mask = batch.loss_mask
     total, count = (losses.float() * mask).sum(), mask.sum()
-    right = ((best == batch.labels) | (mask == 0)).all(dim=1)
-    asked = mask.any(dim=1)
+    # Of a row that is sharded along its length all parts must be right.
+    per_row = torch.stack([((best != batch.labels) * mask).sum(dim=1), mask.sum(dim=1)])
+    dist.all_reduce(per_row, group=mpu.get_context_parallel_group())
+    wrong, asked = per_row
+    right = (wrong == 0) & (asked > 0)
     report = {
         "lm loss": torch.stack([total, count]),
-        "exact match": torch.stack([(right & asked).sum(), asked.sum()]).float(),
+        "exact match": torch.stack([right.sum(), (asked > 0).sum()]).float(),
     }
     return total, count.int(), report
 
