@@ -47,7 +47,7 @@ def test_the_command_line_overrides_the_preset(parse):
         (1, ("--num-experts", "4"), "--num-experts would do nothing here: the language model"),
         (1, ("--mock-data",), "--mock-data would do nothing here: use --dataset-provider mock"),
         (1, ("--split=99,1,0",), "--split would do nothing here"),
-        (2, ("--context-parallel-size", "2"), "context parallelism is not built yet"),
+        (3, ("--context-parallel-size", "2"), "x --context-parallel-size 2 = 2; start a multiple"),
         (1, ("--set", "images.encoder.depth=1"), "no field 'depth'; there are"),
         (1, ("--set", "video.encoder.num_layers=1"), "with a modality of images, audios"),
         (1, ("--set", "images.encoder.num_layers=two"), "'two' is not of type int"),

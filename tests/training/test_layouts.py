@@ -13,7 +13,23 @@ def reference(tmp_path_factory):
     return start, layouts.measure(layouts.ONE, start, work / "one")
 
 
-@pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.name)
+# `make layouts` runs them all; these hold every mechanism once and run on every change.
+ALWAYS = {
+    "TP 2 x PP 2",
+    "TP 2 x DP 2, distributed optimizer",
+    "TP 2, sequence parallel",
+    "PP 2, 2 virtual stages",
+    "CP 2 x PP 2",
+    "DP 2, distributed optimizer, overlap",
+    "packed, TP 2 x CP 2, sequence parallel",
+}
+CASES = [
+    pytest.param(layout, id=layout.name, marks=() if layout.name in ALWAYS else pytest.mark.slow)
+    for layout in layouts.LAYOUTS
+]
+
+
+@pytest.mark.parametrize("layout", CASES)
 def test_a_layout_computes_what_one_process_computes(layout, reference, tmp_path):
     start, one = reference
     found = layouts.compare(layouts.measure(layout, start, tmp_path), one)

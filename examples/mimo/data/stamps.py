@@ -36,27 +36,22 @@ COMPARE = (
     "<image><audio>Does the recording name what the picture shows?",
 )
 AGREE, DIFFER = "They agree.", "They differ."
-MIXTURES = {
-    "align": {"see": 0.45, "hear": 0.4, "call": 0.15},
-    "train": {"see": 0.3, "hear": 0.25, "call": 0.1, "compare": 0.35},
-}
+MIXTURE = {"see": 0.45, "hear": 0.1, "call": 0.05, "compare": 0.4}
 
 Record = dict[str, Any]
 
 
 def write_stamps(stamps: Path, root: Path, seed: int, samples: int) -> None:
-    """Fill the empty folder `root`; `samples` lines in align.jsonl and in train.jsonl."""
+    """Fill the empty folder `root`; `samples` lines in train.jsonl."""
     generator = np.random.default_rng(seed)
     animals = read_animals(stamps)
     files = {animal.name: _copy(animal, root) for animal in animals}
     compared = [a for number, a in enumerate(animals) if number % 3]
     held_out = [a for number, a in enumerate(animals) if number % 3 == 0]
     draw = _Draw(files, generator)
-    for split, mixture in MIXTURES.items():
-        records = [draw.mixed(mixture, animals, compared) for _ in range(samples)]
-        _write_lines(root, split, records)
-    _write_lines(root, "heldout", _every_comparison(draw, held_out))
-    _write_lines(root, "compare_seen", _every_comparison(draw, compared))
+    _write_lines(root, "train", [draw.mixed(animals, compared) for _ in range(samples)])
+    _write_lines(root, "heldout", _every_comparison(draw, held_out, range(len(COMPARE))))
+    _write_lines(root, "compare_seen", _every_comparison(draw, compared, range(1)))
     _write_lines(root, "heldout_pictures", _every_further_picture(draw, animals))
     for split, kind in (("see_seen", draw.see), ("hear_seen", draw.hear), ("call_seen", draw.call)):
         known = [a for a in animals if kind != draw.call or a.call]
@@ -71,10 +66,8 @@ class _Draw:
         self.files = files
         self.generator = generator
 
-    def mixed(
-        self, mixture: dict[str, float], animals: list[Animal], compared: list[Animal]
-    ) -> Record:
-        task = str(self.generator.choice(list(mixture), p=list(mixture.values())))
+    def mixed(self, animals: list[Animal], compared: list[Animal]) -> Record:
+        task = str(self.generator.choice(list(MIXTURE), p=list(MIXTURE.values())))
         if task == "compare":
             seen = heard = self._one(compared)
             if self.generator.integers(2):
@@ -133,12 +126,12 @@ def _named(animal: Animal) -> str:
     return f"{animal.phrase.capitalize()}."
 
 
-def _every_comparison(draw: _Draw, animals: list[Animal]) -> list[Record]:
-    """In every wording, each animal with its own name and with another one's."""
+def _every_comparison(draw: _Draw, animals: list[Animal], wordings: range) -> list[Record]:
+    """In each wording, every animal with its own name and with another one's."""
     records = []
     for number, animal in enumerate(animals):
         others = animals[number + 1 :] + animals[:number]
-        for wording in range(len(COMPARE)):
+        for wording in wordings:
             other = others[wording % len(others)]
             records += [draw.compare(animal, animal, wording), draw.compare(animal, other, wording)]
     return records
@@ -207,8 +200,7 @@ The recordings are of people and animals; nothing is synthesised.
 
 | file | what |
 | --- | --- |
-| align.jsonl | name what a picture shows, what a recording says, or who calls |
-| train.jsonl | the same, and whether picture and spoken name agree |
+| train.jsonl | what a picture shows, what is said, who calls, whether picture and name agree |
 | heldout.jsonl | agreement for {held} animals of which it was never asked in training |
 | compare_seen.jsonl | agreement for the other animals |
 | heldout_pictures.jsonl | names of pictures that were never trained on |
