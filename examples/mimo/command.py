@@ -30,6 +30,11 @@ def run(command: str, main: Callable[[], None]) -> None:
     """
     try:
         main()
+        leave_process_group()
+    except SystemExit:
+        # Megatron ends so on --exit-interval and on signals.
+        leave_process_group()
+        raise
     except ValueError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or _ranks_differ:
@@ -41,6 +46,13 @@ def run(command: str, main: Callable[[], None]) -> None:
         os._exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def leave_process_group() -> None:
+    """Gloo's threads abort a process that ends while they run, in one of two tries."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Parser(argparse.ArgumentParser):

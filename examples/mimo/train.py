@@ -29,6 +29,9 @@ def main() -> None:
     if "--help-megatron" in argv:
         _print_megatron_help()
         return
+    if any(word.split("=")[0] == "--dry-run" for word in argv):
+        _print_plan(argv)
+        return
     if "--show-megatron-output" in argv:
         train(argv)
         return
@@ -73,6 +76,14 @@ def train(argv: list[str]) -> None:
         forward_step,
         functools.partial(model_provider, config),
     )
+
+
+def _print_plan(argv: list[str]) -> None:
+    from examples.mimo.training.dry_run import plan
+
+    with command.stdout_to(os.devnull):
+        report = plan(argv)
+    print(report)
 
 
 def _print_megatron_help() -> None:

@@ -73,3 +73,4 @@ def convert(folder):
 
 if __name__ == "__main__":
     {"make": make, "convert": convert}[sys.argv[1]](Path(sys.argv[2]))
+    command.leave_process_group()

@@ -75,3 +75,4 @@ def main():
 # Saving starts a process that imports this module again.
 if __name__ == "__main__":
     main()
+    command.leave_process_group()

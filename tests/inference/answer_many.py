@@ -60,3 +60,4 @@ if tp * pp == 1:
     found["encoded"] = encoded
 if int(os.environ["RANK"]) == 0:
     print(json.dumps(found))
+command.leave_process_group()

@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 class EncoderConfig(Protocol):
     """What the package asks of a modality; a dataclass beside its encoder implements it.
 
-    `hidden_size` is the width of the features that leave the encoder.
+    `hidden_size` is the width of the features that leave the encoder, `max_tokens` the most rows
+    of the language model that one item takes.
     """
 
     @property
     def hidden_size(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
 
     def read(self, path: Path) -> Any:
         """A decoded file, checked: ValueError with one line on anything that is not one."""

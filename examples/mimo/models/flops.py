@@ -25,6 +25,11 @@ class Flops:
     def __mul__(self, times: int) -> Flops:
         return Flops(self.weights * times, self.attention * times)
 
+    @property
+    def forward(self) -> int:
+        """The forward pass alone."""
+        return self.weights + self.attention
+
     def trained(self, trains: bool, passes_on: bool) -> int:
         """Forward and backward operations.
 
@@ -50,9 +55,9 @@ def encoder_layer_flops(rows: int, width: int, ffn_hidden_size: int) -> Flops:
     return layer_flops(rows, width, width, width, ffn_hidden_size, ffn_matrices=2)
 
 
-def language_flops(language: LanguageConfig, num_rows: int, num_columns: int) -> Flops:
-    """The language model over `num_rows` sequences, head included."""
-    layer = layer_flops(
+def language_layer_flops(language: LanguageConfig, num_columns: int) -> Flops:
+    """One layer of the language model over a sequence."""
+    return layer_flops(
         num_columns,
         language.hidden_size,
         language.query_size,
@@ -60,8 +65,17 @@ def language_flops(language: LanguageConfig, num_rows: int, num_columns: int) ->
         language.ffn_hidden_size,
         ffn_matrices=3,
     )
-    head = Flops(2 * num_columns * language.hidden_size * language.vocab_size)
-    return (layer * language.num_layers + head) * num_rows
+
+
+def head_flops(language: LanguageConfig, num_columns: int) -> Flops:
+    """The logits of a sequence."""
+    return Flops(2 * num_columns * language.hidden_size * language.vocab_size)
+
+
+def language_flops(language: LanguageConfig, num_rows: int, num_columns: int) -> Flops:
+    """The language model over `num_rows` sequences, head included."""
+    layers = language_layer_flops(language, num_columns) * language.num_layers
+    return (layers + head_flops(language, num_columns)) * num_rows
 
 
 def training_flops(

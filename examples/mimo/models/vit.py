@@ -145,6 +145,11 @@ class VitConfig:
         """The layers up to the one whose output is used."""
         return self.num_layers + self.feature_layer + 1
 
+    @property
+    def max_tokens(self) -> int:
+        """A picture's tokens: `patches_per_token` patches make one; the class token is dropped."""
+        return self.num_patches // self.patches_per_token
+
     def read(self, path: Path) -> Image.Image:
         """The picture in RGB, upright, on black where it was transparent."""
         return read_image(path)
@@ -185,8 +190,8 @@ class VitConfig:
         return {"pixel_values": pixels.permute(2, 0, 1).contiguous()}
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
-        """`patches_per_token` patches make a token; the class token is dropped."""
-        return self.num_patches // self.patches_per_token
+        """Every picture takes the same."""
+        return self.max_tokens
 
     def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Noise of the shape `preprocess` makes."""

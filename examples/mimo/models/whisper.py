@@ -74,6 +74,11 @@ class WhisperConfig:
         """Encoder frames in the window, after the convolution that halves them."""
         return self.window_samples // self.hop_samples // 2
 
+    @property
+    def max_tokens(self) -> int:
+        """The tokens of a full window."""
+        return math.ceil(self.window_frames / self.frames_per_token)
+
     def read(self, path: Path) -> np.ndarray:
         """(samples,) float32 mono at 16 kHz, at most the window."""
         return read_audio(

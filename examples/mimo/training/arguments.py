@@ -21,6 +21,8 @@ from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields
 from examples.mimo.models.layer_specs import has_transformer_engine
 from examples.mimo.training.flags import add_own_flags
+from examples.mimo.training.freezing import check_freeze
+from examples.mimo.training.stages import balance_stages
 
 # LanguageConfig field -> Megatron argument.
 LANGUAGE_ARGUMENTS = {
@@ -134,10 +136,13 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
 
     ValueError, one line, for a flag that would do nothing and for a layout that cannot run.
     """
-    own = _own_flags(argv)
+    own = own_flags(argv)
     preset = with_fields(get_model_config(own.model_provider), own.config_fields)
     args = parse_with_preset(preset, argv)
+    check_freeze(args.freeze, preset)
     check_layout(args, preset)
+    if args.balance_stages:
+        balance_stages(args, resolve(preset, args))
     try:
         megatron_arguments.validate_args(args)
     except AssertionError as error:
@@ -243,7 +248,8 @@ def resolve(preset: MimoConfig, args: argparse.Namespace) -> MimoConfig:
     return dataclasses.replace(preset, language=language)
 
 
-def _own_flags(argv: Sequence[str]) -> argparse.Namespace:
+def own_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The package's flags alone; Megatron's are left for later."""
     parser = Parser(add_help=False, allow_abbrev=False)
     return add_own_flags(parser).parse_known_args(argv)[0]
 

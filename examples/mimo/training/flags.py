@@ -58,6 +58,19 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "name all parts train (default: what the model's config says)",
     )
     group.add_argument(
+        "--balance-stages",
+        action="store_true",
+        help="give the pipeline's stages as many layers as makes an iteration shortest, with the "
+        "encoders on the first and the head on the last",
+    )
+    group.add_argument(
+        "--dry-run",
+        type=int,
+        metavar="PROCESSES",
+        help="say what this run would hold and compute on so many processes, and end; start it "
+        "without torchrun",
+    )
+    group.add_argument(
         "--set",
         nargs="+",
         default=[],

@@ -16,6 +16,14 @@ def part_names(config: MimoConfig) -> list[str]:
     return [*sides, "language"]
 
 
+def check_freeze(names: Iterable[str], config: MimoConfig) -> None:
+    """ValueError for a name that is no part of the model."""
+    known = part_names(config)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--freeze {name}: {config.name} has the parts {', '.join(known)}")
+
+
 def parts(model: StageMimoModel) -> dict[str, torch.nn.Module]:
     """The parts that this stage holds."""
     found: dict[str, torch.nn.Module] = {}

@@ -12,6 +12,7 @@ from megatron.core import mpu
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.models.mimo import StageMimoModel
 from examples.mimo.training.freezing import part_names, parts
+from examples.mimo.training.stages import describe_pipeline, predicted_split
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,19 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
     stages: list[dict[str, list[PartSize]]] = [{}] * mpu.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
     lines = [
-        f"{config.name}: {_layout(args)}",
+        f"{config.name}: {layout_name(args)} on {_device()}, {numerics(args)}",
         f"data: {_data(args)}; {args.global_batch_size} samples an iteration in micro-batches "
         f"of {args.micro_batch_size}; {args.train_iters} iterations",
-        *_table(config, stages, args.tensor_model_parallel_size > 1),
+        *parts_table(config, stages, args.tensor_model_parallel_size > 1),
     ]
+    if len(stages) > 1:
+        split = predicted_split(args, config, chunks[0].config)
+        lines.append(f"pipeline: {describe_pipeline(split, args)}")
     return "\n".join(lines)
 
 
-def _layout(args: argparse.Namespace) -> str:
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
+def layout_name(args: argparse.Namespace) -> str:
+    """`TP 2 x PP 2 + sequence parallel`."""
     sizes = {
         "TP": args.tensor_model_parallel_size,
         "PP": args.pipeline_model_parallel_size,
@@ -77,9 +81,17 @@ def _layout(args: argparse.Namespace) -> str:
     layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 process"
     extras = [" + sequence parallel"] * args.sequence_parallel
     extras += [" + distributed optimizer"] * args.use_distributed_optimizer
+    return layout + "".join(extras)
+
+
+def numerics(args: argparse.Namespace) -> str:
+    """`float32, local layers`."""
     kind = str(args.params_dtype).removeprefix("torch.")
-    impl = args.transformer_impl.replace("_", " ")
-    return f"{layout}{''.join(extras)} on {where}, {kind}, {impl} layers"
+    return f"{kind}, {args.transformer_impl.replace('_', ' ')} layers"
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
 
 
 def _data(args: argparse.Namespace) -> str:
@@ -88,7 +100,7 @@ def _data(args: argparse.Namespace) -> str:
     return f"{args.data_path[0]}, split {args.train_split}"
 
 
-def _table(config: MimoConfig, stages: list[dict[str, list[PartSize]]], tp: bool) -> list[str]:
+def parts_table(config: MimoConfig, stages: list[dict[str, list[PartSize]]], tp: bool) -> list[str]:
     """A row a part: parameters, whether it trains, and what one rank of each stage holds."""
     headings = ["part", "trains", "parameters"]
     headings += ["split by TP", "copied"] if tp else []
@@ -100,7 +112,12 @@ def _table(config: MimoConfig, stages: list[dict[str, list[PartSize]]], tp: bool
         rows.append([name, "yes" if trains else "frozen", *_counts(found, tp)])
     everything = [[s for sizes in stage.values() for s in sizes] for stage in stages]
     rows.append(["in all", "", *_counts(everything, tp)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(headings))]
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of as many cells each; the first column starts left, the others end right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  " + _row(row, widths) for row in rows]
 
 

@@ -22,7 +22,7 @@ from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.samples import Sample, SampleReader
 from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
-from examples.mimo.training.freezing import freeze_parts, part_names
+from examples.mimo.training.freezing import freeze_parts
 
 
 def transformer_config(args: argparse.Namespace) -> Any:
@@ -33,12 +33,7 @@ def transformer_config(args: argparse.Namespace) -> Any:
 
 
 def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
-    """ValueError for a folder or a part that is not there, before anything is built."""
-    unknown = [name for name in args.freeze if name not in part_names(mimo)]
-    if unknown:
-        raise ValueError(
-            f"--freeze {unknown[0]}: {mimo.name} has the parts {', '.join(part_names(mimo))}"
-        )
+    """ValueError for a folder that is not there, before anything is built."""
     start = args.pretrained_checkpoint
     resumes = args.load and (Path(args.load) / TRACKER).is_file()
     if args.load and not resumes and args.load != args.save and not start:

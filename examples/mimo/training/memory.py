@@ -1,0 +1,186 @@
+"""What a rank of each pipeline stage holds, counted on tensors that have shapes and no memory."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from examples.mimo.configs.schema import EncoderConfig, MimoConfig
+from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
+from examples.mimo.training.freezing import freeze_parts, part_names, parts
+from examples.mimo.training.header import PartSize, part_sizes
+from examples.mimo.training.providers import transformer_config
+
+ADAM_BYTES = 8
+FP32_COPY_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on one rank of a stage; `activations` are one micro-batch's, a number per chunk."""
+
+    parts: dict[str, list[PartSize]]
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: list[int]
+
+
+def stage_memory(config: MimoConfig, args: argparse.Namespace, stage: int) -> StageMemory:
+    """Builds the stage as a run would, on its first rank of a made-up world."""
+    with _rank_of(args, stage) as pg_collection, FakeTensorMode():
+        chunks = _build(config, args, pg_collection, stage)
+        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        sizes: dict[str, list[PartSize]] = {}
+        for chunk in chunks:
+            for name, size in part_sizes(chunk, args.tensor_model_parallel_size).items():
+                sizes.setdefault(name, []).append(size)
+        return StageMemory(
+            parts=sizes,
+            parameters=sum(p.numel() * p.element_size() for p in parameters),
+            gradients=trained * _gradient_bytes(args),
+            optimizer=round(trained * _optimizer_bytes(args)),
+            activations=[_activation_bytes(config, args, chunk) for chunk in chunks],
+        )
+
+
+@contextlib.contextmanager
+def _rank_of(args: argparse.Namespace, stage: int) -> Iterator[ProcessGroupCollection]:
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    pp = args.pipeline_model_parallel_size
+    dist.init_process_group(
+        "fake", rank=stage * tp * cp, world_size=tp * cp * pp, store=FakeStore()
+    )
+    mpu.initialize_model_parallel(
+        tp,
+        pp,
+        args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=cp,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(1)
+    try:
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _build(
+    config: MimoConfig, args: argparse.Namespace, pg_collection: Any, stage: int
+) -> list[StageMimoModel]:
+    virtual = args.virtual_pipeline_model_parallel_size
+    last_stage = args.pipeline_model_parallel_size - 1
+    chunks = []
+    for number in range(virtual or 1):
+        chunk = build_mimo_model(
+            config,
+            transformer_config(args),
+            pg_collection,
+            pre_process=stage == 0 and number == 0,
+            post_process=stage == last_stage and number == (virtual or 1) - 1,
+            vp_stage=number if virtual else None,
+        )
+        freeze_parts(chunk, args.freeze)
+        chunks.append(chunk.train())
+    return chunks
+
+
+def _gradient_bytes(args: argparse.Namespace) -> int:
+    """Per trained parameter: Megatron's gradient buffer."""
+    return 4 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize
+
+
+def _optimizer_bytes(args: argparse.Namespace) -> float:
+    """Per trained parameter: Adam's two moments, and an fp32 copy of a parameter in 16 bits."""
+    whole = ADAM_BYTES + (FP32_COPY_BYTES if args.params_dtype.itemsize < 4 else 0)
+    if not args.use_distributed_optimizer:
+        return whole
+    return whole / (args.data_parallel_size * args.context_parallel_size)
+
+
+def _activation_bytes(config: MimoConfig, args: argparse.Namespace, chunk: StageMimoModel) -> int:
+    """What layers, projectors and head keep of one micro-batch for the backward pass."""
+    kept = _kept_by_language(config, args, chunk)
+    held = parts(chunk)
+    for name in chunk.modality_submodules:
+        encoder, projector = held[f"{name}.encoder"], held[f"{name}.projector"]
+        kept += _kept_by_modality(config.modalities[name].encoder, args, encoder, projector)
+    return kept
+
+
+def _kept_by_language(config: MimoConfig, args: argparse.Namespace, chunk: StageMimoModel) -> int:
+    columns = args.seq_length // args.context_parallel_size
+    rows = columns // args.tensor_model_parallel_size if args.sequence_parallel else columns
+    # A frozen language model keeps what its inputs' gradients need, unless nothing trains.
+    passes_on = set(args.freeze) != set(part_names(config))
+    size = (rows, args.micro_batch_size, args.hidden_size)
+    hidden = torch.empty(size, dtype=args.params_dtype, requires_grad=passes_on)
+    if not chunk.pre_process:
+        chunk.set_input_tensor([hidden])
+    labels = torch.empty((args.micro_batch_size, columns), dtype=torch.long)
+    return _kept_by(
+        chunk.language_model,
+        input_ids=None,
+        position_ids=None,
+        attention_mask=None,
+        decoder_input=hidden if chunk.pre_process else None,
+        labels=labels if chunk.post_process else None,
+    )
+
+
+def _kept_by_modality(
+    sizes: EncoderConfig,
+    args: argparse.Namespace,
+    encoder: torch.nn.Module,
+    projector: torch.nn.Module,
+) -> int:
+    """Of an encoder its transformer blocks are counted, which is nearly all of it."""
+    samples, context = args.micro_batch_size, args.context_parallel_size
+    items = math.ceil(samples / context) if samples >= context else samples
+    trains = any(p.requires_grad for p in encoder.parameters())
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=args.params_dtype, requires_grad=trains)
+
+    kept = _kept_by(projector, empty(items * sizes.max_tokens, sizes.hidden_size))
+    for block in encoder.modules():
+        if isinstance(block, TransformerBlock):
+            width = block.config.hidden_size
+            rows = sizes.max_tokens * sizes.hidden_size // width
+            kept += _kept_by(block, empty(rows, items, width), attention_mask=None)
+    return kept
+
+
+def _kept_by(module: torch.nn.Module, *inputs: Any, **named: Any) -> int:
+    """Bytes that the backward pass of a module needs, its weights not counted, none twice."""
+    seen = {p.untyped_storage()._cdata for p in module.parameters()}
+    kept = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # The output holds the graph, and so keeps every counted storage alive.
+        output = module(*inputs, **named)
+    del output
+    return kept
