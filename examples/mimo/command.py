@@ -38,7 +38,8 @@ def run(command: str, main: Callable[[], None]) -> None:
     except ValueError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or _ranks_differ:
-            who = f" [rank {rank}]" if rank else ""
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
+            who = f" [rank {rank}]" if _ranks_differ and not alone else ""
             print(f"{command}{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()

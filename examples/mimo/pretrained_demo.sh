@@ -28,8 +28,8 @@ step "Training the two projectors"
 torchrun --standalone --nproc-per-node 2 examples/mimo/train.py --model-provider smollm2_avlm \
   --dataset-provider conversations --data-path "$data" --augment --seq-length 512 \
   --pretrained-checkpoint "$start" --micro-batch-size 8 --global-batch-size 16 \
-  --lr 2e-3 --min-lr 1e-4 --lr-warmup-iters 20 --train-iters 240 --log-interval 10 \
-  --save "$checkpoint" --load "$checkpoint" --save-interval 60
+  --pack-sequences --lr 2e-3 --min-lr 1e-4 --lr-warmup-iters 20 --train-iters 300 \
+  --log-interval 10 --save "$checkpoint" --load "$checkpoint" --save-interval 60
 
 step "Score"
 OMP_NUM_THREADS=2 python examples/mimo/evaluate.py --ckpt "$checkpoint" --data "$data" \

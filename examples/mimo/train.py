@@ -47,7 +47,7 @@ def train(argv: list[str]) -> None:
     from megatron.training.global_vars import set_global_variables
 
     from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
-    from examples.mimo.training import adam, progress
+    from examples.mimo.training import adam, phase, progress
     from examples.mimo.training.arguments import parse_arguments
     from examples.mimo.training.providers import (
         check_inputs,
@@ -68,14 +68,21 @@ def train(argv: list[str]) -> None:
         save_description(Path(args.save), config, tokenizer_path(args), sources)
     adam.install()
     progress.install(config)
+    phase.install(args)
     command.speak_for_myself()
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        functools.partial(data_provider, config),
-        ModelType.encoder_or_decoder,
-        forward_step,
-        functools.partial(model_provider, config),
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            functools.partial(data_provider, config),
+            ModelType.encoder_or_decoder,
+            forward_step,
+            functools.partial(model_provider, config),
+        )
+    except RuntimeError as error:
+        lost = phase.lost_rank(error)
+        if lost is None:
+            raise
+        raise ValueError(lost) from None
 
 
 def _print_plan(argv: list[str]) -> None:

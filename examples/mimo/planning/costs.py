@@ -1,11 +1,10 @@
-"""Floating-point operations of one micro-batch on a rank, by where in the pipeline they fall.
-
-Every sample is taken to be a full row that holds one item of each modality at its longest.
-"""
+"""Floating-point operations of one micro-batch on a rank, by where in the pipeline they fall."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.models.flops import Flops, head_flops, language_layer_flops
@@ -13,13 +12,21 @@ from examples.mimo.planning.balance import ModelCost
 from examples.mimo.planning.schedule import Cost
 
 
-def model_cost(config: MimoConfig, args: argparse.Namespace) -> ModelCost:
+@dataclass(frozen=True)
+class Workload:
+    """A micro-batch: its rows and columns, and the items and tokens of each modality."""
+
+    num_rows: float
+    num_columns: float
+    items: Mapping[str, float]
+    media_tokens: Mapping[str, float]
+
+
+def model_cost(config: MimoConfig, args: argparse.Namespace, work: Workload) -> ModelCost:
     """What a layer, the encoders with their projectors, and the head cost a rank."""
-    samples, frozen = args.micro_batch_size, set(args.freeze)
+    frozen = set(args.freeze)
     tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
     recompute = args.recompute_granularity == "full"
-    # Encoders share their items over the context-parallel ranks when each gets one.
-    shares = context if samples >= context else 1
     first = Cost(0.0, 0.0)
     reached = False
     for name, modality in config.modalities.items():
@@ -27,21 +34,20 @@ def model_cost(config: MimoConfig, args: argparse.Namespace) -> ModelCost:
         projector_trains = f"{name}.projector" not in frozen
         widths = modality.encoder.hidden_size + config.language.hidden_size
         projector = Flops(2 * modality.projector.ffn_hidden_size * widths)
-        projector *= modality.encoder.max_tokens
-        cost = _cost(modality.encoder.flops(), encoder_trains, encoder_trains, recompute)
-        cost += _cost(projector, projector_trains, encoder_trains)
-        first += cost * (samples / shares / tensor)
+        # Encoders share their items over the context-parallel ranks when each gets one.
+        shares = context if work.items[name] >= context else 1
+        encode = _cost(modality.encoder.flops(), encoder_trains, encoder_trains, recompute)
+        project = _cost(projector, projector_trains, encoder_trains)
+        both = encode * work.items[name] + project * work.media_tokens[name]
+        first += both * (1 / shares / tensor)
         reached |= encoder_trains or projector_trains
     trains = "language" not in frozen
     passes_on = reached or trains
-    layer = language_layer_flops(config.language, args.seq_length)
-    head = head_flops(config.language, args.seq_length)
-    share = samples / tensor / context
-    return ModelCost(
-        layer=_cost(layer, trains, passes_on, recompute) * share,
-        first=first,
-        last=_cost(head, trains, passes_on) * share,
-    )
+    columns = round(work.num_columns)
+    layer = _cost(language_layer_flops(config.language, columns), trains, passes_on, recompute)
+    head = _cost(head_flops(config.language, columns), trains, passes_on)
+    share = work.num_rows / tensor / context
+    return ModelCost(layer * share, first, head * share)
 
 
 def _cost(flops: Flops, trains: bool, passes_on: bool, recompute: bool = False) -> Cost:

@@ -8,19 +8,27 @@ from collections.abc import Sequence
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.planning.balance import Split
-from examples.mimo.planning.costs import model_cost
+from examples.mimo.planning.costs import Workload
 from examples.mimo.training.arguments import (
     WITHOUT_TRANSFORMER_ENGINE,
     own_flags,
     parse_arguments,
 )
-from examples.mimo.training.header import aligned, layout_name, numerics, parts_table
+from examples.mimo.training.header import (
+    aligned,
+    describe_data,
+    layout_name,
+    numerics,
+    parts_table,
+)
 from examples.mimo.training.memory import StageMemory, stage_memory
 from examples.mimo.training.providers import transformer_config
 from examples.mimo.training.stages import (
+    COUNTED_SAMPLES,
     describe_pipeline,
     num_micro_batches,
     predicted_split,
+    workload,
 )
 
 MIB = 2**20
@@ -42,32 +50,36 @@ def plan(argv: Sequence[str]) -> str:
     args.perform_initialization = False
     stages = range(args.pipeline_model_parallel_size)
     memory = [stage_memory(config, args, stage) for stage in stages]
-    split = predicted_split(args, config, transformer_config(args))
+    work = workload(args, config)
+    split = predicted_split(args, config, transformer_config(args), work)
     return "\n".join(
         [
             f"{config.name}: {layout_name(args)} on {processes} "
             f"process{'es' * (processes > 1)}, {numerics(args)}",
+            _data(args, config, work),
             *parts_table(config, [m.parts for m in memory], args.tensor_model_parallel_size > 1),
             "",
-            *_assumption(args, config),
-            "",
-            "memory of a rank in MiB; activations are those held for the backward pass at most",
+            "memory of a rank in MiB; activations: rows of --seq-length, an item of each modality "
+            "a sample",
             *_memory_table(args, memory, split),
             "",
-            *_compute(args, config, split),
+            *_compute(args, split),
             "",
             *_pipeline(args, split),
         ]
     )
 
 
-def _assumption(args: argparse.Namespace, config: MimoConfig) -> list[str]:
-    items = [f"{m.encoder.max_tokens:,} tokens of {name}" for name, m in config.modalities.items()]
-    held = f", of which {' and '.join(items)}" if items else ""
-    return [
-        f"counted for samples of {args.seq_length:,} tokens{held}; "
-        f"{args.global_batch_size} samples an iteration in micro-batches of {args.micro_batch_size}"
+def _data(args: argparse.Namespace, config: MimoConfig, work: Workload) -> str:
+    counts = [
+        f"{work.items[name] / args.micro_batch_size:.1f} {name}" for name in config.modalities
     ]
+    held = f", {' and '.join(counts)} a sample" if counts else ""
+    return (
+        f"data: {describe_data(args)}; {args.global_batch_size} samples an iteration in "
+        f"micro-batches of {args.micro_batch_size}; {COUNTED_SAMPLES} of them counted: "
+        f"{work.num_rows:.0f} rows of {work.num_columns:.0f} tokens{held}"
+    )
 
 
 def _memory_table(args: argparse.Namespace, memory: list[StageMemory], split: Split) -> list[str]:
@@ -86,9 +98,9 @@ def _memory_table(args: argparse.Namespace, memory: list[StageMemory], split: Sp
     return aligned(rows)
 
 
-def _compute(args: argparse.Namespace, config: MimoConfig, split: Split) -> list[str]:
+def _compute(args: argparse.Namespace, split: Split) -> list[str]:
     """Floating-point operations of an iteration, and how they fall on the stages."""
-    cost = model_cost(config, args)
+    cost = split.cost
     stages = args.pipeline_model_parallel_size
     per_rank = [0.0] * stages
     for number, chunk in enumerate(cost.chunks(split.layers)):

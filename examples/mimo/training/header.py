@@ -12,7 +12,7 @@ from megatron.core import mpu
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.models.mimo import StageMimoModel
 from examples.mimo.training.freezing import part_names, parts
-from examples.mimo.training.stages import describe_pipeline, predicted_split
+from examples.mimo.training.stages import describe_pipeline, predicted_split, workload
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
     dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
     lines = [
         f"{config.name}: {layout_name(args)} on {_device()}, {numerics(args)}",
-        f"data: {_data(args)}; {args.global_batch_size} samples an iteration in micro-batches "
-        f"of {args.micro_batch_size}; {args.train_iters} iterations",
+        f"data: {describe_data(args)}; {args.global_batch_size} samples an iteration in "
+        f"micro-batches of {args.micro_batch_size}; {args.train_iters} iterations",
         *parts_table(config, stages, args.tensor_model_parallel_size > 1),
     ]
-    if len(stages) > 1:
-        split = predicted_split(args, config, chunks[0].config)
+    if len(stages) > 1 and args.rank == 0:
+        split = predicted_split(args, config, chunks[0].config, workload(args, config))
         lines.append(f"pipeline: {describe_pipeline(split, args)}")
     return "\n".join(lines)
 
@@ -94,7 +94,8 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
 
 
-def _data(args: argparse.Namespace) -> str:
+def describe_data(args: argparse.Namespace) -> str:
+    """Where samples come from."""
     if args.dataset_provider == "mock":
         return "mock (random)"
     return f"{args.data_path[0]}, split {args.train_split}"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -72,7 +72,8 @@ def _rank_of(args: argparse.Namespace, stage: int) -> Iterator[ProcessGroupColle
         context_parallel_size=cp,
         create_gloo_process_groups=False,
     )
-    model_parallel_cuda_manual_seed(1)
+    # The training tracker compares generator states, which tensors without memory do not have.
+    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     try:
         yield ProcessGroupCollection.use_mpu_process_groups()
     finally:
@@ -96,6 +97,9 @@ def _build(
             vp_stage=number if virtual else None,
         )
         freeze_parts(chunk, args.freeze)
+        # As Megatron's Float16Module does; torch's own layers begin in 32 bits.
+        for parameter in chunk.parameters():
+            parameter.data = parameter.data.to(args.params_dtype)
         chunks.append(chunk.train())
     return chunks
 

@@ -107,7 +107,7 @@ def data_provider(
         args.consumed_valid_samples,
         args.eval_micro_batch_size,
         args.num_workers,
-        functools.partial(collate, multiple=_row_multiple()),
+        functools.partial(collate, multiple=_row_multiple(args)),
     )
     return train_iterator, valid_iterator, None
 
@@ -178,21 +178,29 @@ def _batches(
 
 def _collate(args: argparse.Namespace) -> Callable[[Sequence[Sample]], Batch]:
     if not args.pack_sequences:
-        return functools.partial(collate, multiple=_row_multiple())
+        return functools.partial(collate, multiple=_row_multiple(args))
     return functools.partial(
-        collate_packed, multiple=_row_multiple(), sample_multiple=_sequence_multiple()
+        collate_packed, multiple=_row_multiple(args), sample_multiple=_sequence_multiple(args)
     )
 
 
-def _sequence_multiple() -> int:
+def _sequence_multiple(args: argparse.Namespace) -> int:
     """Context parallelism cuts a sequence into two chunks a rank."""
-    size = mpu.get_context_parallel_world_size()
+    size = args.context_parallel_size
     return 2 * size if size > 1 else 1
 
 
-def _row_multiple() -> int:
+def _row_multiple(args: argparse.Namespace) -> int:
     """Sequence parallelism divides what context parallelism leaves of a row."""
-    return mpu.get_tensor_model_parallel_world_size() * _sequence_multiple()
+    return args.tensor_model_parallel_size * _sequence_multiple(args)
+
+
+def first_batches(args: argparse.Namespace, mimo: MimoConfig, num_samples: int) -> list[Batch]:
+    """The first samples of the training data in micro-batches, without a process group."""
+    dataset, _ = DATASETS[args.dataset_provider](args, mimo, num_samples, 0)
+    size = args.micro_batch_size
+    starts = range(0, max(size, num_samples - size + 1), size)
+    return [_collate(args)([dataset[start + i] for i in range(size)]) for start in starts]
 
 
 def device() -> torch.device:

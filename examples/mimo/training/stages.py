@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.batch import Batch
 from examples.mimo.planning.balance import Split, best_split
-from examples.mimo.planning.costs import model_cost
+from examples.mimo.planning.costs import Workload, model_cost
+from examples.mimo.training.providers import first_batches
+
+COUNTED_SAMPLES = 32
 
 OTHER_SPLITS = (
     "decoder_first_pipeline_num_layers",
@@ -35,9 +41,33 @@ def balance_stages(args: argparse.Namespace, config: MimoConfig) -> None:
             )
     chunks = stages * (args.num_virtual_stages_per_pipeline_rank or 1)
     args.num_virtual_stages_per_pipeline_rank = None
-    cost = model_cost(config, args)
+    cost = model_cost(config, args, workload(args, config))
     split = best_split(cost, args.num_layers, stages, chunks, num_micro_batches(args))
     args.pipeline_model_parallel_layout = split.flag
+
+
+def workload(args: argparse.Namespace, config: MimoConfig) -> Workload:
+    """The mean micro-batch of the first samples of the training data."""
+    batches = first_batches(args, config, COUNTED_SAMPLES)
+
+    def mean(counts: Iterable[float]) -> float:
+        return statistics.fmean(counts)
+
+    names = config.modalities
+    return Workload(
+        num_rows=mean(batch.num_rows for batch in batches),
+        num_columns=mean(batch.num_columns for batch in batches),
+        # A batch without a modality sends one made-up item through its encoder.
+        items={n: mean(max(1, len(batch.items.get(n, []))) for batch in batches) for n in names},
+        media_tokens={
+            n: mean(_count(batch, m.token_id) for batch in batches) for n, m in names.items()
+        },
+    )
+
+
+def _count(batch: Batch, token_id: int) -> int:
+    assert batch.input_ids is not None
+    return int((batch.input_ids == token_id).sum())
 
 
 def num_micro_batches(args: argparse.Namespace) -> int:
@@ -47,11 +77,16 @@ def num_micro_batches(args: argparse.Namespace) -> int:
     return max(1, (args.global_batch_size or 1) // (args.micro_batch_size * data))
 
 
-def predicted_split(args: argparse.Namespace, config: MimoConfig, transformer: Any) -> Split:
+def predicted_split(
+    args: argparse.Namespace, config: MimoConfig, transformer: Any, work: Workload
+) -> Split:
     """The split that Megatron will build, on the clock; `transformer` is the TransformerConfig."""
-    layers = layers_per_chunk(transformer)
-    stages = args.pipeline_model_parallel_size
-    return Split(model_cost(config, args), layers, stages, num_micro_batches(args))
+    return Split(
+        cost=model_cost(config, args, work),
+        layers=layers_per_chunk(transformer),
+        num_stages=args.pipeline_model_parallel_size,
+        num_micro_batches=num_micro_batches(args),
+    )
 
 
 def layers_per_chunk(transformer: Any) -> tuple[int, ...]:

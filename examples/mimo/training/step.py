@@ -16,6 +16,7 @@ from megatron.training import get_args
 from examples.mimo.data.batch import Batch, share_batch
 from examples.mimo.models.context_parallel import shard_sequence
 from examples.mimo.models.mimo import MediaCountError, StageMimoModel
+from examples.mimo.training import phase
 from examples.mimo.training.progress import COUNTERS
 from examples.mimo.training.providers import device
 
@@ -30,7 +31,10 @@ def forward_step(
     In evaluation the last stage returns logits, from which come the loss and exact match.
     """
     stage: StageMimoModel = unwrap_model(model)
+    where = "iteration {iteration}" if model.training else "evaluation after iteration {iteration}"
+    phase.enter(f"{where}, reading a batch")
     batch = shard_targets(next_batch(data_iterator, stage))
+    phase.enter(f"{where}, computing")
     try:
         output = model(
             input_ids=batch.input_ids,

@@ -1,0 +1,105 @@
+"""python benchmarks/balance.py: is the split that --balance-stages chooses the fastest?
+
+Trains a model with a heavy picture encoder on two pipeline stages, once with each split of the
+language model's layers, and compares the measured time of an iteration with the predicted one.
+Rounds go over all splits in turn, so that a slow moment of the machine meets them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = str(ROOT / "examples/mimo/train.py")
+NUM_LAYERS = 8
+ITERATIONS, WARMUP, ROUNDS = 6, 2, 3
+BOUND = 1.05
+
+COMMON = (
+    *("--model-provider", "tiny_avlm", "--dataset-provider", "mock", "--seed", "11"),
+    *("--pipeline-model-parallel-size", "2", "--num-layers", str(NUM_LAYERS)),
+    *("--hidden-size", "256", "--ffn-hidden-size", "768", "--set", "images.encoder.num_layers=24"),
+    *("--micro-batch-size", "4", "--global-batch-size", "64"),
+)
+
+
+def layout_flag(first: int) -> tuple[str, str]:
+    """`first` layers on the first stage, the rest on the second."""
+    layers = "t" * first, "t" * (NUM_LAYERS - first)
+    return "--pipeline-model-parallel-layout", f"E{layers[0]}|{layers[1]}L"
+
+
+def seconds_per_iteration(first: int, folder: Path) -> list[float]:
+    """Iterations of one run, the first ones left out."""
+    metrics = folder / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launch, "--nproc-per-node", "2", TRAIN, *COMMON, *layout_flag(first)]
+    command += ["--train-iters", str(ITERATIONS), "--metrics-file", str(metrics)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [row["seconds"] for row in rows[WARMUP:]]
+
+
+def plan(*flags: str) -> tuple[int, float]:
+    """The layers of the first stage and the bubble that a dry run predicts."""
+    command = [sys.executable, TRAIN, "--dry-run", "2", *COMMON, *flags]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    found = re.search(r"layers by stage (\d+), .* bubble of (\d+) %", done.stdout)
+    assert found, done.stdout
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    """Measure, print and write the table; status 1 when another split is faster by 5 %."""
+    parser = argparse.ArgumentParser(description="Is the split of --balance-stages the fastest?")
+    parser.add_argument("--output", type=Path, help="write the table to this Markdown file")
+    output = parser.parse_args().output
+    chosen, _ = plan("--balance-stages")
+    splits = range(NUM_LAYERS + 1)
+    bubbles = {first: plan(*layout_flag(first))[1] for first in splits}
+    measured: dict[int, list[float]] = {first: [] for first in splits}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(ROUNDS):
+            for first in splits:
+                print(f"  round {number + 1} of {ROUNDS}: {first} layers first", file=sys.stderr)
+                measured[first] += seconds_per_iteration(first, Path(folder))
+    medians = {first: statistics.median(times) for first, times in measured.items()}
+    fastest = min(medians.values())
+    rows = [
+        "| layers by stage | bubble predicted | time over the fastest's | |",
+        "| --- " * 4 + "|",
+    ]
+    rows += [
+        f"| {first}, {NUM_LAYERS - first} | {bubbles[first]} % | {medians[first] / fastest:.3f} | "
+        f"{'chosen by --balance-stages' if first == chosen else ''} |"
+        for first in splits
+    ]
+    print("\n".join(rows))
+    if output:
+        table = "\n".join(rows)
+        output.write_text(_PAGE.format(table=table), encoding="utf-8")
+    sys.exit(0 if medians[chosen] <= BOUND * fastest else 1)
+
+
+_PAGE = f"""# The split that --balance-stages chooses
+
+`make balance` wrote this: `tiny_avlm` with a picture encoder of 24 layers and a language model of
+{NUM_LAYERS} layers of width 256, on two pipeline stages, two CPU cores. The time is the median
+of {ROUNDS} x {ITERATIONS - WARMUP} iterations.
+
+{{table}}
+"""
+
+
+if __name__ == "__main__":
+    main()
