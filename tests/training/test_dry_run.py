@@ -56,7 +56,7 @@ def test_a_cluster_is_planned_from_one_process():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("qwen3_avlm: TP 4 x PP 4 x DP 32 + sequence parallel on 512 proc")
     assert re.search(r"^  language +frozen +8,190,735,360 ", done.stdout, re.MULTILINE)
-    assert re.search(r"^  3 +384-511 +1,125\.1 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^  3 +384-511 +1,124\.9 ", done.stdout, re.MULTILINE)
     assert "layers by stage 9, 9, 9, 9; 32 micro-batches" in done.stdout
     drawn = [line for line in done.stdout.splitlines() if re.match(r" +\d [0-9a-z.]{96}$", line)]
     assert len(drawn) == 4
