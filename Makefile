@@ -50,7 +50,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 layouts: $(VENV)/installed
-	$(BIN)/python benchmarks/layouts.py --output benchmarks/layouts.md
+	$(BIN)/python -m benchmarks.layouts --output benchmarks/layouts.md
 
 gpu-check: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_check.py

@@ -1,4 +1,4 @@
-"""python benchmarks/layouts.py: every parallel layout against one process, from one checkpoint.
+"""python -m benchmarks.layouts: every parallel layout against one process, from one checkpoint.
 
 Each layout trains ten iterations from the same checkpoint on the same mock batches, which mix
 samples with pictures, recordings, both and neither. A parameter's first gradient is read from
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -19,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ranks
+
 ITERATIONS = 10
 FIRST_LOSS_BOUND, GRADIENT_BOUND, TEN_LOSSES_BOUND = 1e-6, 1e-5, 1e-5
 BF16_BOUND = 2e-2
@@ -108,6 +107,7 @@ LAYOUTS = (
     Layout("projectors only, TP 2", 2, TP2, PROJECTORS_ONLY),
     Layout("projectors only, PP 2", 2, PP2, PROJECTORS_ONLY),
     Layout("projectors only, PP 4", 4, PP4, PROJECTORS_ONLY),
+    Layout("projectors only, TP 2 x PP 2", 4, TP2 + PP2, PROJECTORS_ONLY),
     Layout("projectors only, CP 2 x PP 2", 4, CP2 + PP2, PROJECTORS_ONLY),
     Layout(
         "projectors only, TP 2 x DP 2, distributed optimizer, overlap",
@@ -152,13 +152,10 @@ class Difference:
 
 
 def train(layout: Layout, *flags: str) -> None:
-    """One training run; CalledProcessError carries what it printed when it fails."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-    command = [*launch, str(layout.processes), "--standalone"]
-    command += [str(ROOT / "examples/mimo/train.py"), *COMMON]
-    command += [*layout.flags, *layout.shared, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    """One training run; CalledProcessError when it fails, after what it printed."""
+    script = "examples/mimo/train.py"
+    given = (*COMMON, *layout.flags, *layout.shared, *flags)
+    done = ranks.run(script, *given, processes=layout.processes)
     if done.returncode:
         sys.stderr.write(done.stderr)
         done.check_returncode()

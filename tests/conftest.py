@@ -15,6 +15,8 @@ from examples.mimo import host  # noqa: E402
 
 host.install()
 
+from benchmarks import ranks  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -32,6 +34,11 @@ def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.Comp
         text=True,
         timeout=600,
     )
+
+
+def run_train(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """`train.py` on ranks that need not import Megatron first; comparisons of runs use it."""
+    return ranks.run("examples/mimo/train.py", *flags, processes=processes)
 
 
 @pytest.fixture(scope="session")

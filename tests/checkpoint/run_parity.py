@@ -1,4 +1,4 @@
-"""Run by test_parity.py under torchrun: run_parity.py WORK TP PP.
+"""Run by test_parity.py on every rank: run_parity.py WORK TP PP.
 
 Loads the converted checkpoint of every case at a layout and saves what the model computes; at
 TP 2 x PP 2 saves the checkpoints again instead.

@@ -1,17 +1,14 @@
 """Every family computes what transformers computes, at every layout, and comes back bit for bit."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import ranks
 from examples.mimo.checkpoint import from_hf, to_hf
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.checkpoint.folder import Folder
 from tests.checkpoint.cases import CASES
-from tests.conftest import ROOT
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
 LANGUAGE = [name for name, case in CASES.items() if case.part == "language"]
@@ -27,10 +24,8 @@ def work(tmp_path_factory, build_model):
         source = {case.part: Folder(folder / name / "theirs")}
         from_hf.convert(case.config, source, folder / name / "ours", lambda text: None)
     for tp, pp in LAYOUTS:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launch += ["--nproc-per-node", str(tp * pp), "-m", "tests.checkpoint.run_parity"]
-        launch += [str(folder), str(tp), str(pp)]
-        done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True)
+        flags = (str(folder), str(tp), str(pp))
+        done = ranks.run("tests/checkpoint/run_parity.py", *flags, processes=tp * pp)
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -1,4 +1,4 @@
-"""Run by test_answers.py under torchrun: greedy tokens of held-out samples at a layout.
+"""Run by test_answers.py on every rank: greedy tokens of held-out samples at a layout.
 
 answer_many.py CHECKPOINT DATA TP PP SAMPLES; on one process also compares decoding from the cache
 with whole forward passes.

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,9 +10,10 @@ import pytest
 import soundfile
 from PIL import Image
 
+from benchmarks import ranks
 from examples.mimo import avlm_inference
 from examples.mimo.inference.answerer import forbidden_tokens
-from tests.conftest import ROOT, run_command
+from tests.conftest import run_command, run_train
 
 SAMPLES = 20
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
@@ -22,8 +22,7 @@ LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
 @pytest.fixture(scope="module")
 def checkpoint(data_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("answers") / "checkpoint"
-    done = run_command(
-        "train.py",
+    done = run_train(
         *("--tensor-model-parallel-size", "2", "--dataset-provider", "spoken_questions"),
         *("--data-path", str(data_folder), "--micro-batch-size", "8", "--global-batch-size", "8"),
         *("--lr", "2e-3", "--train-iters", "250", "--save", str(folder), "--save-interval", "250"),
@@ -37,10 +36,8 @@ def checkpoint(data_folder, tmp_path_factory):
 def answers(checkpoint, data_folder):
     found = {}
     for tp, pp in LAYOUTS:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(tp * pp), str(ROOT / "tests/inference/answer_many.py")]
-        command += [str(checkpoint), str(data_folder), str(tp), str(pp), str(SAMPLES)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        flags = (str(checkpoint), str(data_folder), str(tp), str(pp), str(SAMPLES))
+        done = ranks.run("tests/inference/answer_many.py", *flags, processes=tp * pp)
         assert done.returncode == 0, done.stderr
         found[tp, pp] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -1,4 +1,4 @@
-"""Run by test_dry_run.py under torchrun: measure_memory.py FOLDER [flags of train.py].
+"""Run by test_dry_run.py on every rank: measure_memory.py FOLDER [flags of train.py].
 
 Writes to FOLDER/RANK.json, in bytes, what a dry run predicts for each rank and what the rank holds
 after two iterations.

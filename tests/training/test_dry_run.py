@@ -1,14 +1,12 @@
 """`--dry-run` and `--balance-stages`, against what runs hold and do."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT, run_command
+from benchmarks import ranks
+from tests.conftest import run_command
 
 TP2 = ("--tensor-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
@@ -34,17 +32,17 @@ ALWAYS = {"CP 2, distributed optimizer, bf16", "PP 2, balanced, frozen encoders"
 )
 def test_predicted_bytes_are_those_that_ranks_hold(name, tmp_path):
     processes, flags = LAYOUTS[name]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    launch += [str(processes), str(ROOT / "tests/training/measure_memory.py"), str(tmp_path)]
-    launch += ["--train-iters", "2", "--global-batch-size", "8", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    script = "tests/training/measure_memory.py"
+    flags = (str(tmp_path), "--train-iters", "2", "--global-batch-size", "8", *flags)
+    done = ranks.run(script, *flags, processes=processes)
     assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
-    for pairs in ranks:
+    pairs_of_ranks = [
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)
+    ]
+    for pairs in pairs_of_ranks:
         for predicted, measured in pairs.values():
             assert predicted == pytest.approx(measured, rel=0.02)
-    assert all(pair[1] > 0 for pair in ranks[0].values())
+    assert all(pair[1] > 0 for pair in pairs_of_ranks[0].values())
 
 
 def test_a_cluster_is_planned_from_one_process():

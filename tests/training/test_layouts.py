@@ -14,13 +14,22 @@ def references(tmp_path_factory):
 
 # `make layouts` runs them all; these hold every mechanism once and run on every change.
 ALWAYS = {
-    "TP 2 x PP 2",
-    "TP 2 x DP 2, distributed optimizer",
+    "TP 2",
     "TP 2, sequence parallel",
     "PP 2, 2 virtual stages",
-    "CP 2 x PP 2",
+    "PP 2, no layer beside the encoders",
+    "PP 4, balanced stages",
+    "TP 2 x PP 2",
+    "TP 2 x DP 2, distributed optimizer",
     "DP 2, distributed optimizer, overlap",
+    "CP 2 x PP 2",
+    "full recompute",
+    "packed",
     "packed, TP 2 x CP 2, sequence parallel",
+    "projectors only, PP 2",
+    "projectors only, TP 2 x PP 2",
+    "bf16, TP 2, sequence parallel",
+    "bf16, DP 2, distributed optimizer, overlap",
 }
 CASES = [
     pytest.param(layout, id=layout.name, marks=() if layout.name in ALWAYS else pytest.mark.slow)
@@ -41,6 +50,12 @@ def test_the_comparison_sees_every_parameter_layer_and_loss(references, tiny, bu
     assert len(one.gradients) == len(list(build_model(tiny).parameters()))
     assert all(gradient.norm() > 0 for gradient in one.gradients.values())
     assert len(set(one.losses)) == layouts.ITERATIONS
+
+
+def test_only_the_projectors_have_optimizer_state(references):
+    gradients = references.run(layouts.PROJECTORS_ONLY).gradients
+    assert len(gradients) == 2 * 4
+    assert all("input_projections" in name for name in gradients)
 
 
 def test_the_batches_mix_samples_with_and_without_media(tiny):

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, run_command, run_train
 
 ITERATIONS, EVERY = 14, 4
 TP2 = ("--tensor-model-parallel-size", "2")
@@ -48,7 +48,7 @@ def kill_all(process):
 @pytest.fixture(scope="module")
 def uninterrupted(data_folder, tmp_path_factory):
     work = tmp_path_factory.mktemp("uninterrupted")
-    done = run_command("train.py", *flags(data_folder, work, TP2), processes=2)
+    done = run_train(*flags(data_folder, work, TP2), processes=2)
     assert done.returncode == 0, done.stderr
     assert sorted(read(work)) == list(range(1, ITERATIONS + 1))
     return work
@@ -85,7 +85,7 @@ def test_killed_and_started_again(data_folder, uninterrupted, tmp_path):
 
 def test_a_finished_run_ends_at_once(data_folder, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    done = run_command("train.py", *flags(data_folder, uninterrupted, TP2), processes=2)
+    done = run_train(*flags(data_folder, uninterrupted, TP2), processes=2)
     assert done.returncode == 0, done.stderr
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
@@ -95,7 +95,7 @@ def test_goes_on_at_another_layout(data_folder, uninterrupted, tmp_path, layout)
     shutil.copytree(uninterrupted / "checkpoint", tmp_path / "checkpoint")
     (tmp_path / "checkpoint/latest_checkpointed_iteration.txt").write_text(str(2 * EVERY))
     processes = 2 ** (len(layout) // 2)
-    done = run_command("train.py", *flags(data_folder, tmp_path, layout), processes=processes)
+    done = run_train(*flags(data_folder, tmp_path, layout), processes=processes)
     assert done.returncode == 0, done.stderr
     wanted = {i: row for i, row in read(uninterrupted).items() if i > 2 * EVERY}
     assert sorted(read(tmp_path)) == sorted(wanted)

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.mimo.configs import MODEL_PROVIDERS
-from tests.conftest import run_command
+from tests.conftest import run_command, run_train
 
 # LLaVA's width and depth are for clusters; its shapes otherwise stay.
 SMALL = (
@@ -46,7 +46,7 @@ def flags_for(model, dataset, data_folder):
 def test_every_provider_starts(model, dataset, data_folder, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     flags = flags_for(model, dataset, data_folder)
-    done = run_command("train.py", *flags, "--metrics-file", str(metrics))
+    done = run_train(*flags, "--metrics-file", str(metrics))
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2]
