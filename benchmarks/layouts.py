@@ -30,6 +30,7 @@ COMMON = (
 TP2 = ("--tensor-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
 PACKED = ("--pack-sequences",)
+ENCODERS_TP1 = ("--encoder-tensor-model-parallel-size", "1")
 CP2 = ("--context-parallel-size", "2")
 SP = ("--sequence-parallel",)
 PP4 = ("--pipeline-model-parallel-size", "4")
@@ -92,6 +93,15 @@ LAYOUTS = (
     Layout("TP 2 x CP 2, sequence parallel", 4, TP2 + CP2 + SP),
     Layout("CP 2 x DP 2, distributed optimizer, overlap", 4, CP2 + DISTRIBUTED_OPTIMIZER + OVERLAP),
     Layout("TP 2 x CP 2 x PP 2, sequence parallel", 8, TP2 + CP2 + PP2 + SP),
+    Layout("TP 2, encoders TP 1", 2, TP2 + ENCODERS_TP1),
+    Layout("TP 2 x PP 2, encoders TP 1", 4, TP2 + PP2 + ENCODERS_TP1),
+    Layout("TP 2 x CP 2, encoders TP 1, sequence parallel", 4, TP2 + CP2 + SP + ENCODERS_TP1),
+    Layout(
+        "TP 2 x DP 2, encoders TP 1, distributed optimizer, overlap",
+        4,
+        TP2 + ENCODERS_TP1 + DISTRIBUTED_OPTIMIZER + OVERLAP,
+    ),
+    Layout("packed, TP 2, encoders TP 1", 2, PACKED + TP2 + ENCODERS_TP1),
     Layout("PP 2, uneven: 1 and 3 layers", 2, PP2 + UNEVEN),
     Layout("PP 2, no layer beside the encoders", 2, PP2 + NO_LAYER_FIRST),
     Layout("PP 4, balanced stages", 4, PP4 + BALANCED),

@@ -29,7 +29,7 @@ def count(name, tp):
     flags = ["--tensor-model-parallel-size", str(tp), "--no-initialization"]
     args = parse_with_preset(config, flags)
     args.params_dtype = torch.float32
-    args.rank, args.world_size = 0, tp
+    args.rank, args.world_size, args.encoder_tensor_model_parallel_size = 0, tp, tp
     with torch.device("meta"):
         model = build_mimo_model(
             config, transformer_config(args), ProcessGroupCollection.use_mpu_process_groups()
@@ -40,7 +40,7 @@ def count(name, tp):
         for path, parameter in module.named_parameters()
         if "linear" in path and path.endswith("weight")
     }
-    sizes = {part: size.here for part, size in part_sizes(model, tp).items()}
+    sizes = {part: size.here for part, size in part_sizes(model, args).items()}
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
     return {"parts": sizes, "linear": linear}

@@ -53,12 +53,19 @@ def share_of(count: int, group: dist.ProcessGroup) -> slice:
     return slice(count * rank // size, count * (rank + 1) // size)
 
 
-def gather_rows(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(n_r, H) -> (sum of n_r, H) in the order of ranks; gradients as in `gather_sequence`."""
+def gather_rows(
+    local: torch.Tensor, group: dist.ProcessGroup, partial_gradients: bool
+) -> torch.Tensor:
+    """(n_r, H) -> (sum of n_r, H) in the order of ranks.
+
+    The ranks' gradients are summed where each rank uses the rows for a part of the work, as under
+    context parallelism; else all ranks have the same, and each takes its own rows.
+    """
     mine = torch.tensor([len(local)], device=local.device)
     lengths = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(lengths, mine, group=group)
     longest = max(int(length) for length in lengths)
     padded = torch.nn.functional.pad(local, (0, 0, 0, longest - len(local)))
-    parts = gather_from_sequence_parallel_region(padded, group=group).chunk(group.size())
+    whole = gather_from_sequence_parallel_region(padded, partial_gradients, group=group)
+    parts = whole.chunk(group.size())
     return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.models.context_parallel import gather_rows, shard_sequence, share_of
+from examples.mimo.models.encoder_groups import EncoderGroups
 from examples.mimo.models.layer_specs import block_submodules
 from examples.mimo.models.projector import projector_spec
 
@@ -64,6 +66,7 @@ class StageMimoModel(MimoModel):
         post_process: bool,
         vp_stage: int | None,
         idle_inputs: dict[str, dict[str, torch.Tensor]],
+        encoder_groups: EncoderGroups | None = None,
     ) -> None:
         super().__init__(mimo_config, cp_group=pg_collection.cp, tp_group=pg_collection.tp)
         self.pg_collection = pg_collection
@@ -71,6 +74,9 @@ class StageMimoModel(MimoModel):
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.idle_inputs = idle_inputs
+        self.encoder_groups = encoder_groups
+        if encoder_groups:
+            encoder_groups.tie(self.modality_submodules.parameters())
         self.share_embeddings_and_output_weights = (
             self.language_model.share_embeddings_and_output_weights
         )
@@ -78,6 +84,16 @@ class StageMimoModel(MimoModel):
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied weight, where this stage has one; Megatron sums its gradients."""
         return self.language_model.shared_embedding_or_output_weight()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint holds of this stage: of an encoder's copies the first."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.encoder_groups:
+            inside = f"{prefix}modality_submodules."
+            self.encoder_groups.mark_copies({k: v for k, v in state.items() if inside in k})
+        return state
 
     def forward(
         self,
@@ -133,7 +149,8 @@ class StageMimoModel(MimoModel):
                 raise MediaCountError(name, placeholders, len(rows), rows.shape[-1])
             embeddings[name] = rows
         if self.training and torch.is_grad_enabled():
-            embeddings |= self._encode_idle(input_ids.device, set(embeddings))
+            idle = self.idle_inputs.keys() - embeddings.keys()
+            embeddings |= {name: self._encode_idle(name, input_ids.device) for name in idle}
         embeddings["text"] = self.get_text_embeddings(input_ids, None, self.special_token_ids)
         return self.align_embeddings_by_token_positions(
             modality_embeddings=embeddings,
@@ -142,25 +159,33 @@ class StageMimoModel(MimoModel):
         )
 
     def _encode(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(N, ...) inputs -> (tokens, H), shared out when every context-parallel rank gets one."""
-        group = self.pg_collection.cp
-        count = len(next(iter(inputs.values())))
-        if group.size() == 1 or count < group.size():
-            return self.modality_submodules[name](encoder_inputs={ENCODER: inputs})
-        mine = {key: tensor[share_of(count, group)] for key, tensor in inputs.items()}
-        rows = self.modality_submodules[name](encoder_inputs={ENCODER: mine})
-        return gather_rows(rows, group)
+        """(N, ...) inputs -> (tokens, H); ranks that hold the same encoder share the items out."""
+        mine = inputs
+        for group in self._sharing_groups():
+            share = share_of(len(next(iter(mine.values()))), group)
+            mine = {key: tensor[share] for key, tensor in mine.items()}
+        first = next(iter(mine.values()))
+        rows = (
+            self._run_encoder(name, mine) if len(first) else self._encode_idle(name, first.device)
+        )
+        for group in reversed(self._sharing_groups()):
+            rows = gather_rows(rows, group, partial_gradients=group is self.pg_collection.cp)
+        return rows
 
-    def _encode_idle(self, device: torch.device, busy: set[str]) -> dict[str, torch.Tensor]:
-        """No rows of the modalities this batch lacks, on a graph through all their weights.
+    def _sharing_groups(self) -> list[dist.ProcessGroup]:
+        copies = [self.encoder_groups.copies] if self.encoder_groups else []
+        return [group for group in [self.pg_collection.cp, *copies] if group.size() > 1]
+
+    def _run_encoder(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.modality_submodules[name](encoder_inputs={ENCODER: inputs})
+
+    def _encode_idle(self, name: str, device: torch.device) -> torch.Tensor:
+        """No rows of a modality that this rank has no item of, on a graph through all its weights.
 
         Their gradients are then zeros that exist, as overlapped gradient reduction needs.
         """
-        return {
-            name: self._encode(name, {k: v.to(device) for k, v in inputs.items()})[:0]
-            for name, inputs in self.idle_inputs.items()
-            if name not in busy
-        }
+        inputs = {key: tensor.to(device) for key, tensor in self.idle_inputs[name].items()}
+        return self._run_encoder(name, inputs)[:0]
 
 
 def packed_params(bounds: list[int]) -> PackedSeqParams:
@@ -184,21 +209,26 @@ def build_mimo_model(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    encoder_groups: EncoderGroups | None = None,
 ) -> StageMimoModel:
     """The part of `config` that a rank holds; `language` says how it is computed."""
     modalities = config.modalities if pre_process else {}
+    encoding = encoder_groups.numerics(language) if encoder_groups else language
+    encoding_groups = encoder_groups.layers if encoder_groups else pg_collection
     mimo_config = MimoModelConfig(
         language_model_spec=_language_spec(
             config.language, language, pg_collection, pre_process, post_process, vp_stage
         ),
         modality_submodules_spec={
-            name: _modality_spec(modality, language, pg_collection)
+            name: _modality_spec(modality, encoding, encoding_groups)
             for name, modality in modalities.items()
         },
         special_token_ids={name: m.token_id for name, m in config.modalities.items()},
     )
     idle = {name: _one_mock_item(modality) for name, modality in modalities.items()}
-    return StageMimoModel(mimo_config, pg_collection, pre_process, post_process, vp_stage, idle)
+    return StageMimoModel(
+        mimo_config, pg_collection, pre_process, post_process, vp_stage, idle, encoder_groups
+    )
 
 
 def part_spec(

@@ -34,12 +34,14 @@ def model_cost(config: MimoConfig, args: argparse.Namespace, work: Workload) -> 
         projector_trains = f"{name}.projector" not in frozen
         widths = modality.encoder.hidden_size + config.language.hidden_size
         projector = Flops(2 * modality.projector.ffn_hidden_size * widths)
-        # Encoders share their items over the context-parallel ranks when each gets one.
-        shares = context if work.items[name] >= context else 1
+        # The ranks that hold the same encoder share its items out; one is the least.
+        encoder_tensor = args.encoder_tensor_model_parallel_size
+        copies = context * tensor // encoder_tensor
+        shares = max(1.0, min(copies, work.items[name]))
         encode = _cost(modality.encoder.flops(), encoder_trains, encoder_trains, recompute)
         project = _cost(projector, projector_trains, encoder_trains)
         both = encode * work.items[name] + project * work.media_tokens[name]
-        first += both * (1 / shares / tensor)
+        first += both * (1 / shares / encoder_tensor)
         reached |= encoder_trains or projector_trains
     trains = "language" not in frozen
     passes_on = reached or trains

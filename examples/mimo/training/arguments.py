@@ -141,6 +141,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     args = parse_with_preset(preset, argv)
     check_freeze(args.freeze, preset)
     check_layout(args, preset)
+    check_encoder_layout(args, preset)
     if args.balance_stages:
         balance_stages(args, resolve(preset, args))
     try:
@@ -216,17 +217,7 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
         "--ffn-hidden-size": args.ffn_hidden_size,
         "--vocab-size": args.vocab_size,
     }
-    for name, modality in config.modalities.items():
-        for field in ("num_heads", "ffn_hidden_size"):
-            if hasattr(modality.encoder, field):
-                widths[f"{name}.encoder.{field}"] = getattr(modality.encoder, field)
-        widths[f"{name}.projector.ffn_hidden_size"] = modality.projector.ffn_hidden_size
-    for name, width in widths.items():
-        if width % tp:
-            raise ValueError(
-                f"{name} {width} does not divide by --tensor-model-parallel-size {tp}; "
-                "choose a size that divides it"
-            )
+    _check_widths(widths, "--tensor-model-parallel-size", tp)
     uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
     if args.num_layers % pp and not uneven and not args.pipeline_model_parallel_layout:
         raise ValueError(
@@ -235,6 +226,43 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
         )
     if args.sequence_parallel and args.seq_length % tp:
         raise ValueError(f"--seq-length {args.seq_length} does not divide by {tp} with SP")
+
+
+def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
+    """ValueError unless the encoders divide into theirs; their TP is the language model's if none
+    is given.
+    """
+    tp = args.tensor_model_parallel_size
+    if args.encoder_tensor_model_parallel_size is None:
+        args.encoder_tensor_model_parallel_size = tp
+    encoder_tp = args.encoder_tensor_model_parallel_size
+    if encoder_tp < 1 or tp % encoder_tp:
+        raise ValueError(
+            f"--encoder-tensor-model-parallel-size {encoder_tp} does not divide "
+            f"--tensor-model-parallel-size {tp}; choose a divisor of it"
+        )
+    copies = args.world_size // (args.pipeline_model_parallel_size * encoder_tp)
+    if args.encoder_data_parallel_size not in (None, copies):
+        raise ValueError(
+            f"--encoder-data-parallel-size {args.encoder_data_parallel_size}, but "
+            f"{args.world_size} processes hold {copies} copies of the encoders at "
+            f"--encoder-tensor-model-parallel-size {encoder_tp}; leave the flag away"
+        )
+    widths = {}
+    for name, modality in config.modalities.items():
+        for field in ("num_heads", "ffn_hidden_size"):
+            if hasattr(modality.encoder, field):
+                widths[f"{name}.encoder.{field}"] = getattr(modality.encoder, field)
+        widths[f"{name}.projector.ffn_hidden_size"] = modality.projector.ffn_hidden_size
+    _check_widths(widths, "--encoder-tensor-model-parallel-size", encoder_tp)
+
+
+def _check_widths(widths: dict[str, int], flag: str, size: int) -> None:
+    for name, width in widths.items():
+        if width % size:
+            raise ValueError(
+                f"{name} {width} does not divide by {flag} {size}; choose a size that divides it"
+            )
 
 
 def resolve(preset: MimoConfig, args: argparse.Namespace) -> MimoConfig:

@@ -64,6 +64,20 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "encoders on the first and the head on the last",
     )
     group.add_argument(
+        "--encoder-tensor-model-parallel-size",
+        type=int,
+        metavar="N",
+        help="split encoders and projectors over N ranks of each tensor-parallel group; the "
+        "group's copies of an encoder share the media out (default: as the language model)",
+    )
+    group.add_argument(
+        "--encoder-data-parallel-size",
+        type=int,
+        metavar="N",
+        help="copies of the encoders that see different media; follows from the other sizes, and "
+        "is checked against them",
+    )
+    group.add_argument(
         "--dry-run",
         type=int,
         metavar="PROCESSES",

@@ -29,10 +29,14 @@ class PartSize:
     trains: bool
 
 
-def part_sizes(model: StageMimoModel, tensor_parallel_size: int) -> dict[str, PartSize]:
+def part_sizes(model: StageMimoModel, args: argparse.Namespace) -> dict[str, PartSize]:
     """The sizes of the parts this stage holds; works on meta tensors too."""
+    encoder_tp = args.encoder_tensor_model_parallel_size
     return {
-        name: _size(list(module.parameters()), tensor_parallel_size)
+        name: _size(
+            list(module.parameters()),
+            args.tensor_model_parallel_size if name == "language" else encoder_tp,
+        )
         for name, module in parts(model).items()
     }
 
@@ -53,7 +57,7 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
     """The header, on rank 0; every rank must call it."""
     mine: dict[str, list[PartSize]] = {}
     for chunk in chunks:
-        for name, size in part_sizes(chunk, args.tensor_model_parallel_size).items():
+        for name, size in part_sizes(chunk, args).items():
             mine.setdefault(name, []).append(size)
     stages: list[dict[str, list[PartSize]]] = [{}] * mpu.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
@@ -79,6 +83,10 @@ def layout_name(args: argparse.Namespace) -> str:
         "DP": args.data_parallel_size,
     }
     layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 process"
+    encoder_tp = args.encoder_tensor_model_parallel_size
+    if encoder_tp != args.tensor_model_parallel_size:
+        copies = args.world_size // (args.pipeline_model_parallel_size * encoder_tp)
+        layout += f", encoders TP {encoder_tp} x DP {copies}"
     extras = [" + sequence parallel"] * args.sequence_parallel
     extras += [" + distributed optimizer"] * args.use_distributed_optimizer
     return layout + "".join(extras)

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from examples.mimo.configs.schema import EncoderConfig, MimoConfig
+from examples.mimo.models.encoder_groups import encoder_groups
 from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.training.freezing import freeze_parts, part_names, parts
 from examples.mimo.training.header import PartSize, part_sizes
@@ -47,7 +48,7 @@ def stage_memory(config: MimoConfig, args: argparse.Namespace, stage: int) -> St
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         sizes: dict[str, list[PartSize]] = {}
         for chunk in chunks:
-            for name, size in part_sizes(chunk, args.tensor_model_parallel_size).items():
+            for name, size in part_sizes(chunk, args).items():
                 sizes.setdefault(name, []).append(size)
         return StageMemory(
             parts=sizes,
@@ -86,6 +87,7 @@ def _build(
 ) -> list[StageMimoModel]:
     virtual = args.virtual_pipeline_model_parallel_size
     last_stage = args.pipeline_model_parallel_size - 1
+    groups = encoder_groups(args.encoder_tensor_model_parallel_size, pg_collection)
     chunks = []
     for number in range(virtual or 1):
         chunk = build_mimo_model(
@@ -95,6 +97,7 @@ def _build(
             pre_process=stage == 0 and number == 0,
             post_process=stage == last_stage and number == (virtual or 1) - 1,
             vp_stage=number if virtual else None,
+            encoder_groups=groups,
         )
         freeze_parts(chunk, args.freeze)
         # As Megatron's Float16Module does; torch's own layers begin in 32 bits.
@@ -154,8 +157,8 @@ def _kept_by_modality(
     projector: torch.nn.Module,
 ) -> int:
     """Of an encoder its transformer blocks are counted, which is nearly all of it."""
-    samples, context = args.micro_batch_size, args.context_parallel_size
-    items = math.ceil(samples / context) if samples >= context else samples
+    copies = args.tensor_model_parallel_size // args.encoder_tensor_model_parallel_size
+    items = math.ceil(args.micro_batch_size / (args.context_parallel_size * copies))
     trains = any(p.requires_grad for p in encoder.parameters())
 
     def empty(*size: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
@@ -21,6 +22,7 @@ from examples.mimo.data.batch import Batch, collate, collate_packed
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.samples import Sample, SampleReader
 from examples.mimo.data.tokenizer import load_tokenizer
+from examples.mimo.models.encoder_groups import EncoderGroups, encoder_groups
 from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.training.freezing import freeze_parts
 
@@ -30,6 +32,13 @@ def transformer_config(args: argparse.Namespace) -> Any:
     config = core_transformer_config_from_args(args)
     config.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     return config
+
+
+@functools.cache
+def _encoder_groups(tensor_parallel_size: int) -> EncoderGroups | None:
+    """A run's groups are made once, by all ranks, for all chunks of the model."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return encoder_groups(tensor_parallel_size, groups)
 
 
 def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
@@ -58,13 +67,18 @@ def model_provider(
 ) -> StageMimoModel:
     """The part of the model that this rank holds, with the parts of `--freeze` frozen."""
     args = get_args()
+    config = config or transformer_config(args)
+    groups = _encoder_groups(args.encoder_tensor_model_parallel_size)
+    if groups:
+        config.finalize_model_grads_func = groups.finalizer()
     model = build_mimo_model(
         mimo,
-        config or transformer_config(args),
+        config,
         pg_collection,
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
+        encoder_groups=groups,
     )
     freeze_parts(model, args.freeze)
     return model
