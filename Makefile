@@ -11,7 +11,7 @@ PYTHON := $(shell for p in python3.12 python3.13 python3 \
 	"$$p" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help demo pretrained-demo weights test lint layouts gpu-check clean
+.PHONY: help demo pretrained-demo weights test lint layouts balance gpu-check clean
 
 help:
 	@echo "make demo            environment, data, training, held-out score and one answer (two cores)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test            environment and the test suite"
 	@echo "make lint            ruff and mypy"
 	@echo "make layouts         the table of parallel layouts against one process: benchmarks/layouts.md"
+	@echo "make balance         whether --balance-stages finds the fastest split: benchmarks/balance.md"
 	@echo "make gpu-check       the tests and benchmarks that need CUDA"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -51,6 +52,9 @@ lint: $(VENV)/installed
 
 layouts: $(VENV)/installed
 	$(BIN)/python -m benchmarks.layouts --output benchmarks/layouts.md
+
+balance: $(VENV)/installed
+	$(BIN)/python -m benchmarks.balance --output benchmarks/balance.md
 
 gpu-check: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_check.py

@@ -1,4 +1,4 @@
-"""python benchmarks/balance.py: is the split that --balance-stages chooses the fastest?
+"""python -m benchmarks.balance: is the split that --balance-stages chooses the fastest?
 
 Trains a model with a heavy picture encoder on two pipeline stages, once with each split of the
 language model's layers, and compares the measured time of an iteration with the predicted one.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -17,8 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TRAIN = str(ROOT / "examples/mimo/train.py")
+from benchmarks import ranks
+
+TRAIN = "examples/mimo/train.py"
 NUM_LAYERS = 8
 ITERATIONS, WARMUP, ROUNDS = 6, 2, 3
 BOUND = 1.05
@@ -26,7 +26,7 @@ BOUND = 1.05
 COMMON = (
     *("--model-provider", "tiny_avlm", "--dataset-provider", "mock", "--seed", "11"),
     *("--pipeline-model-parallel-size", "2", "--num-layers", str(NUM_LAYERS)),
-    *("--hidden-size", "256", "--ffn-hidden-size", "768", "--set", "images.encoder.num_layers=24"),
+    *("--set", "images.encoder.num_layers=24"),
     *("--micro-batch-size", "4", "--global-batch-size", "64"),
 )
 
@@ -41,11 +41,8 @@ def seconds_per_iteration(first: int, folder: Path) -> list[float]:
     """Iterations of one run, the first ones left out."""
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launch, "--nproc-per-node", "2", TRAIN, *COMMON, *layout_flag(first)]
-    command += ["--train-iters", str(ITERATIONS), "--metrics-file", str(metrics)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    asked = ("--train-iters", str(ITERATIONS), "--metrics-file", str(metrics))
+    ranks.run(TRAIN, *COMMON, *layout_flag(first), *asked, processes=2).check_returncode()
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [row["seconds"] for row in rows[WARMUP:]]
 
@@ -53,7 +50,7 @@ def seconds_per_iteration(first: int, folder: Path) -> list[float]:
 def plan(*flags: str) -> tuple[int, float]:
     """The layers of the first stage and the bubble that a dry run predicts."""
     command = [sys.executable, TRAIN, "--dry-run", "2", *COMMON, *flags]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ranks.ROOT, check=True, capture_output=True, text=True)
     found = re.search(r"layers by stage (\d+), .* bubble of (\d+) %", done.stdout)
     assert found, done.stdout
     return int(found[1]), int(found[2])
@@ -94,7 +91,7 @@ def main() -> None:
 _PAGE = f"""# The split that --balance-stages chooses
 
 `make balance` wrote this: `tiny_avlm` with a picture encoder of 24 layers and a language model of
-{NUM_LAYERS} layers of width 256, on two pipeline stages, two CPU cores. The time is the median
+{NUM_LAYERS} layers, on two pipeline stages, two CPU cores. The time is the median
 of {ROUNDS} x {ITERATIONS - WARMUP} iterations.
 
 {{table}}

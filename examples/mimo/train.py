@@ -47,6 +47,7 @@ def train(argv: list[str]) -> None:
     from megatron.training.global_vars import set_global_variables
 
     from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
+    from examples.mimo.checkpoint.resuming import schedule_mismatch
     from examples.mimo.training import adam, phase, progress
     from examples.mimo.training.arguments import parse_arguments
     from examples.mimo.training.providers import (
@@ -83,6 +84,11 @@ def train(argv: list[str]) -> None:
         if lost is None:
             raise
         raise ValueError(lost) from None
+    except AssertionError as error:
+        mismatch = schedule_mismatch(error)
+        if mismatch is None:
+            raise
+        raise ValueError(f"--load {args.load}: {mismatch}") from None
 
 
 def _print_plan(argv: list[str]) -> None:

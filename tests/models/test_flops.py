@@ -1,7 +1,10 @@
+import json
+
 import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.ranks import run as run_ranks
 from examples.mimo.data.batch import collate
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.models.flops import training_flops
@@ -40,3 +43,21 @@ def test_attention_grows_with_the_square(tiny):
         return training_flops(tiny, 1, columns, {}, {})
 
     assert cost(256) > 2 * cost(128)
+
+
+def test_context_parallel_ranks_share_the_encoders_work(tmp_path):
+    counts = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        done = run_ranks("tests/models/count_encoder_flops.py", str(folder), processes=ranks)
+        assert done.returncode == 0, done.stderr
+        counts[ranks] = [json.loads(file.read_text()) for file in sorted(folder.iterdir())]
+    [alone] = counts[1]
+    assert set(alone) == {"images", "audios"}
+    assert min(alone.values()) > 0
+    for name, flops in alone.items():
+        shares = [count[name] for count in counts[2]]
+        assert sum(shares) == flops
+        # Recordings differ in length.
+        assert shares == pytest.approx([flops / 2] * 2, rel=0.02)

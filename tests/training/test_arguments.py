@@ -15,6 +15,7 @@ def parse(monkeypatch):
 
 
 TP2 = ("--tensor-model-parallel-size", "2")
+ENCODER_TP = ("--encoder-tensor-model-parallel-size",)
 
 
 @pytest.mark.parametrize("name", MODEL_PROVIDERS)
@@ -47,6 +48,13 @@ def test_the_command_line_overrides_the_preset(parse):
         (1, ("--num-experts", "4"), "--num-experts would do nothing here: the language model"),
         (1, ("--mock-data",), "--mock-data would do nothing here: use --dataset-provider mock"),
         (1, ("--split=99,1,0",), "--split would do nothing here"),
+        (2, (*TP2, *ENCODER_TP, "4"), "4 does not divide --tensor-model-parallel-size 2"),
+        (2, (*TP2, *ENCODER_TP, "0"), "0 does not divide --tensor-model-parallel-size 2"),
+        (
+            4,
+            (*TP2, *ENCODER_TP, "1", "--encoder-data-parallel-size", "2"),
+            "4 processes hold 4 copies of the encoders",
+        ),
         (3, ("--context-parallel-size", "2"), "x --context-parallel-size 2 = 2; start a multiple"),
         (1, ("--set", "images.encoder.depth=1"), "no field 'depth'; there are"),
         (1, ("--set", "video.encoder.num_layers=1"), "with a modality of images, audios"),

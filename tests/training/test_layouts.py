@@ -23,6 +23,8 @@ ALWAYS = {
     "TP 2 x DP 2, distributed optimizer",
     "DP 2, distributed optimizer, overlap",
     "CP 2 x PP 2",
+    "TP 2, encoders TP 1",
+    "TP 2 x CP 2, encoders TP 1, sequence parallel",
     "full recompute",
     "packed",
     "packed, TP 2 x CP 2, sequence parallel",

@@ -100,3 +100,20 @@ def test_goes_on_at_another_layout(data_folder, uninterrupted, tmp_path, layout)
     wanted = {i: row for i, row in read(uninterrupted).items() if i > 2 * EVERY}
     assert sorted(read(tmp_path)) == sorted(wanted)
     same(read(tmp_path), wanted, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--use-distributed-optimizer",), "saved without the distributed optimizer; leave away"),
+        (("--train-iters", "20"), "trained on another schedule"),
+    ],
+)
+def test_another_optimizer_or_schedule_is_one_line(
+    data_folder, uninterrupted, tmp_path, more, message
+):
+    load = ("--load", str(uninterrupted / "checkpoint"))
+    done = run_train(*flags(data_folder, tmp_path, ()), *load, *more)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -91,7 +91,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{FORMAT}"
         )
     config = overlay(get_model_config(name), saved["config"], FILE_NAME)
-    return Checkpoint(folder, _latest(folder), config, saved.get("sources", {}))
+    return Checkpoint(folder, latest_weights(folder), config, saved.get("sources", {}))
 
 
 def check_same_model(flag: str, folder: Path, config: MimoConfig) -> None:
@@ -121,7 +121,8 @@ def _shapes_weights(path: str) -> bool:
     return field not in FREE_FIELDS and not field.startswith("augment_")
 
 
-def _latest(folder: Path) -> Path:
+def latest_weights(folder: Path) -> Path:
+    """The iteration inside `folder` that is loaded; ValueError when it is not there whole."""
     tracker = folder / TRACKER
     if not tracker.is_file():
         raise ValueError(f"--ckpt {folder}: nothing has been saved here yet ({TRACKER} is missing)")

@@ -17,6 +17,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
+from examples.mimo.checkpoint.resuming import check_same_optimizer
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, collate_packed
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
@@ -53,6 +54,8 @@ def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
         folder = getattr(args, flag)
         if folder:
             check_same_model(f"--{flag.replace('_', '-')}", Path(folder), mimo)
+    if resumes and not args.finetune and not args.no_load_optim:
+        check_same_optimizer(Path(args.load), args.use_distributed_optimizer)
     if args.dataset_provider != "mock":
         DATASETS[args.dataset_provider](args, mimo, 1, 1)
 

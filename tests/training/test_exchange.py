@@ -1,0 +1,123 @@
+"""A checkpoint of any layout goes on at any other; loaded and saved again it is the same bytes."""
+
+import json
+
+import pytest
+from megatron.core.dist_checkpointing import load_common_state_dict
+from torch.distributed.checkpoint import FileSystemReader
+
+from benchmarks import layouts
+from tests.conftest import run_train
+
+SAVED_AFTER, ITERATIONS = 3, 6
+WHOLE = ("--train-iters", str(ITERATIONS))
+# Savers and loaders of one kind of optimizer state; Megatron does not turn one into the other.
+EXCHANGES = (
+    (
+        (
+            "TP 2",
+            "PP 2, 2 virtual stages",
+            "CP 2 x PP 2",
+            "TP 2 x PP 2, encoders TP 1",
+        ),
+        (
+            "TP 2 x PP 2, sequence parallel",
+            "TP 2, encoders TP 1",
+            "PP 4, balanced stages",
+            "packed, CP 2",
+        ),
+    ),
+    (
+        ("TP 2 x DP 2, distributed optimizer", "PP 2 x DP 2, overlap"),
+        (
+            "DP 2, distributed optimizer, overlap",
+            "TP 2 x DP 2, encoders TP 1, distributed optimizer, overlap",
+        ),
+    ),
+)
+LAYOUTS = {layout.name: layout for layout in layouts.LAYOUTS}
+# Each saver with one loader on every change; the other pairs are slow.
+PAIRS = [
+    pytest.param(saver, loader, marks=() if i == j else pytest.mark.slow)
+    for savers, loaders in EXCHANGES
+    for i, saver in enumerate(savers)
+    for j, loader in enumerate(loaders)
+]
+AGAIN = (
+    "PP 2, 2 virtual stages",
+    "TP 2 x PP 2, encoders TP 1",
+    "TP 2 x DP 2, distributed optimizer",
+)
+
+
+def train(name, *flags):
+    layout = LAYOUTS.get(name, layouts.ONE)
+    done = run_train(*layouts.COMMON, *layout.flags, *flags, processes=layout.processes)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function from a layout's name to the folder it saved, trained when first asked for."""
+    work = tmp_path_factory.mktemp("saved")
+    folders = {}
+
+    def save(name):
+        if name not in folders:
+            folders[name] = work / str(len(folders))
+            train(name, *WHOLE, "--save", str(folders[name]), "--exit-interval", str(SAVED_AFTER))
+        return folders[name]
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    metrics = tmp_path_factory.mktemp("uninterrupted") / "metrics.jsonl"
+    train("one process", *WHOLE, "--metrics-file", str(metrics))
+    return losses(metrics)
+
+
+def losses(metrics):
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return {row["iteration"]: row["loss"] for row in rows}
+
+
+@pytest.mark.parametrize(("saver", "loader"), PAIRS)
+def test_goes_on_at_another_layout(saver, loader, saved, uninterrupted, tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    train(loader, *WHOLE, "--load", str(saved(saver)), "--metrics-file", str(metrics))
+    wanted = {i: loss for i, loss in uninterrupted.items() if i > SAVED_AFTER}
+    assert losses(metrics) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_loaded_and_saved_again_is_the_same_bytes(name, saved, tmp_path):
+    nothing_left = ("--train-iters", str(SAVED_AFTER), "--use-checkpoint-opt_param-scheduler")
+    train(name, *nothing_left, "--load", str(saved(name)), "--save", str(tmp_path))
+    before, after = contents(saved(name)), contents(tmp_path)
+    assert before.keys() == after.keys()
+    assert [key for key in before if before[key] != after[key]] == []
+    assert any("optimizer.state.exp_avg" in key for key, *_ in before)
+    assert any("rng_state" in key for key, *_ in before)
+
+
+def contents(folder):
+    """What a checkpoint holds: name and place in the whole -> bytes."""
+    weights = folder / f"iter_{SAVED_AFTER:07d}"
+    found = {}
+    for index, place in FileSystemReader(weights).read_metadata().storage_data.items():
+        if index.fqn.startswith("common_state"):
+            continue
+        with (weights / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            found[index.fqn, index.offset, index.index] = file.read(place.length)
+    common = load_common_state_dict(weights)
+    for key in (
+        "iteration",
+        "opt_param_scheduler",
+        "optimizer",
+        "num_floating_point_operations_so_far",
+    ):
+        found[key, None, None] = repr(common[key]).encode()
+    return found
