@@ -86,7 +86,7 @@ def prepare_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
-    for library in ("torch", "torch.utils.cpp_extension", "megatron"):
+    for library in ("torch", "torch.utils.cpp_extension", "megatron", "absl"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
