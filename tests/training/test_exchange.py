@@ -57,7 +57,14 @@ def train(name, *flags):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def start(tmp_path_factory):
+    """The weights all runs begin with; random ones differ from layout to layout."""
+    folder = layouts.start_checkpoint(tmp_path_factory.mktemp("start"))
+    return ("--load", str(folder), "--finetune")
+
+
+@pytest.fixture(scope="module")
+def saved(start, tmp_path_factory):
     """A function from a layout's name to the folder it saved, trained when first asked for."""
     work = tmp_path_factory.mktemp("saved")
     folders = {}
@@ -65,16 +72,17 @@ def saved(tmp_path_factory):
     def save(name):
         if name not in folders:
             folders[name] = work / str(len(folders))
-            train(name, *WHOLE, "--save", str(folders[name]), "--exit-interval", str(SAVED_AFTER))
+            halfway = ("--save", str(folders[name]), "--exit-interval", str(SAVED_AFTER))
+            train(name, *WHOLE, *start, *halfway)
         return folders[name]
 
     return save
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(start, tmp_path_factory):
     metrics = tmp_path_factory.mktemp("uninterrupted") / "metrics.jsonl"
-    train("one process", *WHOLE, "--metrics-file", str(metrics))
+    train("one process", *WHOLE, *start, "--metrics-file", str(metrics))
     return losses(metrics)
 
 
