@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,6 +46,13 @@ FULL_RECOMPUTE = (
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 BF16 = ("--bf16",)
+OWN = ("--encoder-ranks", "images=0", "audios=1")
+OWN_TP2 = (
+    *("--encoder-ranks", "images=0-1", "audios=2"),
+    *("--encoder-tensor-model-parallel-size", "images=2"),
+)
+OWN_DP2 = ("--encoder-ranks", "images=0-1", "audios=2-3")
+IMAGES_FROZEN = ("--freeze", "images.encoder", "images.projector")
 PROJECTORS_ONLY = ("--freeze", "images.encoder", "audios.encoder", "language")
 
 
@@ -102,6 +110,35 @@ LAYOUTS = (
         TP2 + ENCODERS_TP1 + DISTRIBUTED_OPTIMIZER + OVERLAP,
     ),
     Layout("packed, TP 2, encoders TP 1", 2, PACKED + TP2 + ENCODERS_TP1),
+    Layout("own ranks: encoders 1 + 1, language 1", 3, OWN),
+    Layout("own ranks: encoders 1 + 1, language PP 2", 4, OWN + PP2),
+    Layout("own ranks: images TP 2, audios 1, language TP 2", 5, OWN_TP2 + TP2),
+    Layout("own ranks: encoders 1 + 1, language DP 2", 4, OWN),
+    Layout("own ranks: encoders DP 2, language 1", 5, OWN_DP2),
+    Layout(
+        "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
+        6,
+        OWN_DP2 + DISTRIBUTED_OPTIMIZER + OVERLAP,
+    ),
+    Layout(
+        "own ranks: images TP 2, audios 1, language TP 2 x PP 2, sequence parallel",
+        7,
+        OWN_TP2 + TP2 + PP2 + SP,
+    ),
+    Layout("own ranks: encoders DP 2, language TP 2 x PP 2", 8, OWN_DP2 + TP2 + PP2),
+    Layout("own ranks: encoders 1 + 1, language CP 2", 4, OWN + CP2),
+    Layout("own ranks: encoders DP 2, language PP 2, packed", 6, OWN_DP2 + PP2 + PACKED),
+    Layout("own ranks: encoders 1 + 1, language DP 2, packed", 4, OWN + PACKED),
+    Layout(
+        "own ranks: images 2 to 3, language 0 to 1",
+        4,
+        (*("--encoder-ranks", "images=3", "audios=2"), *PP2),
+    ),
+    Layout("own ranks, full recompute: language PP 2", 4, OWN + PP2 + FULL_RECOMPUTE),
+    Layout("own ranks, uneven: language PP 2", 4, OWN + PP2 + UNEVEN),
+    Layout("own ranks, projectors only: language PP 2", 4, OWN + PP2, PROJECTORS_ONLY),
+    Layout("own ranks, images frozen: language TP 2", 4, OWN + TP2, IMAGES_FROZEN),
+    Layout("own ranks, bf16: language PP 2", 4, OWN + PP2, BF16),
     Layout("PP 2, uneven: 1 and 3 layers", 2, PP2 + UNEVEN),
     Layout("PP 2, no layer beside the encoders", 2, PP2 + NO_LAYER_FIRST),
     Layout("PP 4, balanced stages", 4, PP4 + BALANCED),
@@ -258,8 +295,8 @@ def main() -> None:
         work = Path(folder)
         references = References(start_checkpoint(work / "start"), work / "references")
         layouts = [layout for layout in LAYOUTS if options.only in layout.name]
+        begun = time.monotonic()
         for number, layout in enumerate(layouts):
-            print(f"  {layout.name} ({number + 1} of {len(layouts)})", file=sys.stderr)
             found = references.difference(layout, work / str(number))
             within = found.within_bounds(layout.bf16)
             equal &= within
@@ -267,6 +304,8 @@ def main() -> None:
                 f"| {layout.name} | {layout.processes} | {found.first_loss:.1e} | "
                 f"{found.gradient:.1e} | {found.ten_losses:.1e} | {'yes' if within else 'NO'} |"
             )
+            left = (time.monotonic() - begun) / (number + 1) * (len(layouts) - number - 1)
+            print(f"{rows[-1]} {left / 60:.0f} min left", file=sys.stderr, flush=True)
             if not within:
                 print(f"    out of bounds, most {found.worst_parameter}", file=sys.stderr)
     table = "\n".join(rows)

@@ -7,6 +7,7 @@ works; `--help` lists the package's own.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def train(argv: list[str]) -> None:
 
     from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
     from examples.mimo.checkpoint.resuming import schedule_mismatch
-    from examples.mimo.training import adam, phase, progress
+    from examples.mimo.training import adam, own_ranks, phase, progress
     from examples.mimo.training.arguments import parse_arguments
     from examples.mimo.training.providers import (
         check_inputs,
@@ -56,10 +57,14 @@ def train(argv: list[str]) -> None:
         model_provider,
         starting_point,
         tokenizer_path,
+        transformer_config,
     )
     from examples.mimo.training.step import forward_step
 
     args, config = parse_arguments(argv)
+    if not args.show_megatron_output:
+        # Importing Megatron set it lower.
+        logging.getLogger().setLevel(logging.WARNING)
     check_inputs(args, config)
     set_global_variables(args)
     if args.save and args.rank == 0:
@@ -72,12 +77,15 @@ def train(argv: list[str]) -> None:
     phase.install(args)
     command.speak_for_myself()
     try:
+        own = own_ranks.prepare(args, transformer_config(args))
         pretrain(
             pretrain_cfg_container_from_args(args),
             functools.partial(data_provider, config),
             ModelType.encoder_or_decoder,
             forward_step,
-            functools.partial(model_provider, config),
+            functools.partial(model_provider, config, own.grids),
+            p2p_communicator=own.bridges,
+            pg_collection=own.groups,
         )
     except RuntimeError as error:
         lost = phase.lost_rank(error)

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from examples.mimo.configs import get_model_config  # noqa: E402
 from examples.mimo.models.mimo import build_mimo_model  # noqa: E402
-from examples.mimo.training.arguments import parse_with_preset  # noqa: E402
+from examples.mimo.training.arguments import check_encoder_layout, parse_with_preset  # noqa: E402
 from examples.mimo.training.freezing import parts  # noqa: E402
 from examples.mimo.training.header import part_sizes  # noqa: E402
 from examples.mimo.training.providers import transformer_config  # noqa: E402
@@ -29,7 +29,8 @@ def count(name, tp):
     flags = ["--tensor-model-parallel-size", str(tp), "--no-initialization"]
     args = parse_with_preset(config, flags)
     args.params_dtype = torch.float32
-    args.rank, args.world_size, args.encoder_tensor_model_parallel_size = 0, tp, tp
+    args.rank, args.world_size = 0, tp
+    check_encoder_layout(args, config)
     with torch.device("meta"):
         model = build_mimo_model(
             config, transformer_config(args), ProcessGroupCollection.use_mpu_process_groups()

@@ -19,7 +19,8 @@ from megatron.training import training as megatron_training  # noqa: E402
 
 from examples.mimo.train import train  # noqa: E402
 from examples.mimo.training.arguments import parse_arguments  # noqa: E402
-from examples.mimo.training.memory import stage_memory  # noqa: E402
+from examples.mimo.training.layout import places  # noqa: E402
+from examples.mimo.training.memory import place_memory  # noqa: E402
 
 found = {}
 setup = megatron_training.setup_model_and_optimizer
@@ -52,8 +53,8 @@ def predicted(flags):
     """What a dry run says about this rank's stage."""
     args, config = parse_arguments(flags)
     args.perform_initialization = False
-    stage = args.rank * args.pipeline_model_parallel_size // args.world_size
-    return stage_memory(config, args, stage)
+    place = next(place for place in places(args) if args.rank in place.ranks)
+    return place_memory(config, args, place)
 
 
 def measured():

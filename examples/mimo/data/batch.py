@@ -35,6 +35,15 @@ class Batch:
     modality_inputs: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Needs:
+    """The tensors of a batch that a rank's part of the model works on."""
+
+    ids: bool = False
+    labels: bool = False
+    modalities: frozenset[str] = frozenset()
+
+
 def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
     """Rows padded with id 0, label 0 and no loss to the longest, rounded up to `multiple`."""
     columns = _round_up(max(len(sample.row.ids) for sample in samples), multiple)
@@ -100,15 +109,31 @@ def _pad(rows: list[list[int]], columns: int, dtype: torch.dtype) -> torch.Tenso
     return padded
 
 
+def share_of(count: int, number: int, shares: int) -> slice:
+    """Run `number` of `count` items in `shares` runs, which differ by one item at most."""
+    return slice(count * number // shares, count * (number + 1) // shares)
+
+
+def take_share(batch: Batch, number: int, shares: int) -> Batch:
+    """The batch with one share of the items of each modality."""
+
+    def mine(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        share = share_of(len(next(iter(inputs.values()))), number, shares)
+        return {name: tensor[share] for name, tensor in inputs.items()}
+
+    shared = {modality: mine(inputs) for modality, inputs in batch.modality_inputs.items()}
+    return dataclasses.replace(batch, modality_inputs=shared)
+
+
 def share_batch(
-    batch: Batch | None, group: dist.ProcessGroup, device: torch.device, first: bool, last: bool
+    batch: Batch | None, group: dist.ProcessGroup, device: torch.device, needs: Needs
 ) -> Batch:
     """The batch on every rank of a tensor-parallel group, from the one rank that read it.
 
-    Only what the stage needs travels: ids and media to the first, labels to the last. One
-    message describes the batch; one flat tensor per dtype carries it.
+    Only what they need travels. One message describes the batch; one flat tensor per dtype
+    carries it.
     """
-    tensors = _flatten(batch, first, last) if batch is not None else {}
+    tensors = _flatten(batch, needs) if batch is not None else {}
     description: list[Any] = [None]
     if batch is not None:
         shapes = [(path, tuple(t.shape), t.dtype) for path, t in tensors.items()]
@@ -129,15 +154,16 @@ def _without_tensors(batch: Batch) -> Batch:
     )
 
 
-def _flatten(batch: Batch, first: bool, last: bool) -> dict[tuple[str, ...], torch.Tensor]:
+def _flatten(batch: Batch, needs: Needs) -> dict[tuple[str, ...], torch.Tensor]:
     tensors: dict[tuple[str, ...], torch.Tensor] = {}
-    if first:
+    if needs.ids:
         assert batch.input_ids is not None
         tensors["input_ids",] = batch.input_ids
-        for modality, inputs in batch.modality_inputs.items():
+    for modality, inputs in batch.modality_inputs.items():
+        if modality in needs.modalities:
             for name, tensor in inputs.items():
                 tensors["modality_inputs", modality, name] = tensor
-    if last:
+    if needs.labels:
         assert batch.labels is not None
         assert batch.loss_mask is not None
         tensors["labels",] = batch.labels

@@ -47,12 +47,6 @@ def gather_sequence(
     return torch.cat(parts)
 
 
-def share_of(count: int, group: dist.ProcessGroup) -> slice:
-    """This rank's run of `count` items; the ranks' runs differ by one item at most."""
-    rank, size = group.rank(), group.size()
-    return slice(count * rank // size, count * (rank + 1) // size)
-
-
 def gather_rows(
     local: torch.Tensor, group: dist.ProcessGroup, partial_gradients: bool
 ) -> torch.Tensor:

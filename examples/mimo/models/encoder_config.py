@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from megatron.core.transformer import TransformerConfig
@@ -45,3 +46,10 @@ def encoder_transformer_config(
         apply_rope_fusion=False,
         **sizes,
     )
+
+
+def split_over(language: TransformerConfig, tensor_parallel_size: int) -> TransformerConfig:
+    """The language model's config for layers that are split over another number of ranks."""
+    config = copy.copy(language)
+    config.tensor_model_parallel_size = tensor_parallel_size
+    return config

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.transformer import TransformerConfig
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
@@ -31,12 +30,6 @@ class EncoderGroups:
 
     layers: Any
     copies: dist.ProcessGroup
-
-    def numerics(self, language: TransformerConfig) -> TransformerConfig:
-        """The language model's config, for layers that are split as the encoders are."""
-        config = copy.copy(language)
-        config.tensor_model_parallel_size = self.layers.tp.size()
-        return config
 
     def tie(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """All copies start alike, and only the first counts in the norm of the gradient."""

@@ -18,7 +18,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
-from examples.mimo.models.context_parallel import gather_rows, shard_sequence, share_of
+from examples.mimo.data.batch import Needs, share_of
+from examples.mimo.models.context_parallel import gather_rows, shard_sequence
+from examples.mimo.models.encoder_config import split_over
 from examples.mimo.models.encoder_groups import EncoderGroups
 from examples.mimo.models.layer_specs import block_submodules
 from examples.mimo.models.projector import projector_spec
@@ -51,6 +53,13 @@ class MediaCountError(ValueError):
         return f"{self.numbers}; samples: {', '.join(found)}"
 
 
+def check_count(name: str, rows: torch.Tensor, input_ids: torch.Tensor, token_id: int) -> None:
+    """MediaCountError unless there is a row for every placeholder."""
+    placeholders = int((input_ids == token_id).sum())
+    if len(rows) != placeholders:
+        raise MediaCountError(name, placeholders, len(rows), rows.shape[-1])
+
+
 class StageMimoModel(MimoModel):
     """`MimoModel` for pipelines on shared ranks.
 
@@ -78,11 +87,20 @@ class StageMimoModel(MimoModel):
         if encoder_groups:
             encoder_groups.tie(self.modality_submodules.parameters())
         self.share_embeddings_and_output_weights = (
-            self.language_model.share_embeddings_and_output_weights
+            self.language_model is not None
+            and self.language_model.share_embeddings_and_output_weights
         )
+
+    @property
+    def needs(self) -> Needs:
+        """Ids and media go to the first stage, labels to the last."""
+        modalities = frozenset(self.special_token_ids if self.pre_process else ())
+        return Needs(ids=self.pre_process, labels=self.post_process, modalities=modalities)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied weight, where this stage has one; Megatron sums its gradients."""
+        if self.language_model is None:
+            return None
         return self.language_model.shared_embedding_or_output_weight()
 
     def sharded_state_dict(
@@ -141,16 +159,9 @@ class StageMimoModel(MimoModel):
     ) -> torch.Tensor:
         """(B, S) -> (S, B, H): the text's embeddings with the media's in their places."""
         assert input_ids is not None, "the first stage needs ids"
-        embeddings = {}
-        for name, inputs in modality_inputs.items():
-            rows = self._encode(name, inputs)
-            placeholders = int((input_ids == self.special_token_ids[name]).sum())
-            if len(rows) != placeholders:
-                raise MediaCountError(name, placeholders, len(rows), rows.shape[-1])
-            embeddings[name] = rows
-        if self.training and torch.is_grad_enabled():
-            idle = self.idle_inputs.keys() - embeddings.keys()
-            embeddings |= {name: self._encode_idle(name, input_ids.device) for name in idle}
+        embeddings = self._media_rows(modality_inputs, input_ids.device)
+        for name, rows in embeddings.items():
+            check_count(name, rows, input_ids, self.special_token_ids[name])
         embeddings["text"] = self.get_text_embeddings(input_ids, None, self.special_token_ids)
         return self.align_embeddings_by_token_positions(
             modality_embeddings=embeddings,
@@ -158,11 +169,21 @@ class StageMimoModel(MimoModel):
             special_token_ids=self.special_token_ids,
         )
 
+    def _media_rows(
+        self, modality_inputs: dict[str, dict[str, Any]], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """(tokens, H) of each modality; in training also of those that have no item."""
+        rows = {name: self._encode(name, inputs) for name, inputs in modality_inputs.items()}
+        if self.training and torch.is_grad_enabled():
+            idle = self.idle_inputs.keys() - rows.keys()
+            rows |= {name: self._encode_idle(name, device) for name in idle}
+        return rows
+
     def _encode(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(N, ...) inputs -> (tokens, H); ranks that hold the same encoder share the items out."""
         mine = inputs
         for group in self._sharing_groups():
-            share = share_of(len(next(iter(mine.values()))), group)
+            share = share_of(len(next(iter(mine.values()))), group.rank(), group.size())
             mine = {key: tensor[share] for key, tensor in mine.items()}
         first = next(iter(mine.values()))
         rows = (
@@ -213,19 +234,19 @@ def build_mimo_model(
 ) -> StageMimoModel:
     """The part of `config` that a rank holds; `language` says how it is computed."""
     modalities = config.modalities if pre_process else {}
-    encoding = encoder_groups.numerics(language) if encoder_groups else language
     encoding_groups = encoder_groups.layers if encoder_groups else pg_collection
+    encoding = split_over(language, encoding_groups.tp.size())
     mimo_config = MimoModelConfig(
-        language_model_spec=_language_spec(
+        language_model_spec=language_spec(
             config.language, language, pg_collection, pre_process, post_process, vp_stage
         ),
         modality_submodules_spec={
-            name: _modality_spec(modality, encoding, encoding_groups)
+            name: modality_spec(modality, encoding, encoding_groups)
             for name, modality in modalities.items()
         },
         special_token_ids={name: m.token_id for name, m in config.modalities.items()},
     )
-    idle = {name: _one_mock_item(modality) for name, modality in modalities.items()}
+    idle = {name: one_mock_item(modality) for name, modality in modalities.items()}
     return StageMimoModel(
         mimo_config, pg_collection, pre_process, post_process, vp_stage, idle, encoder_groups
     )
@@ -236,9 +257,9 @@ def part_spec(
 ) -> ModuleSpec:
     """One part by its name (`images.encoder`, `images.projector`, `language`), whole."""
     if part == "language":
-        return _language_spec(config.language, language, pg_collection, True, True, None)
+        return language_spec(config.language, language, pg_collection, True, True, None)
     name, side = part.split(".")
-    spec = _modality_spec(config.modalities[name], language, pg_collection)
+    spec = modality_spec(config.modalities[name], language, pg_collection)
     assert spec.submodules is not None
     if side == "projector":
         return spec.submodules["input_projections"][0]
@@ -254,12 +275,13 @@ def part_prefix(part: str) -> str:
     return f"modality_submodules.{name}.{inside}."
 
 
-def _one_mock_item(modality: ModalityConfig) -> dict[str, torch.Tensor]:
+def one_mock_item(modality: ModalityConfig) -> dict[str, torch.Tensor]:
+    """Random inputs of a batch of one."""
     item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
     return {name: tensor.unsqueeze(0) for name, tensor in item.items()}
 
 
-def _language_spec(
+def language_spec(
     sizes: LanguageConfig,
     config: TransformerConfig,
     pg_collection: Any,
@@ -267,6 +289,7 @@ def _language_spec(
     post_process: bool,
     vp_stage: int | None,
 ) -> ModuleSpec:
+    """A stage of the GPT."""
     num_layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
     layers = block_submodules(
         config.transformer_impl, AttnMaskType.causal, num_layers, config.qk_layernorm
@@ -293,9 +316,10 @@ def _language_spec(
     )
 
 
-def _modality_spec(
+def modality_spec(
     modality: ModalityConfig, language: TransformerConfig, pg_collection: Any
 ) -> ModuleSpec:
+    """An encoder and its projector; `language` says how they are computed."""
     encoder = modality.encoder
     projector = projector_spec(modality.projector, encoder.hidden_size, language, pg_collection)
     return ModuleSpec(

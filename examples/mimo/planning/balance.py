@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from examples.mimo.planning.schedule import Cost, Timeline, simulate
@@ -16,18 +17,21 @@ class ModelCost:
     """One micro-batch through a layer of the language model, and through what is not a layer.
 
     `first` is what the first chunk holds besides layers, `last` what the last one does.
+    `ahead` are modules on ranks of their own, which run side by side before the first chunk.
     """
 
     layer: Cost
     first: Cost
     last: Cost
+    ahead: Mapping[str, Cost] = field(default_factory=dict)
 
     def chunks(self, layers: tuple[int, ...]) -> list[Cost]:
-        """The cost of each chunk, which holds so many layers."""
+        """The cost of each chunk, which holds so many layers, after the slowest module ahead."""
         costs = [self.layer * count for count in layers]
         costs[0] += self.first
         costs[-1] += self.last
-        return costs
+        slowest = sorted(self.ahead.values(), key=lambda cost: cost.both)[-1:]
+        return slowest + costs
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ class Split:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """The steps of an iteration."""
-        return simulate(self.cost.chunks(self.layers), self.num_stages, self.num_micro_batches)
+        """The steps of an iteration; modules that run ahead are its first rank."""
+        stages = self.num_stages + bool(self.cost.ahead)
+        return simulate(self.cost.chunks(self.layers), stages, self.num_micro_batches)
 
     def shortened(self, num_micro_batches: int) -> Split:
         """The same with no more micro-batches than these."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.models.flops import Flops, head_flops, language_layer_flops
+from examples.mimo.models.placement import Placement
 from examples.mimo.planning.balance import ModelCost
 from examples.mimo.planning.schedule import Cost
 
@@ -22,34 +23,62 @@ class Workload:
     media_tokens: Mapping[str, float]
 
 
-def model_cost(config: MimoConfig, args: argparse.Namespace, work: Workload) -> ModelCost:
-    """What a layer, the encoders with their projectors, and the head cost a rank."""
+def model_cost(
+    config: MimoConfig,
+    args: argparse.Namespace,
+    work: Workload,
+    placed: Sequence[Placement] = (),
+) -> ModelCost:
+    """What a layer, the encoders with their projectors, and the head cost a rank.
+
+    `placed` is where modules live when encoders have ranks of their own.
+    """
     frozen = set(args.freeze)
-    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
-    recompute = args.recompute_granularity == "full"
-    first = Cost(0.0, 0.0)
-    reached = False
-    for name, modality in config.modalities.items():
-        encoder_trains = f"{name}.encoder" not in frozen
-        projector_trains = f"{name}.projector" not in frozen
-        widths = modality.encoder.hidden_size + config.language.hidden_size
-        projector = Flops(2 * modality.projector.ffn_hidden_size * widths)
-        # The ranks that hold the same encoder share its items out; one is the least.
-        encoder_tensor = args.encoder_tensor_model_parallel_size
-        copies = context * tensor // encoder_tensor
-        shares = max(1.0, min(copies, work.items[name]))
-        encode = _cost(modality.encoder.flops(), encoder_trains, encoder_trains, recompute)
-        project = _cost(projector, projector_trains, encoder_trains)
-        both = encode * work.items[name] + project * work.media_tokens[name]
-        first += both * (1 / shares / encoder_tensor)
-        reached |= encoder_trains or projector_trains
+    encoders = {name: _encoder_cost(name, config, args, work, placed) for name in config.modalities}
+    reached = any({f"{name}.encoder", f"{name}.projector"} - frozen for name in config.modalities)
     trains = "language" not in frozen
-    passes_on = reached or trains
+    # Gradients of rows that came over a bridge are computed even if nobody trains on them.
+    passes_on = reached or trains or bool(placed)
     columns = round(work.num_columns)
+    recompute = args.recompute_granularity == "full"
     layer = _cost(language_layer_flops(config.language, columns), trains, passes_on, recompute)
     head = _cost(head_flops(config.language, columns), trains, passes_on)
-    share = work.num_rows / tensor / context
-    return ModelCost(layer * share, first, head * share)
+    share = work.num_rows / args.tensor_model_parallel_size / args.context_parallel_size
+    together = sum(encoders.values(), Cost(0.0, 0.0))
+    return ModelCost(
+        layer * share,
+        Cost(0.0, 0.0) if placed else together,
+        head * share,
+        encoders if placed else {},
+    )
+
+
+def _encoder_cost(
+    name: str,
+    config: MimoConfig,
+    args: argparse.Namespace,
+    work: Workload,
+    placed: Sequence[Placement],
+) -> Cost:
+    """An encoder and its projector on one of their ranks, for a micro-batch of the schedule."""
+    modality = config.modalities[name]
+    encoder_trains = f"{name}.encoder" not in args.freeze
+    projector_trains = f"{name}.projector" not in args.freeze
+    widths = modality.encoder.hidden_size + config.language.hidden_size
+    projector = Flops(2 * modality.projector.ffn_hidden_size * widths)
+    recompute = args.recompute_granularity == "full"
+    encode = _cost(modality.encoder.flops(), encoder_trains, encoder_trains, recompute)
+    project = _cost(projector, projector_trains, encoder_trains)
+    both = encode * work.items[name] + project * work.media_tokens[name]
+    tensor = args.encoder_tensor_model_parallel_size[name]
+    if placed:
+        copies = next(one.dp for one in placed if one.name == name) / placed[-1].dp
+    else:
+        copies = args.context_parallel_size * args.tensor_model_parallel_size / tensor
+    # Copies share the items of a micro-batch out, one is the least; less than one copy for each
+    # language model has several micro-batches to work on.
+    shares = min(copies, max(1.0, work.items[name]))
+    return both * (1 / shares / tensor)
 
 
 def _cost(flops: Flops, trains: bool, passes_on: bool, recompute: bool = False) -> Cost:

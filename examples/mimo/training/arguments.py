@@ -22,6 +22,13 @@ from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields
 from examples.mimo.models.layer_specs import has_transformer_engine
 from examples.mimo.training.flags import add_own_flags
 from examples.mimo.training.freezing import check_freeze
+from examples.mimo.training.layout import (
+    check_world,
+    encoder_tensor_parallel,
+    language_processes,
+    placements,
+    shared_encoder_size,
+)
 from examples.mimo.training.stages import balance_stages
 
 # LanguageConfig field -> Megatron argument.
@@ -144,10 +151,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     check_encoder_layout(args, preset)
     if args.balance_stages:
         balance_stages(args, resolve(preset, args))
-    try:
-        megatron_arguments.validate_args(args)
-    except AssertionError as error:
-        raise ValueError(str(error) or _assertion_source(error)) from None
+    _validate(args)
     return args, resolve(preset, args)
 
 
@@ -203,14 +207,8 @@ def refuse_idle_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
 def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
     """ValueError unless every part divides into the layout and the world holds it."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    cp = args.context_parallel_size
-    if args.world_size % (tp * pp * cp):
-        context = f" x --context-parallel-size {cp}" if cp > 1 else ""
-        raise ValueError(
-            f"{args.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp}{context} = {tp * pp * cp}; start a multiple of "
-            f"{tp * pp * cp} with torchrun --nproc-per-node"
-        )
+    if not args.encoder_ranks:
+        check_world(args.world_size, args)
     widths = {
         "--num-attention-heads": args.num_attention_heads,
         "--num-query-groups": args.num_query_groups,
@@ -229,13 +227,29 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
 
 
 def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
-    """ValueError unless the encoders divide into theirs; their TP is the language model's if none
-    is given.
+    """ValueError unless the encoders divide into theirs; sizes that are not given are filled in.
+
+    On shared ranks an encoder is split as the language model is, on ranks of its own not at all.
     """
+    given = encoder_tensor_parallel(args.encoder_tensor_model_parallel_size, config.modalities)
     tp = args.tensor_model_parallel_size
-    if args.encoder_tensor_model_parallel_size is None:
-        args.encoder_tensor_model_parallel_size = tp
-    encoder_tp = args.encoder_tensor_model_parallel_size
+    default = 1 if args.encoder_ranks else shared_encoder_size(given, tp)
+    sizes = {name: given.get(name, default) for name in config.modalities}
+    args.encoder_tensor_model_parallel_size = sizes
+    if args.encoder_ranks:
+        _check_own_ranks(args)
+    else:
+        _check_shared_ranks(args, default)
+    for name, modality in config.modalities.items():
+        widths = {f"{name}.projector.ffn_hidden_size": modality.projector.ffn_hidden_size}
+        for field in ("num_heads", "ffn_hidden_size"):
+            if hasattr(modality.encoder, field):
+                widths[f"{name}.encoder.{field}"] = getattr(modality.encoder, field)
+        _check_widths(widths, "--encoder-tensor-model-parallel-size", sizes[name])
+
+
+def _check_shared_ranks(args: argparse.Namespace, encoder_tp: int) -> None:
+    tp = args.tensor_model_parallel_size
     if encoder_tp < 1 or tp % encoder_tp:
         raise ValueError(
             f"--encoder-tensor-model-parallel-size {encoder_tp} does not divide "
@@ -248,13 +262,33 @@ def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
             f"{args.world_size} processes hold {copies} copies of the encoders at "
             f"--encoder-tensor-model-parallel-size {encoder_tp}; leave the flag away"
         )
-    widths = {}
-    for name, modality in config.modalities.items():
-        for field in ("num_heads", "ffn_hidden_size"):
-            if hasattr(modality.encoder, field):
-                widths[f"{name}.encoder.{field}"] = getattr(modality.encoder, field)
-        widths[f"{name}.projector.ffn_hidden_size"] = modality.projector.ffn_hidden_size
-    _check_widths(widths, "--encoder-tensor-model-parallel-size", encoder_tp)
+
+
+def _check_own_ranks(args: argparse.Namespace) -> None:
+    for placement in placements(args)[:-1]:
+        if args.encoder_data_parallel_size not in (None, placement.dp):
+            raise ValueError(
+                f"--encoder-data-parallel-size {args.encoder_data_parallel_size}, but "
+                f"{placement.name} has {placement.dp} copies on the ranks of --encoder-ranks; "
+                "leave the flag away"
+            )
+
+
+def _validate(args: argparse.Namespace) -> None:
+    """Megatron's own checks, on the processes that hold the language model."""
+    world_size = args.world_size
+    args.world_size = language_processes(args)
+    try:
+        megatron_arguments.validate_args(args)
+    except AssertionError as error:
+        raise ValueError(str(error) or _assertion_source(error)) from None
+    args.world_size = world_size
+    if args.encoder_ranks and args.virtual_pipeline_model_parallel_size:
+        raise ValueError(
+            "--encoder-ranks runs without virtual stages: Megatron's schedule for modules on ranks "
+            'of their own is not interleaved ("MimoModel does not support virtual pipeline '
+            'parallelism")'
+        )
 
 
 def _check_widths(widths: dict[str, int], flag: str, size: int) -> None:

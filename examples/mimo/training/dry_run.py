@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.planning.balance import Split
@@ -17,11 +18,14 @@ from examples.mimo.training.arguments import (
 from examples.mimo.training.header import (
     aligned,
     describe_data,
+    is_split,
     layout_name,
     numerics,
     parts_table,
+    span,
 )
-from examples.mimo.training.memory import StageMemory, stage_memory
+from examples.mimo.training.layout import Place, places
+from examples.mimo.training.memory import StageMemory, place_memory
 from examples.mimo.training.providers import transformer_config
 from examples.mimo.training.stages import (
     COUNTED_SAMPLES,
@@ -48,8 +52,7 @@ def plan(argv: Sequence[str]) -> str:
     # Transformer Engine's layers hold the same, but want memory to be built.
     vars(args).update(WITHOUT_TRANSFORMER_ENGINE)
     args.perform_initialization = False
-    stages = range(args.pipeline_model_parallel_size)
-    memory = [stage_memory(config, args, stage) for stage in stages]
+    memory = {place: place_memory(config, args, place) for place in places(args)}
     work = workload(args, config)
     split = predicted_split(args, config, transformer_config(args), work)
     return "\n".join(
@@ -57,13 +60,13 @@ def plan(argv: Sequence[str]) -> str:
             f"{config.name}: {layout_name(args)} on {processes} "
             f"process{'es' * (processes > 1)}, {numerics(args)}",
             _data(args, config, work),
-            *parts_table(config, [m.parts for m in memory], args.tensor_model_parallel_size > 1),
+            *parts_table(config, {p.label: m.parts for p, m in memory.items()}, is_split(args)),
             "",
             "memory of a rank in MiB; activations: rows of --seq-length, an item of each modality "
             "a sample",
-            *_memory_table(args, memory, split),
+            *_memory_table(memory, split),
             "",
-            *_compute(args, split),
+            *_compute(args, split, memory),
             "",
             *_pipeline(args, split),
         ]
@@ -82,48 +85,59 @@ def _data(args: argparse.Namespace, config: MimoConfig, work: Workload) -> str:
     )
 
 
-def _memory_table(args: argparse.Namespace, memory: list[StageMemory], split: Split) -> list[str]:
-    rows = [["stage", "ranks", "parameters", "gradients", "optimizer", "activations", "in all"]]
-    per_stage = args.world_size // len(memory)
-    for stage, held in enumerate(memory):
+def _memory_table(memory: Mapping[Place, StageMemory], split: Split) -> list[str]:
+    rows = [["held by", "ranks", "parameters", "gradients", "optimizer", "activations", "in all"]]
+    for place, held in memory.items():
+        # Encoders on ranks of their own are the timeline's first row, all of them.
+        row = place.stage + (bool(split.cost.ahead) and place.label not in split.cost.ahead)
         kept = sum(
-            one * split.timeline.in_flight(stage, number * len(memory) + stage)
+            one * split.timeline.in_flight(row, number * split.num_stages + row)
             for number, one in enumerate(held.activations)
         )
         counts = [held.parameters, held.gradients, held.optimizer, kept]
-        first = stage * per_stage
-        ranks = f"{first}-{first + per_stage - 1}" if per_stage > 1 else str(first)
         numbers = [f"{count / MIB:,.1f}" for count in [*counts, sum(counts)]]
-        rows.append([str(stage), ranks, *numbers])
+        rows.append([place.label, span(place.ranks), *numbers])
     return aligned(rows)
 
 
-def _compute(args: argparse.Namespace, split: Split) -> list[str]:
-    """Floating-point operations of an iteration, and how they fall on the stages."""
-    cost = split.cost
-    stages = args.pipeline_model_parallel_size
-    per_rank = [0.0] * stages
-    for number, chunk in enumerate(cost.chunks(split.layers)):
-        per_rank[number % stages] += chunk.both
-    ranks = args.world_size // stages
-    total = sum(per_rank) * num_micro_batches(args) * ranks
+def _compute(args: argparse.Namespace, split: Split, held_by: Iterable[Place]) -> list[str]:
+    """Floating-point operations of an iteration, and how they fall on the ranks."""
+    cost, ranks = split.cost, {place.label: len(place.ranks) for place in held_by}
+    each = ranks[list(ranks)[-1]]
     parts = {
-        "encoders and projectors": cost.first.both,
-        "layers": cost.layer.both * sum(split.layers),
-        "head": cost.last.both,
+        "encoders and projectors": cost.first.both * each
+        + sum(one.both * ranks[name] for name, one in cost.ahead.items()),
+        "layers": cost.layer.both * sum(split.layers) * each,
+        "head": cost.last.both * each,
     }
-    shares = [f"{name} {100 * part / sum(per_rank):.0f} %" for name, part in parts.items()]
-    by_stage = ", ".join(f"{100 * one / sum(per_rank):.0f} %" for one in per_rank)
-    lines = [f"floating-point operations of an iteration: {total:.3g} ({', '.join(shares)})"]
-    return lines + [f"by stage: {by_stage}"] * (stages > 1)
+    total = sum(parts.values())
+    shares = ", ".join(f"{name} {100 * part / total:.0f} %" for name, part in parts.items())
+    count = total * num_micro_batches(args)
+    lines = [f"floating-point operations of an iteration: {count:.3g} ({shares})"]
+    if len(ranks) == 1:
+        return lines
+    stages = [0.0] * split.num_stages
+    for number, chunk in enumerate(replace(cost, ahead={}).chunks(split.layers)):
+        stages[number % split.num_stages] += chunk.both
+    per_rank = [*(one.both for one in cost.ahead.values()), *stages]
+    most = max(per_rank)
+    relative = [f"{name} {one / most:.2f}" for name, one in zip(ranks, per_rank, strict=True)]
+    return [*lines, f"a rank's share, the busiest's being 1: {', '.join(relative)}"]
 
 
 def _pipeline(args: argparse.Namespace, split: Split) -> list[str]:
-    if args.pipeline_model_parallel_size == 1:
+    if len(split.timeline.ranks) == 1:
         return ["no pipeline: every rank runs the whole model"]
     schedule = "interleaved 1F1B" if args.virtual_pipeline_model_parallel_size else "1F1B"
     lines = [f"pipeline ({schedule}): {describe_pipeline(split, args)}"]
     drawn = split.shortened(DRAWN_ROUNDS * args.pipeline_model_parallel_size)
-    lines += [f"  {stage:>3} {row}" for stage, row in enumerate(drawn.timeline.draw())]
-    lines.append("      digits: a micro-batch's forward pass, letters: its backward pass, .: waits")
+    rows = ["encoders"] * bool(split.cost.ahead) + [str(i) for i in range(split.num_stages)]
+    width = max(3, *map(len, rows))
+    lines += [
+        f"  {name:>{width}} {row}" for name, row in zip(rows, drawn.timeline.draw(), strict=True)
+    ]
+    lines.append(
+        " " * (width + 3)
+        + "digits: a micro-batch's forward pass, letters: its backward pass, .: waits"
+    )
     return lines

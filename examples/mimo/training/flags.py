@@ -64,11 +64,19 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "encoders on the first and the head on the last",
     )
     group.add_argument(
+        "--encoder-ranks",
+        nargs="+",
+        metavar="MODALITY=RANKS",
+        help="give each encoder, with its projector, ranks of its own, such as images=0 "
+        "audios=1-2; the others are the language model's (default: all share all ranks)",
+    )
+    group.add_argument(
         "--encoder-tensor-model-parallel-size",
-        type=int,
+        nargs="+",
         metavar="N",
-        help="split encoders and projectors over N ranks of each tensor-parallel group; the "
-        "group's copies of an encoder share the media out (default: as the language model)",
+        help="split encoders and projectors over N ranks. On shared ranks those are N of each "
+        "tensor-parallel group, whose copies of an encoder share the media out (default: as the "
+        "language model). With --encoder-ranks: a number, or images=N audios=N (default 1)",
     )
     group.add_argument(
         "--encoder-data-parallel-size",

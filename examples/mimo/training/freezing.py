@@ -30,7 +30,9 @@ def parts(model: StageMimoModel) -> dict[str, torch.nn.Module]:
     for name, modality in model.modality_submodules.items():
         found[f"{name}.encoder"] = modality.encoders[ENCODER]
         found[f"{name}.projector"] = modality.input_projections[0]
-    return found | {"language": model.language_model}
+    if model.language_model is not None:
+        found["language"] = model.language_model
+    return found
 
 
 def freeze_parts(model: StageMimoModel, names: Iterable[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,9 @@ from megatron.core import mpu
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.models.mimo import StageMimoModel
+from examples.mimo.models.placement import Placement
 from examples.mimo.training.freezing import part_names, parts
+from examples.mimo.training.layout import own_module, placements, places, shared_encoder_size
 from examples.mimo.training.stages import describe_pipeline, predicted_split, workload
 
 
@@ -31,12 +35,9 @@ class PartSize:
 
 def part_sizes(model: StageMimoModel, args: argparse.Namespace) -> dict[str, PartSize]:
     """The sizes of the parts this stage holds; works on meta tensors too."""
-    encoder_tp = args.encoder_tensor_model_parallel_size
+    sizes = {"language": args.tensor_model_parallel_size, **args.encoder_tensor_model_parallel_size}
     return {
-        name: _size(
-            list(module.parameters()),
-            args.tensor_model_parallel_size if name == "language" else encoder_tp,
-        )
+        name: _size(list(module.parameters()), sizes[name.split(".")[0]])
         for name, module in parts(model).items()
     }
 
@@ -59,18 +60,27 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
     for chunk in chunks:
         for name, size in part_sizes(chunk, args).items():
             mine.setdefault(name, []).append(size)
-    stages: list[dict[str, list[PartSize]]] = [{}] * mpu.get_pipeline_model_parallel_world_size()
-    dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    stage = mpu.get_pipeline_model_parallel_rank()
+    dist.all_gather_object(everyone, (own_module(args), stage, mine))
+    held = {(module, stage): sizes for module, stage, sizes in everyone}
+    found = {place.label: held[place.module, place.stage] for place in places(args)}
     lines = [
         f"{config.name}: {layout_name(args)} on {_device()}, {numerics(args)}",
         f"data: {describe_data(args)}; {args.global_batch_size} samples an iteration in "
         f"micro-batches of {args.micro_batch_size}; {args.train_iters} iterations",
-        *parts_table(config, stages, args.tensor_model_parallel_size > 1),
+        *parts_table(config, found, is_split(args)),
     ]
-    if len(stages) > 1 and args.rank == 0:
+    if len(found) > 1 and args.rank == 0:
         split = predicted_split(args, config, chunks[0].config, workload(args, config))
         lines.append(f"pipeline: {describe_pipeline(split, args)}")
     return "\n".join(lines)
+
+
+def is_split(args: argparse.Namespace) -> bool:
+    """Whether tensor parallelism splits any part."""
+    sizes = args.encoder_tensor_model_parallel_size.values()
+    return max(args.tensor_model_parallel_size, *sizes, 1) > 1
 
 
 def layout_name(args: argparse.Namespace) -> str:
@@ -83,13 +93,39 @@ def layout_name(args: argparse.Namespace) -> str:
         "DP": args.data_parallel_size,
     }
     layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 process"
-    encoder_tp = args.encoder_tensor_model_parallel_size
-    if encoder_tp != args.tensor_model_parallel_size:
-        copies = args.world_size // (args.pipeline_model_parallel_size * encoder_tp)
-        layout += f", encoders TP {encoder_tp} x DP {copies}"
+    layout += _encoders_layout(args)
     extras = [" + sequence parallel"] * args.sequence_parallel
     extras += [" + distributed optimizer"] * args.use_distributed_optimizer
     return layout + "".join(extras)
+
+
+def _encoders_layout(args: argparse.Namespace) -> str:
+    """What is different about the encoders: `; images TP 2 on ranks 0-1`."""
+    placed = placements(args)
+    if placed:
+        described = [_on_ranks(placement) for placement in placed]
+        return f" for the language model on ranks {span(placed[-1].ranks)}; " + ", ".join(
+            described[:-1]
+        )
+    tp = shared_encoder_size(
+        args.encoder_tensor_model_parallel_size, args.tensor_model_parallel_size
+    )
+    if tp == args.tensor_model_parallel_size:
+        return ""
+    copies = args.world_size // (args.pipeline_model_parallel_size * tp)
+    return f", encoders TP {tp} x DP {copies}"
+
+
+def _on_ranks(placement: Placement) -> str:
+    sizes = {"TP": placement.tp, "DP": placement.dp}
+    split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    where = f"rank{'s' * (len(placement.ranks) > 1)} {span(placement.ranks)}"
+    return f"{placement.name} {split} on {where}" if split else f"{placement.name} on {where}"
+
+
+def span(ranks: range) -> str:
+    """`4` or `4-7`."""
+    return f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
 
 
 def numerics(args: argparse.Namespace) -> str:
@@ -109,12 +145,15 @@ def describe_data(args: argparse.Namespace) -> str:
     return f"{args.data_path[0]}, split {args.train_split}"
 
 
-def parts_table(config: MimoConfig, stages: list[dict[str, list[PartSize]]], tp: bool) -> list[str]:
-    """A row a part: parameters, whether it trains, and what one rank of each stage holds."""
+def parts_table(
+    config: MimoConfig, places: Mapping[str, dict[str, list[PartSize]]], tp: bool
+) -> list[str]:
+    """A row a part: parameters, whether it trains, and what a rank of each place holds."""
     headings = ["part", "trains", "parameters"]
     headings += ["split by TP", "copied"] if tp else []
-    headings += [f"stage {i} rank" for i in range(len(stages))] if len(stages) > 1 else ["per rank"]
+    headings += [f"{label} rank" for label in places] if len(places) > 1 else ["per rank"]
     rows = [headings]
+    stages = list(places.values())
     by_part = {name: [stage.get(name, []) for stage in stages] for name in part_names(config)}
     for name, found in by_part.items():
         trains = any(size.trains for sizes in found for size in sizes)

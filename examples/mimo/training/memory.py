@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from examples.mimo.configs.schema import EncoderConfig, MimoConfig
 from examples.mimo.models.encoder_groups import encoder_groups
 from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
+from examples.mimo.models.own_ranks import build_own_ranks_model
+from examples.mimo.models.placement import Placement, create_grids, here
 from examples.mimo.training.freezing import freeze_parts, part_names, parts
 from examples.mimo.training.header import PartSize, part_sizes
+from examples.mimo.training.layout import Place, placements, shared_encoder_size
+from examples.mimo.training.own_ranks import create_groups
 from examples.mimo.training.providers import transformer_config
 
 ADAM_BYTES = 8
@@ -40,10 +44,14 @@ class StageMemory:
     activations: list[int]
 
 
-def stage_memory(config: MimoConfig, args: argparse.Namespace, stage: int) -> StageMemory:
-    """Builds the stage as a run would, on its first rank of a made-up world."""
-    with _rank_of(args, stage) as pg_collection, FakeTensorMode():
-        chunks = _build(config, args, pg_collection, stage)
+def place_memory(config: MimoConfig, args: argparse.Namespace, place: Place) -> StageMemory:
+    """Builds what a place holds as a run would, on its first rank of a made-up world."""
+    placed = placements(args)
+    with _made_up_world(args, place, placed) as pg_collection, FakeTensorMode():
+        if placed:
+            chunks = _build_alone(config, args, pg_collection, placed)
+        else:
+            chunks = _build(config, args, pg_collection, place.stage)
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         sizes: dict[str, list[PartSize]] = {}
@@ -54,25 +62,28 @@ def stage_memory(config: MimoConfig, args: argparse.Namespace, stage: int) -> St
             parts=sizes,
             parameters=sum(p.numel() * p.element_size() for p in parameters),
             gradients=trained * _gradient_bytes(args),
-            optimizer=round(trained * _optimizer_bytes(args)),
+            optimizer=round(trained * _optimizer_bytes(args, pg_collection.dp_cp.size())),
             activations=[_activation_bytes(config, args, chunk) for chunk in chunks],
         )
 
 
 @contextlib.contextmanager
-def _rank_of(args: argparse.Namespace, stage: int) -> Iterator[ProcessGroupCollection]:
-    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    pp = args.pipeline_model_parallel_size
+def _made_up_world(
+    args: argparse.Namespace, place: Place, placed: Sequence[Placement]
+) -> Iterator[ProcessGroupCollection]:
     dist.init_process_group(
-        "fake", rank=stage * tp * cp, world_size=tp * cp * pp, store=FakeStore()
+        "fake", rank=place.ranks[0], world_size=args.world_size, store=FakeStore()
     )
-    mpu.initialize_model_parallel(
-        tp,
-        pp,
-        args.virtual_pipeline_model_parallel_size,
-        context_parallel_size=cp,
-        create_gloo_process_groups=False,
-    )
+    if placed:
+        create_groups(placed, here(placed, place.ranks[0]))
+    else:
+        mpu.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            create_gloo_process_groups=False,
+        )
     # The training tracker compares generator states, which tensors without memory do not have.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     try:
@@ -82,12 +93,43 @@ def _rank_of(args: argparse.Namespace, stage: int) -> Iterator[ProcessGroupColle
         dist.destroy_process_group()
 
 
+def _build_alone(
+    config: MimoConfig,
+    args: argparse.Namespace,
+    pg_collection: ProcessGroupCollection,
+    placed: Sequence[Placement],
+) -> list[StageMimoModel]:
+    """The module, or stage of the language model, that has ranks of its own."""
+    stage, last = pg_collection.pp.rank(), pg_collection.pp.size() - 1
+    model = build_own_ranks_model(
+        config,
+        transformer_config(args),
+        pg_collection,
+        placed,
+        create_grids(placed),
+        pre_process=stage == 0,
+        post_process=stage == last,
+    )
+    return [_as_trained(model, args)]
+
+
+def _as_trained(model: StageMimoModel, args: argparse.Namespace) -> StageMimoModel:
+    freeze_parts(model, args.freeze)
+    # As Megatron's Float16Module does; torch's own layers begin in 32 bits.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(args.params_dtype)
+    return model.train()
+
+
 def _build(
     config: MimoConfig, args: argparse.Namespace, pg_collection: Any, stage: int
 ) -> list[StageMimoModel]:
     virtual = args.virtual_pipeline_model_parallel_size
     last_stage = args.pipeline_model_parallel_size - 1
-    groups = encoder_groups(args.encoder_tensor_model_parallel_size, pg_collection)
+    encoder_tp = shared_encoder_size(
+        args.encoder_tensor_model_parallel_size, args.tensor_model_parallel_size
+    )
+    groups = encoder_groups(encoder_tp, pg_collection)
     chunks = []
     for number in range(virtual or 1):
         chunk = build_mimo_model(
@@ -99,11 +141,7 @@ def _build(
             vp_stage=number if virtual else None,
             encoder_groups=groups,
         )
-        freeze_parts(chunk, args.freeze)
-        # As Megatron's Float16Module does; torch's own layers begin in 32 bits.
-        for parameter in chunk.parameters():
-            parameter.data = parameter.data.to(args.params_dtype)
-        chunks.append(chunk.train())
+        chunks.append(_as_trained(chunk, args))
     return chunks
 
 
@@ -112,29 +150,40 @@ def _gradient_bytes(args: argparse.Namespace) -> int:
     return 4 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize
 
 
-def _optimizer_bytes(args: argparse.Namespace) -> float:
+def _optimizer_bytes(args: argparse.Namespace, copies: int) -> float:
     """Per trained parameter: Adam's two moments, and an fp32 copy of a parameter in 16 bits."""
     whole = ADAM_BYTES + (FP32_COPY_BYTES if args.params_dtype.itemsize < 4 else 0)
     if not args.use_distributed_optimizer:
         return whole
-    return whole / (args.data_parallel_size * args.context_parallel_size)
+    return whole / copies
 
 
 def _activation_bytes(config: MimoConfig, args: argparse.Namespace, chunk: StageMimoModel) -> int:
     """What layers, projectors and head keep of one micro-batch for the backward pass."""
-    kept = _kept_by_language(config, args, chunk)
     held = parts(chunk)
+    kept = _kept_by_language(config, args, chunk) if "language" in held else 0
     for name in chunk.modality_submodules:
         encoder, projector = held[f"{name}.encoder"], held[f"{name}.projector"]
-        kept += _kept_by_modality(config.modalities[name].encoder, args, encoder, projector)
+        items = _items_of_a_rank(name, args)
+        kept += _kept_by_modality(config.modalities[name].encoder, args, encoder, projector, items)
     return kept
+
+
+def _items_of_a_rank(name: str, args: argparse.Namespace) -> int:
+    """Of a micro-batch with an item a sample."""
+    placed = placements(args)
+    if placed:
+        copies = next(one.dp for one in placed if one.name == name)
+        return math.ceil(args.micro_batch_size * placed[-1].dp / copies)
+    copies = args.tensor_model_parallel_size // args.encoder_tensor_model_parallel_size[name]
+    return math.ceil(args.micro_batch_size / (args.context_parallel_size * copies))
 
 
 def _kept_by_language(config: MimoConfig, args: argparse.Namespace, chunk: StageMimoModel) -> int:
     columns = args.seq_length // args.context_parallel_size
     rows = columns // args.tensor_model_parallel_size if args.sequence_parallel else columns
     # A frozen language model keeps what its inputs' gradients need, unless nothing trains.
-    passes_on = set(args.freeze) != set(part_names(config))
+    passes_on = set(args.freeze) != set(part_names(config)) or bool(args.encoder_ranks)
     size = (rows, args.micro_batch_size, args.hidden_size)
     hidden = torch.empty(size, dtype=args.params_dtype, requires_grad=passes_on)
     if not chunk.pre_process:
@@ -155,10 +204,9 @@ def _kept_by_modality(
     args: argparse.Namespace,
     encoder: torch.nn.Module,
     projector: torch.nn.Module,
+    items: int,
 ) -> int:
     """Of an encoder its transformer blocks are counted, which is nearly all of it."""
-    copies = args.tensor_model_parallel_size // args.encoder_tensor_model_parallel_size
-    items = math.ceil(args.micro_batch_size / (args.context_parallel_size * copies))
     trains = any(p.requires_grad for p in encoder.parameters())
 
     def empty(*size: int) -> torch.Tensor:

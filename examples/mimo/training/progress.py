@@ -27,7 +27,9 @@ from megatron.training import training as megatron_training
 from examples.mimo.checkpoint.errors import CHECKPOINT_ERRORS, reason
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
+from examples.mimo.models.placement import LANGUAGE
 from examples.mimo.training.header import describe_run
+from examples.mimo.training.layout import own_module
 
 COLUMNS = (
     ("iteration", 15),
@@ -86,7 +88,7 @@ def install(config: MimoConfig) -> None:
 
 def is_logging_rank() -> bool:
     """The last stage's first rank: the loss is there."""
-    return bool(
+    return own_module(get_args()) in (None, LANGUAGE) and bool(
         mpu.is_pipeline_last_stage(ignore_virtual=True)
         and mpu.get_tensor_model_parallel_rank() == 0
         and mpu.get_data_parallel_rank(with_context_parallel=True) == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
@@ -19,19 +20,23 @@ from torch.utils.data import DataLoader, Dataset
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
 from examples.mimo.checkpoint.resuming import check_same_optimizer
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, collate, collate_packed
+from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.samples import Sample, SampleReader
 from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.models.encoder_groups import EncoderGroups, encoder_groups
 from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
+from examples.mimo.models.own_ranks import build_own_ranks_model
 from examples.mimo.training.freezing import freeze_parts
+from examples.mimo.training.layout import placements, shared_encoder_size
+from examples.mimo.training.own_ranks import finalize_on_own_ranks
 
 
 def transformer_config(args: argparse.Namespace) -> Any:
     """The language model's TransformerConfig; rows differ in length from batch to batch."""
     config = core_transformer_config_from_args(args)
-    config.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    staged = args.pipeline_model_parallel_size > 1 or bool(args.encoder_ranks)
+    config.variable_seq_lengths = staged
     return config
 
 
@@ -62,27 +67,42 @@ def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
 
 def model_provider(
     mimo: MimoConfig,
+    grids: dict[str, HyperCommGrid] | None = None,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
     config: Any = None,
     pg_collection: Any = None,
 ) -> StageMimoModel:
-    """The part of the model that this rank holds, with the parts of `--freeze` frozen."""
+    """The part of the model that this rank holds, with the parts of `--freeze` frozen.
+
+    `grids` are those of modules on ranks of their own.
+    """
     args = get_args()
     config = config or transformer_config(args)
-    groups = _encoder_groups(args.encoder_tensor_model_parallel_size)
-    if groups:
-        config.finalize_model_grads_func = groups.finalizer()
-    model = build_mimo_model(
-        mimo,
-        config,
-        pg_collection,
-        pre_process=pre_process,
-        post_process=post_process,
-        vp_stage=vp_stage,
-        encoder_groups=groups,
-    )
+    model: StageMimoModel
+    if grids:
+        config.finalize_model_grads_func = finalize_on_own_ranks
+        model = build_own_ranks_model(
+            mimo, config, pg_collection, placements(args), grids, pre_process, post_process
+        )
+    else:
+        groups = _encoder_groups(
+            shared_encoder_size(
+                args.encoder_tensor_model_parallel_size, args.tensor_model_parallel_size
+            )
+        )
+        if groups:
+            config.finalize_model_grads_func = groups.finalizer()
+        model = build_mimo_model(
+            mimo,
+            config,
+            pg_collection,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            encoder_groups=groups,
+        )
     freeze_parts(model, args.freeze)
     return model
 
@@ -173,15 +193,24 @@ def _batches(
     num_workers: int,
     collate_fn: Callable[[Sequence[Sample]], Batch],
 ) -> Iterator[Batch]:
-    """Micro-batches from sample `consumed` on."""
+    """Micro-batches from sample `consumed` on.
+
+    An encoder's copy on ranks of its own works for one copy of the language model, for several,
+    whose micro-batches it then reads as one, or for a share of one's media.
+    """
     if consumed >= len(dataset):  # type: ignore[arg-type]
         return iter(())
+    copy, copies = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    shares = max(1, copies // get_args().data_parallel_size)
+    if shares > 1:
+        collate_fn = functools.partial(_collate_share, collate_fn, copy % shares, shares)
+    readers = copies // shares
     sampler = MegatronPretrainingSampler(
         total_samples=len(dataset),  # type: ignore[arg-type]
         consumed_samples=consumed,
-        micro_batch_size=micro_batch_size,
-        data_parallel_rank=mpu.get_data_parallel_rank(),
-        data_parallel_size=mpu.get_data_parallel_world_size(),
+        micro_batch_size=micro_batch_size * (get_args().data_parallel_size // readers),
+        data_parallel_rank=copy // shares,
+        data_parallel_size=readers,
     )
     loader = DataLoader(
         dataset,
@@ -191,6 +220,15 @@ def _batches(
         collate_fn=collate_fn,
     )
     return iter(loader)
+
+
+def _collate_share(
+    collate_fn: Callable[[Sequence[Sample]], Batch],
+    number: int,
+    shares: int,
+    samples: Sequence[Sample],
+) -> Batch:
+    return take_share(collate_fn(samples), number, shares)
 
 
 def _collate(args: argparse.Namespace) -> Callable[[Sequence[Sample]], Batch]:

@@ -14,6 +14,7 @@ from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
 from examples.mimo.planning.balance import Split, best_split
 from examples.mimo.planning.costs import Workload, model_cost
+from examples.mimo.training.layout import language_processes, placements
 from examples.mimo.training.providers import first_batches
 
 COUNTED_SAMPLES = 32
@@ -41,7 +42,7 @@ def balance_stages(args: argparse.Namespace, config: MimoConfig) -> None:
             )
     chunks = stages * (args.num_virtual_stages_per_pipeline_rank or 1)
     args.num_virtual_stages_per_pipeline_rank = None
-    cost = model_cost(config, args, workload(args, config))
+    cost = model_cost(config, args, workload(args, config), placements(args))
     split = best_split(cost, args.num_layers, stages, chunks, num_micro_batches(args))
     args.pipeline_model_parallel_layout = split.flag
 
@@ -73,7 +74,7 @@ def _count(batch: Batch, token_id: int) -> int:
 def num_micro_batches(args: argparse.Namespace) -> int:
     """Micro-batches of an iteration on one data-parallel rank."""
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    data = args.world_size // (model * args.context_parallel_size)
+    data = language_processes(args) // (model * args.context_parallel_size)
     return max(1, (args.global_batch_size or 1) // (args.micro_batch_size * data))
 
 
@@ -82,7 +83,7 @@ def predicted_split(
 ) -> Split:
     """The split that Megatron will build, on the clock; `transformer` is the TransformerConfig."""
     return Split(
-        cost=model_cost(config, args, work),
+        cost=model_cost(config, args, work, placements(args)),
         layers=layers_per_chunk(transformer),
         num_stages=args.pipeline_model_parallel_size,
         num_micro_batches=num_micro_batches(args),

@@ -13,7 +13,7 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from examples.mimo.data.batch import Batch, share_batch
+from examples.mimo.data.batch import Batch, Needs, share_batch
 from examples.mimo.models.context_parallel import shard_sequence
 from examples.mimo.models.mimo import MediaCountError, StageMimoModel
 from examples.mimo.training import phase
@@ -50,12 +50,12 @@ def forward_step(
 
 def next_batch(data_iterator: Iterator[Batch] | None, stage: StageMimoModel) -> Batch:
     """What this stage needs of the next micro-batch; a middle stage needs a packed row's bounds."""
-    if not (stage.pre_process or stage.post_process or get_args().pack_sequences):
+    if stage.needs == Needs() and not get_args().pack_sequences:
         return Batch(num_rows=0, num_columns=0, num_tokens=0, keys=[])
     start = time.perf_counter()
     group = mpu.get_tensor_model_parallel_group()
     batch = next(data_iterator) if data_iterator is not None and group.rank() == 0 else None
-    shared = share_batch(batch, group, device(), stage.pre_process, stage.post_process)
+    shared = share_batch(batch, group, device(), stage.needs)
     if stage.training:
         COUNTERS.add(shared, time.perf_counter() - start)
     return shared
