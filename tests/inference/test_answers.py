@@ -49,6 +49,22 @@ def test_the_same_tokens_at_every_layout(answers, tp, pp):
     assert answers[tp, pp]["tokens"] == answers[1, 1]["tokens"]
 
 
+def test_saved_by_encoders_on_ranks_of_their_own_it_answers_the_same(
+    checkpoint, answers, data_folder, tmp_path
+):
+    done = run_train(
+        *("--encoder-ranks", "images=0", "audios=1", "--load", str(checkpoint), "--finetune"),
+        *("--dataset-provider", "spoken_questions", "--data-path", str(data_folder)),
+        *("--train-iters", "1", "--lr", "0", "--save", str(tmp_path), "--save-interval", "1"),
+        processes=3,
+    )
+    assert done.returncode == 0, done.stderr
+    flags = (str(tmp_path), str(data_folder), "1", "1", str(SAMPLES))
+    again = ranks.run("tests/inference/answer_many.py", *flags)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1])["tokens"] == answers[1, 1]["tokens"]
+
+
 def test_the_answers_differ_so_the_comparison_means_something(answers):
     assert len({tuple(tokens) for tokens in answers[1, 1]["tokens"]}) >= 2
 

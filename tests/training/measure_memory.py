@@ -39,7 +39,9 @@ def size(tensors):
 def optimizer_bytes(model_parameters):
     """Adam's moments, and the parameters in 32 bits that it keeps beside the model's."""
     total = 0
-    for optimizer in found["optimizer"].chained_optimizers:
+    # A module on ranks of its own has its optimizer inside another.
+    optimizer = getattr(found["optimizer"], "own", found["optimizer"])
+    for optimizer in optimizer.chained_optimizers:
         adam = optimizer.optimizer
         moments = [t for state in adam.state.values() for t in state.values()]
         total += size(t for t in moments if torch.is_tensor(t) and t.numel() > 1)

@@ -15,6 +15,8 @@ def parse(monkeypatch):
 
 
 TP2 = ("--tensor-model-parallel-size", "2")
+PP2 = ("--pipeline-model-parallel-size", "2")
+OWN = ("--encoder-ranks",)
 ENCODER_TP = ("--encoder-tensor-model-parallel-size",)
 
 
@@ -54,6 +56,37 @@ def test_the_command_line_overrides_the_preset(parse):
             4,
             (*TP2, *ENCODER_TP, "1", "--encoder-data-parallel-size", "2"),
             "4 processes hold 4 copies of the encoders",
+        ),
+        (2, (*TP2, *ENCODER_TP, "images=1"), "on shared ranks all encoders have one size"),
+        (4, ("--encoder-ranks", "images=0"), "says nothing of audios"),
+        (4, (*OWN, "images=0", "audios=0-1"), "images and audios both have rank 0"),
+        (4, (*OWN, "images=0", "audios=4"), "audios=4: 4 processes have the ranks 0 to 3"),
+        (4, (*OWN, "images=0", "audios=2-1"), "4 processes have the ranks 0 to 3"),
+        (4, (*OWN, "images=0", "video=1"), "video=1: the model has the modalities images, audios"),
+        (4, (*OWN, "images=0", "audios"), "write NAME=RANK or NAME=FIRST-LAST"),
+        (4, (*OWN, "images=0", "images=1", "audios=2"), "images has ranks already"),
+        (4, (*OWN, "images=0-1", "audios=2-3"), "takes all 4 processes"),
+        (4, (*OWN, "images=0", "audios=2"), "the ranks 1, 3, which do not follow one another"),
+        (4, (*OWN, "images=0", "audios=1", "--context-parallel-size", "4"), "model's 2 processes"),
+        (
+            6,
+            (*OWN, "images=0-2", "audios=3", *ENCODER_TP, "images=2"),
+            "images 3 ranks, which do not divide by its",
+        ),
+        (
+            6,
+            (*OWN, "images=0-2", "audios=3"),
+            "3 copies of images's encoder for 2 of the language model",
+        ),
+        (
+            5,
+            (*OWN, "images=0-1", "audios=2", "--encoder-data-parallel-size", "2"),
+            "the ranks of --encoder-ranks make 1 of audios",
+        ),
+        (
+            4,
+            (*OWN, "images=0", "audios=1", *PP2, "--num-layers-per-virtual-pipeline-stage", "1"),
+            "MimoModel does not support virtual pipeline parallelism",
         ),
         (3, ("--context-parallel-size", "2"), "x --context-parallel-size 2 = 2; start a multiple"),
         (1, ("--set", "images.encoder.depth=1"), "no field 'depth'; there are"),

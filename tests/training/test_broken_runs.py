@@ -13,17 +13,22 @@ import pytest
 from tests.conftest import ROOT, run_command
 
 PATIENCE_SECONDS = 30
+PP2 = ("--pipeline-model-parallel-size", "2")
+# Processes and flags; rank 1 is killed.
 LAYOUTS = {
-    "TP 2": ("--tensor-model-parallel-size", "2"),
-    "PP 2": ("--pipeline-model-parallel-size", "2"),
+    "TP 2": (2, ("--tensor-model-parallel-size", "2")),
+    "PP 2": (2, PP2),
+    "own ranks": (3, ("--encoder-ranks", "images=0", "audios=1")),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_killed_rank_ends_the_others_with_rank_and_phase(layout, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launch += [str(ROOT / "examples/mimo/train.py"), "--train-iters", "10000", *LAYOUTS[layout]]
+    processes, flags = LAYOUTS[layout]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", str(processes), str(ROOT / "examples/mimo/train.py")]
+    launch += ["--train-iters", "10000", *flags]
     launcher = subprocess.Popen(
         [*launch, "--metrics-file", str(metrics)],
         cwd=ROOT,
@@ -41,15 +46,16 @@ def test_a_killed_rank_ends_the_others_with_rank_and_phase(layout, tmp_path):
     text = launcher.communicate(timeout=2 * PATIENCE_SECONDS)[1]
     assert time.monotonic() - killed < PATIENCE_SECONDS
     assert not any(worker.is_running() for worker in workers)
-    said = [line for line in text.splitlines() if line.startswith("train.py [rank 0]: ")]
-    assert len(said) == 1, text
-    assert re.search(r"in: iteration \d+, (computing|reading a batch)", said[0]), said
+    said = [line for line in text.splitlines() if line.startswith("train.py [rank ")]
+    assert sorted(line[15] for line in said) == [r for r in "012"[:processes] if r != "1"], text
+    for line in said:
+        assert re.search(r"in: iteration \d+, (computing|reading a batch)", line), said
     assert re.search(r"rank +: 1 ", text), text
     assert "SIGKILL" in text
 
 
 def test_an_error_on_one_stage_ends_the_other():
-    flags = ("--lr", "1e30", "--train-iters", "4", "--global-batch-size", "8", *LAYOUTS["PP 2"])
+    flags = ("--lr", "1e30", "--train-iters", "4", "--global-batch-size", "8", *PP2)
     done = run_command("train.py", *flags, processes=2)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py [rank ")]

@@ -19,12 +19,23 @@ LAYOUTS = {
     "DP 2, distributed optimizer": (2, SHARDED),
     "CP 2, distributed optimizer, bf16": (2, ("--context-parallel-size", "2", *SHARDED, "--bf16")),
     "TP 2 x PP 2, bf16": (4, (*TP2, *PP2, "--bf16")),
+    "own ranks, distributed optimizer, bf16": (
+        5,
+        (
+            *("--encoder-ranks", "images=0-1", "audios=2", *PP2, *SHARDED, "--bf16"),
+            *("--freeze", "audios.encoder"),
+        ),
+    ),
     "PP 2, balanced, frozen encoders": (
         2,
         (*PP2, "--balance-stages", "--freeze", "images.encoder", "audios.encoder"),
     ),
 }
-ALWAYS = {"CP 2, distributed optimizer, bf16", "PP 2, balanced, frozen encoders"}
+ALWAYS = {
+    "CP 2, distributed optimizer, bf16",
+    "PP 2, balanced, frozen encoders",
+    "own ranks, distributed optimizer, bf16",
+}
 
 
 @pytest.mark.parametrize(
@@ -54,11 +65,36 @@ def test_a_cluster_is_planned_from_one_process():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("qwen3_avlm: TP 4 x PP 4 x DP 32 + sequence parallel on 512 proc")
     assert re.search(r"^  language +frozen +8,190,735,360 ", done.stdout, re.MULTILINE)
-    assert re.search(r"^  3 +384-511 +1,124\.9 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^  stage 3 +384-511 +1,124\.9 ", done.stdout, re.MULTILINE)
     assert "layers by stage 9, 9, 9, 9; 32 micro-batches" in done.stdout
-    drawn = [line for line in done.stdout.splitlines() if re.match(r" +\d [0-9a-z.]{96}$", line)]
-    assert len(drawn) == 4
+    assert len(drawn_rows(done.stdout)) == 4
     assert done.stderr == ""
+
+
+def drawn_rows(text):
+    found = (re.match(r" +(\S+) [0-9a-z.]{96}$", line) for line in text.splitlines())
+    return [match[1] for match in found if match]
+
+
+def test_encoders_on_ranks_of_their_own_are_planned():
+    done = run_command(
+        *("train.py", "--dry-run", "160", "--model-provider", "llava_avlm_tuned", "--bf16"),
+        *("--encoder-ranks", "images=0-15", "audios=16-31"),
+        *("--encoder-tensor-model-parallel-size", "images=2"),
+        *("--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4"),
+        *("--use-distributed-optimizer", "--global-batch-size", "256", "--micro-batch-size", "1"),
+    )
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith(
+        "llava_avlm_tuned: TP 4 x PP 4 x DP 8 + distributed optimizer on ranks 32-159; "
+        "images TP 2 x DP 8 on ranks 0-15; audios DP 16 on ranks 16-31; on 160 processes"
+    )
+    held = {line.split("  ")[1]: line.split()[-6:] for line in lines if re.search(r"\d-\d", line)}
+    assert list(held) == ["images", "audios", "stage 0", "stage 1", "stage 2", "stage 3"]
+    assert [row[0] for row in held.values()][:3] == ["0-15", "16-31", "32-63"]
+    assert drawn_rows(done.stdout) == ["encoders", "0", "1", "2", "3"]
+    assert "layers by stage 8, 8, 8, 8; 32 micro-batches" in done.stdout
 
 
 def test_balanced_stages_wait_less():

@@ -19,19 +19,28 @@ EXCHANGES = (
             "PP 2, 2 virtual stages",
             "CP 2 x PP 2",
             "TP 2 x PP 2, encoders TP 1",
+            "own ranks: images TP 2, audios 1, language TP 2",
+            "own ranks: encoders 1 + 1, language PP 2",
         ),
         (
-            "TP 2 x PP 2, sequence parallel",
-            "TP 2, encoders TP 1",
+            "own ranks: encoders 1 + 1, language DP 2",
+            "own ranks: encoders DP 2, language 1",
             "PP 4, balanced stages",
             "packed, CP 2",
+            "TP 2 x PP 2, sequence parallel",
+            "TP 2, encoders TP 1",
         ),
     ),
     (
-        ("TP 2 x DP 2, distributed optimizer", "PP 2 x DP 2, overlap"),
         (
-            "DP 2, distributed optimizer, overlap",
+            "TP 2 x DP 2, distributed optimizer",
+            "PP 2 x DP 2, overlap",
+            "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
+        ),
+        (
+            "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
             "TP 2 x DP 2, encoders TP 1, distributed optimizer, overlap",
+            "DP 2, distributed optimizer, overlap",
         ),
     ),
 )
@@ -47,6 +56,7 @@ AGAIN = (
     "PP 2, 2 virtual stages",
     "TP 2 x PP 2, encoders TP 1",
     "TP 2 x DP 2, distributed optimizer",
+    "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
 )
 
 

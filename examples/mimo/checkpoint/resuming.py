@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -25,6 +26,15 @@ def check_same_optimizer(folder: Path, distributed: bool) -> None:
             f"--load {folder}: saved {with_or_without} the distributed optimizer; {change} "
             "--use-distributed-optimizer, or begin its state anew with --no-load-optim"
         )
+
+
+def has_random_states(folder: Path, sizes: Mapping[str, int]) -> bool:
+    """Whether `folder` holds the random states of modules on ranks of their own.
+
+    `sizes` are their tensor-parallel sizes. Megatron checks those of the language model.
+    """
+    names = FileSystemReader(latest_weights(folder)).read_metadata().state_dict_metadata
+    return all(f"{name}.rng_state/shard_0.0_1.{size}" in names for name, size in sizes.items())
 
 
 def schedule_mismatch(error: AssertionError) -> str | None:

@@ -81,18 +81,6 @@ def _without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, device_ids=None, **kwargs: barrier(*args, **kwargs)
 
 
-def _over_gloo(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A maker of process groups with `backend="nccl"` read as gloo."""
-
-    @functools.wraps(make)
-    def made(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("backend") == "nccl":
-            kwargs["backend"] = "gloo"
-        return make(*args, **kwargs)
-
-    return made
-
-
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
@@ -140,10 +128,6 @@ def torch_stand_ins() -> list[StandIn]:
         StandIn(torch.nn.Module, "cuda", _itself, "training.py get_model"),
         StandIn(tensor, "type", kinds, "optimizer.py, clip_grads.py compare type names"),
         StandIn(comms, "barrier", barrier, "parallel_state.py: gloo takes no device_ids"),
-        *(
-            StandIn(comms, name, _over_gloo(getattr(comms, name)), "bridge_communicator.py")
-            for name in ("new_group", "new_subgroups_by_enumeration")
-        ),
         *(StandIn(torch, name, _on_cpu(getattr(torch, name)), factories) for name in FACTORIES),
     ]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
@@ -24,12 +26,21 @@ class RaggedBridge(BridgeCommunicator):
     """A bridge whose senders may send different numbers of rows.
 
     Megatron's splits a gradient evenly over the senders. This one remembers how many rows of a
-    micro-batch came from each, until their gradients go back: first in, first out.
+    micro-batch came from each, until their gradients go back: first in, first out. And where
+    Megatron's wants NCCL, it takes the world's backend.
     """
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         self.rows_received: deque[list[int]] = deque()
         super().__init__(*positional, **named)
+
+    @classmethod
+    def _get_or_create_broadcast_pg(cls, ranks_list: list[list[int]]) -> dist.ProcessGroup:
+        return _subgroup(tuple(tuple(ranks) for ranks in ranks_list))
+
+    @classmethod
+    def _get_or_create_bridge_pg(cls, ranks: list[int]) -> dist.ProcessGroup:
+        return _group(tuple(ranks))
 
     def _communicate_shapes(self, **asked: Any) -> tuple[list, list]:
         shapes = super()._communicate_shapes(**asked)
@@ -51,6 +62,17 @@ class RaggedBridge(BridgeCommunicator):
         if self.rows_received:
             setattr(gradient, "_mimo_bridge_split_sizes", self.rows_received.popleft())
         return gradient
+
+
+@functools.cache
+def _subgroup(ranks_list: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+    """This rank's of the groups; bridges to the same ranks share them."""
+    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_list])[0]
+
+
+@functools.cache
+def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    return dist.new_group(list(ranks))
 
 
 class Bridges(MultiModulePipelineCommunicator):

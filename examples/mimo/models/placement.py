@@ -114,7 +114,7 @@ def encoder_placements(
 
 
 def create_grids(placements: Sequence[Placement]) -> dict[str, HyperCommGrid]:
-    """Module -> its grid, with groups of pipeline stages; every rank of the world must call this."""
+    """Module -> its grid, with groups of its pipeline stages; every rank must call this."""
     grids = {placement.name: placement.grid() for placement in placements}
     for grid in grids.values():
         grid.create_pg("pp")

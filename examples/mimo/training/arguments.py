@@ -232,14 +232,13 @@ def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
     On shared ranks an encoder is split as the language model is, on ranks of its own not at all.
     """
     given = encoder_tensor_parallel(args.encoder_tensor_model_parallel_size, config.modalities)
-    tp = args.tensor_model_parallel_size
-    default = 1 if args.encoder_ranks else shared_encoder_size(given, tp)
+    default = 1 if args.encoder_ranks else args.tensor_model_parallel_size
     sizes = {name: given.get(name, default) for name in config.modalities}
     args.encoder_tensor_model_parallel_size = sizes
     if args.encoder_ranks:
         _check_own_ranks(args)
     else:
-        _check_shared_ranks(args, default)
+        _check_shared_ranks(args, shared_encoder_size(sizes, default))
     for name, modality in config.modalities.items():
         widths = {f"{name}.projector.ffn_hidden_size": modality.projector.ffn_hidden_size}
         for field in ("num_heads", "ffn_hidden_size"):
@@ -269,7 +268,7 @@ def _check_own_ranks(args: argparse.Namespace) -> None:
         if args.encoder_data_parallel_size not in (None, placement.dp):
             raise ValueError(
                 f"--encoder-data-parallel-size {args.encoder_data_parallel_size}, but "
-                f"{placement.name} has {placement.dp} copies on the ranks of --encoder-ranks; "
+                f"the ranks of --encoder-ranks make {placement.dp} of {placement.name}; "
                 "leave the flag away"
             )
 

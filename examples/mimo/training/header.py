@@ -93,20 +93,17 @@ def layout_name(args: argparse.Namespace) -> str:
         "DP": args.data_parallel_size,
     }
     layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 process"
-    layout += _encoders_layout(args)
     extras = [" + sequence parallel"] * args.sequence_parallel
     extras += [" + distributed optimizer"] * args.use_distributed_optimizer
-    return layout + "".join(extras)
+    return layout + "".join(extras) + _encoders_layout(args)
 
 
 def _encoders_layout(args: argparse.Namespace) -> str:
-    """What is different about the encoders: `; images TP 2 on ranks 0-1`."""
+    """What is different about the encoders: ` on ranks 2-5, images TP 2 on ranks 0-1`."""
     placed = placements(args)
     if placed:
-        described = [_on_ranks(placement) for placement in placed]
-        return f" for the language model on ranks {span(placed[-1].ranks)}; " + ", ".join(
-            described[:-1]
-        )
+        described = [f"; {one.name}{_sizes(one)}{_on_ranks(one)}" for one in placed[:-1]]
+        return _on_ranks(placed[-1]) + "".join(described) + ";"
     tp = shared_encoder_size(
         args.encoder_tensor_model_parallel_size, args.tensor_model_parallel_size
     )
@@ -116,11 +113,14 @@ def _encoders_layout(args: argparse.Namespace) -> str:
     return f", encoders TP {tp} x DP {copies}"
 
 
-def _on_ranks(placement: Placement) -> str:
+def _sizes(placement: Placement) -> str:
     sizes = {"TP": placement.tp, "DP": placement.dp}
     split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    where = f"rank{'s' * (len(placement.ranks) > 1)} {span(placement.ranks)}"
-    return f"{placement.name} {split} on {where}" if split else f"{placement.name} on {where}"
+    return f" {split}" if split else ""
+
+
+def _on_ranks(placement: Placement) -> str:
+    return f" on rank{'s' * (len(placement.ranks) > 1)} {span(placement.ranks)}"
 
 
 def span(ranks: range) -> str:

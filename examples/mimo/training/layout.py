@@ -71,7 +71,8 @@ def check_world(processes: int, args: argparse.Namespace, whose: str = "") -> No
 
 def encoder_tensor_parallel(words: Iterable[str] | None, names: Iterable[str]) -> dict[str, int]:
     """`2` or `images=2 audios=1` -> modality -> size, of those that the words name."""
-    names, sizes = list(names), {}
+    names = list(names)
+    sizes: dict[str, int] = {}
     for word in words or ():
         name, found, number = word.rpartition("=")
         if not number.isdigit() or (found and name not in names):

@@ -18,7 +18,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
-from examples.mimo.checkpoint.resuming import check_same_optimizer
+from examples.mimo.checkpoint.resuming import check_same_optimizer, has_random_states
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
@@ -61,6 +61,10 @@ def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
             check_same_model(f"--{flag.replace('_', '-')}", Path(folder), mimo)
     if resumes and not args.finetune and not args.no_load_optim:
         check_same_optimizer(Path(args.load), args.use_distributed_optimizer)
+    if resumes and args.encoder_ranks:
+        sizes = args.encoder_tensor_model_parallel_size
+        if not has_random_states(Path(args.load), sizes):
+            args.no_load_rng = True
     if args.dataset_provider != "mock":
         DATASETS[args.dataset_provider](args, mimo, 1, 1)
 
