@@ -42,6 +42,9 @@ def main() -> None:
 
 def train(argv: list[str]) -> None:
     """One run of `pretrain()` with the package's providers."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+        get_write_results_queue,
+    )
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -72,6 +75,9 @@ def train(argv: list[str]) -> None:
         known = start is not None and (start / FILE_NAME).is_file()
         sources = open_checkpoint(start).sources if start and known else {}
         save_description(Path(args.save), config, tokenizer_path(args), sources)
+    if args.save:
+        # A fork, while there are no threads; else the first save starts an interpreter a rank.
+        get_write_results_queue(mp_mode="fork")
     adam.install()
     progress.install(config)
     phase.install(args)

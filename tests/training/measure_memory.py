@@ -40,8 +40,8 @@ def optimizer_bytes(model_parameters):
     """Adam's moments, and the parameters in 32 bits that it keeps beside the model's."""
     total = 0
     # A module on ranks of its own has its optimizer inside another.
-    optimizer = getattr(found["optimizer"], "own", found["optimizer"])
-    for optimizer in optimizer.chained_optimizers:
+    held = getattr(found["optimizer"], "own", found["optimizer"])
+    for optimizer in held.chained_optimizers:
         adam = optimizer.optimizer
         moments = [t for state in adam.state.values() for t in state.values()]
         total += size(t for t in moments if torch.is_tensor(t) and t.numel() > 1)
