@@ -130,7 +130,7 @@ LAYOUTS = (
     Layout("own ranks: encoders DP 2, language PP 2, packed", 6, OWN_DP2 + PP2 + PACKED),
     Layout("own ranks: encoders 1 + 1, language DP 2, packed", 4, OWN + PACKED),
     Layout(
-        "own ranks: images 2 to 3, language 0 to 1",
+        "own ranks: language PP 2 first, encoders last",
         4,
         (*("--encoder-ranks", "images=3", "audios=2"), *PP2),
     ),
@@ -198,9 +198,8 @@ class Difference:
         )
 
 
-def train(layout: Layout, *flags: str) -> None:
+def train(layout: Layout, *flags: str, script: str = "examples/mimo/train.py") -> None:
     """One training run; CalledProcessError when it fails, after what it printed."""
-    script = "examples/mimo/train.py"
     given = (*COMMON, *layout.flags, *layout.shared, *flags)
     done = ranks.run(script, *given, processes=layout.processes)
     if done.returncode:
@@ -219,7 +218,7 @@ def measure(layout: Layout, start: Path, work: Path) -> Run:
     saved, metrics = work / "saved", work / "metrics.jsonl"
     load = ("--load", str(start), "--finetune", "--train-iters", str(ITERATIONS))
     save = ("--save", str(saved), "--save-interval", "1", "--metrics-file", str(metrics))
-    train(layout, *load, *save)
+    train(layout, *load, *save, script="benchmarks/save_first.py")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return Run([row["loss"] for row in rows], first_gradients(saved / "iter_0000001"))
 

@@ -17,7 +17,9 @@ from examples.mimo.training.arguments import check_layout, parse_with_preset
 from examples.mimo.training.providers import device, transformer_config
 
 # What a training checkpoint holds beside the model.
-NOT_THE_MODEL = ("optimizer", "chained", "rng_state", "rerun_state_machine_state")
+NOT_THE_MODEL = ("optimizer", "chained", "rerun_state_machine_state")
+# Encoders on ranks of their own put their name in front.
+RANDOM_STATE = "rng_state"
 
 
 def load_model(checkpoint: Checkpoint, tp: int = 1, pp: int = 1) -> StageMimoModel:
@@ -64,7 +66,11 @@ def _load_weights(model: StageMimoModel, checkpoint: Checkpoint, metadata: dict)
         raise ValueError(
             f"--ckpt {checkpoint.folder}: the weights do not load ({reason(error)})"
         ) from None
-    unknown = {key for key in unasked if not key.startswith(NOT_THE_MODEL)}
+    unknown = {
+        key
+        for key in unasked
+        if not key.startswith(NOT_THE_MODEL) and not key.endswith(RANDOM_STATE)
+    }
     for problem, keys in (("lacks", absent), ("holds, unknown to the model,", unknown)):
         if keys:
             raise ValueError(
