@@ -170,6 +170,28 @@ LAYOUTS = (
 )
 
 
+VIRTUAL = PP2 + VPP2
+# What cannot run, and is refused before anything is built.
+REFUSED = (
+    Layout("own ranks, 2 virtual stages", 4, OWN + VIRTUAL),
+    Layout(
+        "own ranks: 3 copies of an encoder, 2 of the language model",
+        6,
+        ("--encoder-ranks", "images=0-2", "audios=3"),
+    ),
+    Layout("own ranks: one for both encoders", 2, ("--encoder-ranks", "images=0", "audios=0")),
+    Layout("shared ranks, encoders TP 2, language TP 1", 2, (ENCODERS_TP1[0], "2")),
+    Layout(
+        "2 virtual stages, 3 micro-batches",
+        2,
+        (*VIRTUAL, "--micro-batch-size", "2", "--global-batch-size", "6"),
+    ),
+    Layout("TP 2, communication overlap", 2, (*TP2, *SP, "--tp-comm-overlap")),
+    Layout("Megatron FSDP", 2, ("--use-megatron-fsdp",)),
+    Layout("torch FSDP 2", 2, ("--use-torch-fsdp2",)),
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """What one layout computed: losses per iteration, and each parameter's first gradient."""
@@ -279,6 +301,14 @@ class References:
         return self.runs[shared]
 
 
+def refusal(layout: Layout) -> str:
+    """The line that `train.py` ends with; AssertionError if it accepts the layout."""
+    plan = ("--dry-run", str(layout.processes), *layout.flags)
+    done = ranks.run("examples/mimo/train.py", *plan)
+    assert done.returncode == 2, f"{layout.name} is not refused: {done.stdout}"
+    return done.stderr.strip().removeprefix("train.py: error: ")
+
+
 def main() -> None:
     """Measure all layouts, print and write the table; status 1 if one is out of bounds."""
     parser = argparse.ArgumentParser(description="Every layout against one process.")
@@ -307,10 +337,17 @@ def main() -> None:
             print(f"{rows[-1]} {left / 60:.0f} min left", file=sys.stderr, flush=True)
             if not within:
                 print(f"    out of bounds, most {found.worst_parameter}", file=sys.stderr)
-    table = "\n".join(rows)
-    print(table)
+    refused = ["| layout | processes | answer |", "| --- | ---: | --- |"]
+    refused += [
+        f"| {layout.name} | {layout.processes} | {refusal(layout)} |"
+        for layout in REFUSED
+        if options.only in layout.name
+    ]
+    table, refusals = "\n".join(rows), "\n".join(refused)
+    print(f"{table}\n\n{refusals}")
     if options.output:
-        options.output.write_text(_PAGE.format(table=table), encoding="utf-8")
+        page = _PAGE.format(table=table, refusals=refusals)
+        options.output.write_text(page, encoding="utf-8")
     sys.exit(0 if equal else 1)
 
 
@@ -323,6 +360,13 @@ parameter's gradient, {TEN_LOSSES_BOUND:g} for the losses of ten iterations; in 
 process in bf16, {BF16_BOUND:g} for all three.
 
 {{table}}
+
+## What cannot run
+
+Each is refused in one line before anything is built. The words are what `train.py` answers; those
+in quotes, and those about FSDP, are Megatron's.
+
+{{refusals}}
 """
 
 

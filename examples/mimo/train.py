@@ -93,6 +93,8 @@ def train(argv: list[str]) -> None:
             p2p_communicator=own.bridges,
             pg_collection=own.groups,
         )
+    except ImportError as error:
+        raise ValueError(f"Megatron needs a package for these flags: {error}") from None
     except RuntimeError as error:
         lost = phase.lost_rank(error)
         if lost is None:

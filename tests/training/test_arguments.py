@@ -17,6 +17,7 @@ def parse(monkeypatch):
 TP2 = ("--tensor-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
 OWN = ("--encoder-ranks",)
+BATCHES_OF_2 = ("--micro-batch-size", "2", "--global-batch-size")
 ENCODER_TP = ("--encoder-tensor-model-parallel-size",)
 
 
@@ -88,6 +89,13 @@ def test_the_command_line_overrides_the_preset(parse):
             (*OWN, "images=0", "audios=1", *PP2, "--num-layers-per-virtual-pipeline-stage", "1"),
             "MimoModel does not support virtual pipeline parallelism",
         ),
+        (
+            2,
+            (*PP2, "--num-layers-per-virtual-pipeline-stage=1", *BATCHES_OF_2, "6"),
+            "rounds of 2, and an iteration has 3; choose a --global-batch-size that is a multiple "
+            "of 4",
+        ),
+        (2, (*TP2, "--tp-comm-overlap"), "--tp-comm-overlap needs Transformer Engine"),
         (3, ("--context-parallel-size", "2"), "x --context-parallel-size 2 = 2; start a multiple"),
         (1, ("--set", "images.encoder.depth=1"), "no field 'depth'; there are"),
         (1, ("--set", "video.encoder.num_layers=1"), "with a modality of images, audios"),

@@ -63,6 +63,7 @@ PAIRS = [
     for loader in loaders
 ]
 AGAIN = (
+    "PP 2, 2 virtual stages",
     "TP 2 x PP 2, encoders TP 1",
     "TP 2 x DP 2, distributed optimizer",
     "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",

@@ -29,7 +29,7 @@ from examples.mimo.training.layout import (
     placements,
     shared_encoder_size,
 )
-from examples.mimo.training.stages import balance_stages
+from examples.mimo.training.stages import balance_stages, num_micro_batches
 
 # LanguageConfig field -> Megatron argument.
 LANGUAGE_ARGUMENTS = {
@@ -222,6 +222,8 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
             f"--num-layers {args.num_layers} does not divide by --pipeline-model-parallel-size "
             f"{pp}; choose a divisor, or --decoder-first-pipeline-num-layers"
         )
+    if args.tp_comm_overlap and not has_transformer_engine():
+        raise ValueError("--tp-comm-overlap needs Transformer Engine, which is not installed")
     if args.sequence_parallel and args.seq_length % tp:
         raise ValueError(f"--seq-length {args.seq_length} does not divide by {tp} with SP")
 
@@ -282,11 +284,24 @@ def _validate(args: argparse.Namespace) -> None:
     except AssertionError as error:
         raise ValueError(str(error) or _assertion_source(error)) from None
     args.world_size = world_size
-    if args.encoder_ranks and args.virtual_pipeline_model_parallel_size:
+    if args.virtual_pipeline_model_parallel_size:
+        _check_virtual_stages(args)
+
+
+def _check_virtual_stages(args: argparse.Namespace) -> None:
+    if args.encoder_ranks:
         raise ValueError(
             "--encoder-ranks runs without virtual stages: Megatron's schedule for modules on ranks "
             'of their own is not interleaved ("MimoModel does not support virtual pipeline '
             'parallelism")'
+        )
+    stages, count = args.pipeline_model_parallel_size, num_micro_batches(args)
+    left = count % (args.microbatch_group_size_per_vp_stage or stages)
+    if 0 < left < stages:
+        raise ValueError(
+            f"virtual stages take micro-batches in rounds of {stages}, and an iteration has "
+            f"{count}; choose a --global-batch-size that is a multiple of "
+            f"{args.global_batch_size // count * stages}"
         )
 
 
