@@ -89,6 +89,12 @@ def test_the_command_line_overrides_the_preset(parse):
             (*OWN, "images=0", "audios=1", *PP2, "--num-layers-per-virtual-pipeline-stage", "1"),
             "MimoModel does not support virtual pipeline parallelism",
         ),
+        (4, (*OWN, "images=0", "audios=1", "--use-tp-pp-dp-mapping"), "would do nothing with"),
+        (
+            4,
+            (*OWN, "images=0", "audios=1", "--num-distributed-optimizer-instances", "2"),
+            "does not yet support num_distributed_optimizer_instances > 1",
+        ),
         (
             2,
             (*PP2, "--num-layers-per-virtual-pipeline-stage=1", *BATCHES_OF_2, "6"),

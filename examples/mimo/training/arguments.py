@@ -266,6 +266,14 @@ def _check_shared_ranks(args: argparse.Namespace, encoder_tp: int) -> None:
 
 
 def _check_own_ranks(args: argparse.Namespace) -> None:
+    for flag in ("use_tp_pp_dp_mapping", "use_sharp"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} would do nothing with --encoder-ranks")
+    if args.num_distributed_optimizer_instances > 1:
+        raise ValueError(
+            '--encoder-ranks runs with one distributed-optimizer instance (Megatron: "MIMO '
+            'optimizer does not yet support num_distributed_optimizer_instances > 1")'
+        )
     for placement in placements(args)[:-1]:
         if args.encoder_data_parallel_size not in (None, placement.dp):
             raise ValueError(

@@ -75,7 +75,7 @@ def _made_up_world(
         "fake", rank=place.ranks[0], world_size=args.world_size, store=FakeStore()
     )
     if placed:
-        create_groups(placed, here(placed, place.ranks[0]))
+        create_groups(placed, here(placed, place.ranks[0]), create_gloo_process_groups=False)
     else:
         mpu.initialize_model_parallel(
             args.tensor_model_parallel_size,

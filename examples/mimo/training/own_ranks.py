@@ -96,7 +96,14 @@ def prepare(args: argparse.Namespace, transformer: Any) -> OwnRanks:
         world_size=args.world_size,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
-    create_groups(placed, own, args.use_gloo_process_groups)
+    create_groups(
+        placed,
+        own,
+        create_gloo_process_groups=args.use_gloo_process_groups,
+        nccl_communicator_config_path=args.nccl_communicator_config_path,
+        high_priority_stream_groups=args.high_priority_stream_groups,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
     initialize._set_random_seed(
         args.seed, args.data_parallel_random_init, args.te_rng_tracker, args.inference_rng_tracker
     )
@@ -109,10 +116,10 @@ def prepare(args: argparse.Namespace, transformer: Any) -> OwnRanks:
     return OwnRanks(grids, Bridges(grids, transformer), ModuleGroups({own.name: groups}, language))
 
 
-def create_groups(placed: Sequence[Placement], own: Placement, gloo: bool = False) -> None:
+def create_groups(placed: Sequence[Placement], own: Placement, **options: Any) -> None:
     """Megatron's parallel state, of one module; every rank of the world makes all modules' groups.
 
-    `gloo` asks for the groups beside NCCL's that collect a distributed optimizer's state.
+    `options` are those of `initialize_model_parallel` that are no sizes.
     """
     kept: dict[str, Any] = {}
     for placement in placed:
@@ -122,7 +129,7 @@ def create_groups(placed: Sequence[Placement], own: Placement, gloo: bool = Fals
             context_parallel_size=placement.cp,
             rank_offset=placement.ranks.start,
             local_world_size=len(placement.ranks),
-            create_gloo_process_groups=gloo,
+            **options,
         )
         if placement == own:
             state = vars(parallel_state)
