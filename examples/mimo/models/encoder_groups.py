@@ -3,6 +3,9 @@
 A tensor-parallel group of T ranks then holds T / E copies of an encoder that is split over E of
 them. The copies share a micro-batch's media out among themselves, so the ranks that the encoders
 do not use for tensor parallelism they use for data parallelism.
+
+Megatron's `ColocatedBridgeCommunicator` has the same purpose, for one pipeline stage, no context
+parallelism and as many media tokens in every sample; none of these need hold here.
 """
 
 from __future__ import annotations
