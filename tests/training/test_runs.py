@@ -39,6 +39,9 @@ def flags_for(model, dataset, data_folder):
             flags += [*SMALL_ENCODERS[name], *SMALL_HEADS[name]]
     if dataset == "spoken_questions":
         flags += ["--data-path", str(data_folder)]
+    if model == "qwen3_avlm":
+        # Its 151,936 words at 8,192 places are most of the time, and half of these hold its media.
+        flags += ["--seq-length", "4096"]
     return [*flags, "--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "2"]
 
 
