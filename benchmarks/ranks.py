@@ -66,7 +66,7 @@ def _rank(
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except Exception:
-        # Reported as under torchrun: on stderr, and by the exit status.
+        # Whatever a script fails with ends its process, as under torchrun: on stderr, status 1.
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
 
