@@ -240,7 +240,7 @@ def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
     if args.encoder_ranks:
         _check_own_ranks(args)
     else:
-        _check_shared_ranks(args, shared_encoder_size(sizes, default))
+        _check_shared_ranks(args, shared_encoder_size(args))
     for name, modality in config.modalities.items():
         widths = {f"{name}.projector.ffn_hidden_size": modality.projector.ffn_hidden_size}
         for field in ("num_heads", "ffn_hidden_size"):

@@ -104,9 +104,7 @@ def _encoders_layout(args: argparse.Namespace) -> str:
     if placed:
         described = [f"; {one.name}{_sizes(one)}{_on_ranks(one)}" for one in placed[:-1]]
         return _on_ranks(placed[-1]) + "".join(described) + ";"
-    tp = shared_encoder_size(
-        args.encoder_tensor_model_parallel_size, args.tensor_model_parallel_size
-    )
+    tp = shared_encoder_size(args)
     if tp == args.tensor_model_parallel_size:
         return ""
     copies = args.world_size // (args.pipeline_model_parallel_size * tp)

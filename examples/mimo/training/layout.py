@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from examples.mimo.models.placement import (
@@ -84,9 +84,10 @@ def encoder_tensor_parallel(words: Iterable[str] | None, names: Iterable[str]) -
     return sizes
 
 
-def shared_encoder_size(sizes: Mapping[str, int], default: int) -> int:
+def shared_encoder_size(args: argparse.Namespace) -> int:
     """The one tensor-parallel size of encoders on shared ranks; ValueError if there are two."""
-    different = set(sizes.values()) or {default}
+    sizes = args.encoder_tensor_model_parallel_size.values()
+    different = set(sizes) or {args.tensor_model_parallel_size}
     if len(different) > 1:
         raise ValueError(
             "--encoder-tensor-model-parallel-size: on shared ranks all encoders have one size; "

@@ -126,10 +126,7 @@ def _build(
 ) -> list[StageMimoModel]:
     virtual = args.virtual_pipeline_model_parallel_size
     last_stage = args.pipeline_model_parallel_size - 1
-    encoder_tp = shared_encoder_size(
-        args.encoder_tensor_model_parallel_size, args.tensor_model_parallel_size
-    )
-    groups = encoder_groups(encoder_tp, pg_collection)
+    groups = encoder_groups(shared_encoder_size(args), pg_collection)
     chunks = []
     for number in range(virtual or 1):
         chunk = build_mimo_model(

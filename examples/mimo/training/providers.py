@@ -91,11 +91,7 @@ def model_provider(
             mimo, config, pg_collection, placements(args), grids, pre_process, post_process
         )
     else:
-        groups = _encoder_groups(
-            shared_encoder_size(
-                args.encoder_tensor_model_parallel_size, args.tensor_model_parallel_size
-            )
-        )
+        groups = _encoder_groups(shared_encoder_size(args))
         if groups:
             config.finalize_model_grads_func = groups.finalizer()
         model = build_mimo_model(
