@@ -35,6 +35,11 @@ def test_the_command_line_overrides_the_preset(parse):
     assert config.modalities["images"].encoder.num_layers == 1
 
 
+def test_longer_rows_need_no_second_flag(parse):
+    args, config = parse(1, "--seq-length", "4096")
+    assert config.language.seq_length == args.max_position_embeddings == 4096
+
+
 @pytest.mark.parametrize(
     ("processes", "flags", "message"),
     [

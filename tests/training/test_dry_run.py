@@ -99,7 +99,7 @@ def test_encoders_on_ranks_of_their_own_are_planned():
 
 def test_balanced_stages_wait_less():
     flags = ("train.py", "--dry-run", "2", *PP2, "--global-batch-size", "64")
-    flags += ("--num-layers", "8", "--set", "images.encoder.num_layers=12")
+    flags += ("--num-layers", "8", "--set", "images.encoder.num_layers=16")
     bubbles, layers = [], []
     for extra in ((), ("--balance-stages",)):
         text = run_command(*flags, *extra).stdout
@@ -107,7 +107,7 @@ def test_balanced_stages_wait_less():
         layers.append(tuple(map(int, found.groups()[:2])))
         bubbles.append(int(found[3]))
     assert layers[0] == (4, 4)
-    assert layers[1] == (3, 5)
+    assert layers[1] == (2, 6)
     assert bubbles[1] < bubbles[0] / 2
 
 

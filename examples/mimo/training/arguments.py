@@ -171,9 +171,12 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
     saved = sys.argv
     sys.argv = [saved[0], *argv]
     try:
-        return megatron_arguments.parse_args(provider)
+        args = megatron_arguments.parse_args(provider)
     finally:
         sys.argv = saved
+    # Rotary positions have no end, but Megatron wants one that --seq-length does not pass.
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    return args
 
 
 def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
@@ -182,7 +185,6 @@ def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
     for field, argument in LANGUAGE_ARGUMENTS.items():
         defaults[argument] = getattr(preset.language, field)
     defaults["freeze"] = list(preset.frozen)
-    defaults["max_position_embeddings"] = preset.language.seq_length
     defaults["use_rope_scaling"] = preset.language.rope_scaling_factor is not None
     defaults["rope_scaling_factor"] = preset.language.rope_scaling_factor or 8.0
     defaults["untie_embeddings_and_output_weights"] = not preset.language.tie_embeddings
