@@ -78,9 +78,11 @@ def _score(
     title: str,
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
+    from examples.mimo.data.samples import Inside
+
     reader = answerer.reader(blank or [])
     samples = [
-        reader.read({**record, "conversations": record["conversations"][:-1]}, root)
+        reader.read({**record, "conversations": record["conversations"][:-1]}, Inside(root))
         for record in records
     ]
     clock = _Clock(title, len(records))

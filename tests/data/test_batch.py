@@ -16,7 +16,7 @@ def test_rows_are_padded_without_loss_and_media_kept_in_order(tiny):
         assert batch.loss_mask[row, length:].sum() == 0
         assert batch.loss_mask[row].sum() == sum(sample.row.loss_mask)
     pixels = [item["pixel_values"] for s in samples for item in s.media.get("images", [])]
-    assert torch.equal(batch.modality_inputs["images"]["pixel_values"], torch.stack(pixels))
+    assert torch.equal(batch.modality_inputs["images"]["pixel_values"], torch.cat(pixels))
 
 
 def test_packed_samples_follow_one_another(tiny):

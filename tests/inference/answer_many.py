@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from examples.mimo.checkpoint.description import open_checkpoint  # noqa: E402
 from examples.mimo.data.batch import collate  # noqa: E402
 from examples.mimo.data.datasets import read_records  # noqa: E402
+from examples.mimo.data.samples import Inside  # noqa: E402
 from examples.mimo.inference.answerer import Answerer  # noqa: E402
 from examples.mimo.inference.generate import generate  # noqa: E402
 
@@ -28,7 +29,7 @@ with command.stdout_to(os.devnull):
     answerer = Answerer(open_checkpoint(folder), tp, pp)
 reader = answerer.reader()
 samples = [
-    reader.read({**record, "conversations": record["conversations"][:1]}, data)
+    reader.read({**record, "conversations": record["conversations"][:1]}, Inside(data))
     for record in read_records(data / "heldout.jsonl")[:count]
 ]
 encoded = []

@@ -22,7 +22,7 @@ def test_whisper_counts_half_a_hop_up_to_the_window(whisper, seconds, tokens):
     samples = round(seconds * 16_000)
     inputs = whisper.preprocess(np.zeros(samples, np.float32))
     assert whisper.num_tokens(inputs) == tokens == min(1500, math.ceil(samples / 160 / 2))
-    assert inputs["input_features"].shape == (80, 3000)
+    assert inputs["input_features"].shape == (1, 80, 3000)
 
 
 def test_whisper_never_counts_more_than_the_window(whisper):
@@ -37,7 +37,20 @@ def test_log_mel_is_the_whisper_feature_extractors():
     sound[16_000 * 7 :] = 0
     extractor = WhisperFeatureExtractor(feature_size=80)
     wanted = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features[0]
-    assert (log_mel(torch.from_numpy(sound), 80, 160) - wanted).abs().max() < 1e-4
+    found, silence = log_mel(torch.from_numpy(sound), 80, 160)
+    assert (found - wanted).abs().max() < 1e-4
+    assert abs(silence - float(wanted.min())) < 1e-4
+
+
+@pytest.mark.parametrize("seconds", [0.01, 1.23, 29.98, 29.995, 30])
+def test_the_silence_behind_a_sound_is_the_whisper_feature_extractors(whisper, seconds):
+    from transformers import WhisperFeatureExtractor
+
+    length = round(seconds * 16_000)
+    sound = np.random.default_rng(0).uniform(-1, 1, length).astype(np.float32)
+    extractor = WhisperFeatureExtractor(feature_size=80)
+    wanted = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features
+    assert (whisper.preprocess(sound)["input_features"] - wanted).abs().max() < 1e-4
 
 
 def test_sinusoids_are_whispers():
@@ -55,7 +68,7 @@ def test_neighbouring_patches_side_by_side_make_a_token():
     encoder.patches_per_side, encoder.token_side = vit.patches_per_side, vit.token_side
     numbers = torch.arange(2 * 36.0).reshape(2, 36, 1)
     tokens = encoder._join_patches(numbers)
-    assert tokens.shape == (2 * vit.num_tokens({}), vit.hidden_size) == (18, 4)
+    assert tokens.shape == (2 * vit.max_tokens, vit.hidden_size) == (18, 4)
     assert tokens[0].tolist() == [0, 1, 6, 7]
     assert tokens[1].tolist() == [2, 3, 8, 9]
     assert tokens[3].tolist() == [12, 13, 18, 19]
@@ -77,7 +90,7 @@ def test_clip_preprocessing_is_the_image_processors():
     picture = Image.fromarray(noise)
     clip = get_model_config("tiny_avlm").modalities["images"].encoder
     wanted = processor(picture, return_tensors="pt").pixel_values[0]
-    assert (clip.preprocess(picture)["pixel_values"] - wanted).abs().max() < 1e-5
+    assert (clip.preprocess(picture)["pixel_values"][0] - wanted).abs().max() < 1e-5
 
 
 def test_augmentation_moves_a_picture_a_little():

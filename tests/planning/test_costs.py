@@ -10,7 +10,7 @@ from examples.mimo.training.layout import placements
 WORK = Workload(
     num_rows=2,
     num_columns=100,
-    items={"images": 4, "audios": 4},
+    inputs={"images": 4, "audios": 4},
     media_tokens={"images": 64, "audios": 40},
 )
 OWN = ("--encoder-ranks", "images=0", "audios=1")

@@ -82,7 +82,7 @@ def recording_errors(answerer, folder, data):
     encoder.frames_per_token = 1
     errors = []
     for file in sorted((data / "audios").glob("*-name.flac"))[:3]:
-        inputs = {k: v[None] for k, v in config.preprocess(config.read(file)).items()}
+        inputs = config.preprocess(config.read(file))
         wanted = theirs(inputs["input_features"]).last_hidden_state[0]
         found = encoder(**inputs)
         errors.append(float((found - wanted[: len(found)]).abs().max()))

@@ -25,7 +25,10 @@ TOKENIZER_FILES = (
 )
 
 # What two runs of one model may choose differently.
-FREE_FIELDS = ("name", "seq_length", "prompt", "overflow", "init_method_std", "frozen")
+FREE_FIELDS = (
+    *("name", "seq_length", "prompt", "init_method_std", "frozen", "overflow", "fit"),
+    *("max_windows", "max_tiles", "max_frames", "frames_per_second"),
+)
 
 
 @dataclass(frozen=True)

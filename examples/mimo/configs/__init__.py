@@ -9,6 +9,7 @@ from examples.mimo.configs.schema import MimoConfig
 MODEL_PROVIDERS = {
     "tiny_avlm": "examples.mimo.configs.tiny_avlm",
     "llava_vlm": "examples.mimo.configs.llava",
+    "video_llava_vlm": "examples.mimo.configs.llava",
     "llava_avlm": "examples.mimo.configs.llava",
     "llava_avlm_tuned": "examples.mimo.configs.llava",
     "qwen3_avlm": "examples.mimo.configs.qwen3",

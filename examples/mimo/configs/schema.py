@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -19,14 +18,16 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.spec_utils import ModuleSpec
 
+    from examples.mimo.data.sources import Source
     from examples.mimo.models.flops import Flops
 
 
 class EncoderConfig(Protocol):
     """What the package asks of a modality; a dataclass beside its encoder implements it.
 
+    An item may be several of the encoder's inputs: windows of a recording, tiles of a picture.
     `hidden_size` is the width of the features that leave the encoder, `max_tokens` the most rows
-    of the language model that one item takes.
+    of the language model that one input takes, `max_inputs` the most inputs of one item.
     """
 
     @property
@@ -35,17 +36,30 @@ class EncoderConfig(Protocol):
     @property
     def max_tokens(self) -> int: ...
 
-    def read(self, path: Path) -> Any:
+    @property
+    def max_inputs(self) -> int: ...
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """How names of this modality's files end, in lower case."""
+
+    def read(self, source: Source) -> Any:
         """A decoded file, checked: ValueError with one line on anything that is not one."""
 
     def augment(self, raw: Any, generator: np.random.Generator) -> Any:
         """A slightly different `raw`, for training."""
 
+    def describe(self, raw: Any) -> str:
+        """A few words about an item's size, for statistics."""
+
+    def preview(self, raw: Any) -> list[tuple[str, bytes]]:
+        """What the encoder sees or hears of an item, as files for a browser: (type, content)."""
+
     def blank(self, raw: Any) -> Any:
         """`raw` with its content gone and its shape kept; measures how much it is used."""
 
     def preprocess(self, raw: Any) -> dict[str, torch.Tensor]:
-        """The encoder's inputs for one item, without a batch dimension."""
+        """The encoder's inputs for one item, as many rows in each tensor as it is inputs."""
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
         """How many rows of the language model one item takes."""
@@ -54,7 +68,7 @@ class EncoderConfig(Protocol):
         """Random inputs of the right shapes, for runs without data."""
 
     def flops(self) -> Flops:
-        """What one item's forward pass costs."""
+        """What one input's forward pass costs."""
 
     def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:
         """The encoder; its forward takes the batched inputs and returns (tokens, hidden_size)."""
@@ -211,6 +225,22 @@ def with_fields(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
                 f"{', '.join(modalities)}"
             )
         modalities[name] = _with_field(modalities[name], fields, text, assignment)
+    return dataclasses.replace(config, modalities=modalities)
+
+
+def with_token_ids(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
+    """`config` with other ids for placeholders: `<audio>,32002`."""
+    modalities = dict(config.modalities)
+    names = {modality.placeholder: name for name, modality in modalities.items()}
+    for assignment in assignments:
+        placeholder, _, number = assignment.rpartition(",")
+        if placeholder not in names or not number.isdigit():
+            raise ValueError(
+                f"--hf-assign-unused-tokens {assignment}: write PLACEHOLDER,ID with a placeholder "
+                f"of {', '.join(names)}"
+            )
+        name = names[placeholder]
+        modalities[name] = dataclasses.replace(modalities[name], token_id=int(number))
     return dataclasses.replace(config, modalities=modalities)
 
 

@@ -2,59 +2,67 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import numpy as np
 import soundfile
 import torch
 from torchaudio.functional import resample
 
-# A window's worth is read, so a long file costs no memory; the rate is bounded to bound that.
+from examples.mimo.data.sources import Source, open_source
+
+# What fits is read, so a long file costs no memory; the rate is bounded to bound that.
 MAX_SAMPLE_RATE_HZ = 768_000
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
 
 
 def read_audio(
-    path: Path, sample_rate_hz: int, window_seconds: float, truncate: bool = False
+    source: Source, sample_rate_hz: int, max_seconds: float, truncate: bool = False
 ) -> np.ndarray:
     """(samples,) float32 mono at `sample_rate_hz`; channels averaged.
 
     Reads whatever libsndfile reads. Raises ValueError, one line, when the file is missing,
-    empty, damaged, not sound, holds no samples or NaN, or lasts longer than `window_seconds`
+    empty, damaged, not sound, holds no samples or NaN, or lasts longer than `max_seconds`
     and `truncate` is off.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such audio file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the audio file is empty")
     try:
-        with soundfile.SoundFile(path) as sound:
-            _check_header(sound, path, window_seconds, truncate)
+        with open_source(source, "audio") as stream, soundfile.SoundFile(stream) as sound:
+            _check_header(sound, source, max_seconds, truncate)
             rate = sound.samplerate
-            wanted = min(sound.frames, int(np.ceil(window_seconds * rate)))
+            wanted = min(sound.frames, int(np.ceil(max_seconds * rate)))
             samples = sound.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
     except soundfile.SoundFileError as error:
-        raise ValueError(f"{path}: not sound that libsndfile can read ({error})") from None
+        # The whole text names the open file as an object.
+        reason = getattr(error, "error_string", error)
+        raise ValueError(f"{source}: not sound that libsndfile can read ({reason})") from None
     if len(samples) < wanted:
         raise ValueError(
-            f"{path}: damaged audio, {len(samples):,} of {wanted:,} samples can be read"
+            f"{source}: damaged audio, {len(samples):,} of {wanted:,} samples can be read"
         )
     if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: the recording holds NaN or infinite samples")
+        raise ValueError(f"{source}: the recording holds NaN or infinite samples")
     if rate != sample_rate_hz:
         samples = resample(torch.from_numpy(samples), rate, sample_rate_hz).numpy()
-    return samples[: round(window_seconds * sample_rate_hz)]
+    return samples[: round(max_seconds * sample_rate_hz)]
 
 
 def _check_header(
-    sound: soundfile.SoundFile, path: Path, window_seconds: float, truncate: bool
+    sound: soundfile.SoundFile, source: Source, max_seconds: float, truncate: bool
 ) -> None:
     if sound.frames <= 0:
-        raise ValueError(f"{path}: the recording has no samples")
+        raise ValueError(f"{source}: the recording has no samples")
     if sound.samplerate > MAX_SAMPLE_RATE_HZ:
-        raise ValueError(f"{path}: {sound.samplerate:,} Hz is not a rate of sound recordings")
+        raise ValueError(f"{source}: {sound.samplerate:,} Hz is not a rate of sound recordings")
     seconds = sound.frames / sound.samplerate
-    if seconds > window_seconds and not truncate:
+    if seconds > max_seconds and not truncate:
         raise ValueError(
-            f"{path}: {seconds:.2f} seconds of sound, but {window_seconds:g} fit; cut the file, "
-            "or pass --audio-overflow truncate"
+            f"{source}: {seconds:.2f} seconds of sound, but {max_seconds:g} fit; cut the file, "
+            "raise the encoder's max_windows, or pass --audio-overflow truncate"
         )
+
+
+def to_wav(samples: np.ndarray, sample_rate_hz: int) -> bytes:
+    """The content of a WAV file of 16 bits."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, sample_rate_hz, format="WAV", subtype="PCM_16")
+    return file.getvalue()

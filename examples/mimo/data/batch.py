@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from examples.mimo.data.samples import Sample
 
@@ -18,9 +19,10 @@ from examples.mimo.data.samples import Sample
 class Batch:
     """B rows of S tokens; a stage holds what it needs, and None for the rest.
 
-    `modality_inputs[modality][name]` has a row per item, in the order of the placeholders;
+    `modality_inputs[modality][name]` has the rows of all items, in the order of the placeholders;
     `items[modality]` says of each item its sample's key and its file. In a packed batch the one
-    row holds all samples, and `bounds` are their starts and the row's end.
+    row holds all samples, and `bounds` are their starts and the row's end. `refused` are samples
+    that were skipped on the way here.
     """
 
     num_rows: int
@@ -29,10 +31,25 @@ class Batch:
     keys: list[str]
     items: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     bounds: list[int] | None = None
+    refused: list[BadSample] = field(default_factory=list)
     input_ids: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
     modality_inputs: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read, and why."""
+
+    key: str
+    reason: str
+
+
+def num_inputs(batch: Batch, modality: str) -> int:
+    """How many inputs the encoder of `modality` has to work on."""
+    inputs = batch.modality_inputs.get(modality)
+    return len(next(iter(inputs.values()))) if inputs else 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,7 @@ def _batch(samples: Sequence[Sample], input_ids: torch.Tensor, **fields: Any) ->
         items=items,
         input_ids=input_ids,
         modality_inputs={
-            name: {key: torch.stack([item[key] for item in inputs]) for key in inputs[0]}
+            name: {key: torch.cat([item[key] for item in inputs]) for key in inputs[0]}
             for name, inputs in media.items()
         },
         **fields,
@@ -109,13 +126,54 @@ def _pad(rows: list[list[int]], columns: int, dtype: torch.dtype) -> torch.Tenso
     return padded
 
 
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one, in their order: rows below one another, packed rows end to end."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    packed = first.bounds is not None
+    columns = max(batch.num_columns for batch in batches)
+    bounds: list[int] | None = None
+    if packed:
+        columns = sum(batch.num_columns for batch in batches)
+        bounds = [0]
+        for batch in batches:
+            assert batch.bounds is not None
+            bounds += [bounds[-1] + end for end in batch.bounds[1:]]
+
+    def joined(field_name: str) -> torch.Tensor:
+        tensors = [getattr(batch, field_name) for batch in batches]
+        if packed:
+            return torch.cat(tensors, dim=1)
+        return torch.cat([functional.pad(t, (0, columns - t.shape[1])) for t in tensors])
+
+    names = dict.fromkeys(name for batch in batches for name in batch.modality_inputs)
+    having = {n: [b.modality_inputs[n] for b in batches if n in b.modality_inputs] for n in names}
+    return Batch(
+        num_rows=1 if packed else sum(batch.num_rows for batch in batches),
+        num_columns=columns,
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        keys=[key for batch in batches for key in batch.keys],
+        items={n: [item for b in batches for item in b.items.get(n, [])] for n in names},
+        bounds=bounds,
+        refused=[bad for batch in batches for bad in batch.refused],
+        input_ids=joined("input_ids"),
+        labels=joined("labels"),
+        loss_mask=joined("loss_mask"),
+        modality_inputs={
+            name: {key: torch.cat([i[key] for i in inputs]) for key in inputs[0]}
+            for name, inputs in having.items()
+        },
+    )
+
+
 def share_of(count: int, number: int, shares: int) -> slice:
     """Run `number` of `count` items in `shares` runs, which differ by one item at most."""
     return slice(count * number // shares, count * (number + 1) // shares)
 
 
 def take_share(batch: Batch, number: int, shares: int) -> Batch:
-    """The batch with one share of the items of each modality."""
+    """The batch with one share of the encoder inputs of each modality."""
 
     def mine(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         share = share_of(len(next(iter(inputs.values()))), number, shares)

@@ -11,7 +11,7 @@ import torch
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import TokenRow
-from examples.mimo.data.samples import Sample, SampleReader
+from examples.mimo.data.samples import Inside, Sample, SampleReader
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
     ) -> None:
         if not root.is_dir():
             raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
-        self.root = root
+        self.find = Inside(root)
         self.reader = reader
         self.records = read_records(root / f"{split}.jsonl")
         self.num_samples = len(self.records) if num_samples is None else num_samples
@@ -64,7 +64,7 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         generator = np.random.default_rng([self.seed, index])
-        return self.reader.read(self.record(index), self.root, generator)
+        return self.reader.read(self.record(index), self.find, generator)
 
     def record(self, index: int) -> dict[str, Any]:
         """The JSON record behind sample `index`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from examples.mimo.data.conversation import (
     to_pieces,
     tokenise,
 )
+from examples.mimo.data.sources import Source
 from examples.mimo.data.tokenizer import Tokenizer
 
 EncoderInputs = dict[str, torch.Tensor]
+# From the name of a file in a record to the file.
+Find = Callable[[str], Source]
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,19 @@ class SampleReader:
             )
 
     def read(
-        self, record: Mapping[str, Any], root: Path, generator: np.random.Generator | None = None
+        self, record: Mapping[str, Any], find: Find, generator: np.random.Generator | None = None
     ) -> Sample:
-        """The sample of a JSON record whose file names are relative to `root`."""
+        """The sample of a JSON record; `find` knows the files that it names."""
         key = str(record.get("key"))
         self._refuse_unknown_media(record, key)
-        files = {name: self._files(record, name, root) for name in self.config.modalities}
+        files = {name: _files(record, name, key, find) for name in self.config.modalities}
         pieces = to_pieces(parse_turns(record.get("conversations"), key), self.config)
         return self.from_pieces(pieces, files, key, generator)
 
     def from_pieces(
         self,
         pieces: Sequence[Piece],
-        files: Mapping[str, Sequence[Path]],
+        files: Mapping[str, Sequence[Source]],
         key: str,
         generator: np.random.Generator | None = None,
     ) -> Sample:
@@ -94,7 +97,7 @@ class SampleReader:
         return Sample(key, row, media, sources)
 
     def _inputs(
-        self, name: str, file: Path, generator: np.random.Generator | None
+        self, name: str, file: Source, generator: np.random.Generator | None
     ) -> EncoderInputs:
         encoder = self.config.modalities[name].encoder
         raw = encoder.read(file)
@@ -114,16 +117,25 @@ class SampleReader:
                     "--model-provider or --train-split"
                 )
 
-    def _files(self, record: Mapping[str, Any], name: str, root: Path) -> list[Path]:
-        given = record.get(name, [])
-        if not isinstance(given, list) or not all(isinstance(f, str) for f in given):
-            raise ValueError(
-                f"sample {record.get('key')}: {name} must be a list of file names, not {given!r}"
-            )
-        paths = [(root / file).resolve() for file in given]
-        for path in paths:
-            if not path.is_relative_to(root.resolve()):
-                raise ValueError(
-                    f"sample {record.get('key')}: {path} lies outside the data folder {root}"
-                )
-        return paths
+
+def _files(record: Mapping[str, Any], name: str, key: str, find: Find) -> list[Source]:
+    given = record.get(name, [])
+    if not isinstance(given, list) or not all(isinstance(f, str) for f in given):
+        raise ValueError(f"sample {key}: {name} must be a list of file names, not {given!r}")
+    try:
+        return [find(file) for file in given]
+    except ValueError as error:
+        raise ValueError(f"sample {key}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Files under `root`; ValueError for one that lies elsewhere."""
+
+    root: Path
+
+    def __call__(self, name: str) -> Path:
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root.resolve()):
+            raise ValueError(f"{path} lies outside the data folder {self.root}")
+        return path

@@ -126,9 +126,9 @@ class StageMimoModel(MimoModel):
         Under context parallelism labels, loss and logits are shards of the sequence, S / CP.
         With `inference_context`, keys and values are kept in it, and the logits are the last
         position's over the whole vocabulary (B, 1, V). Stages before the last return hidden
-        states (S, B, H). `modality_inputs` maps modality -> input name -> tensor with a row per
-        item, in the order of the placeholders. `bounds` are the starts of the sequences in a packed
-        row, and its end.
+        states (S, B, H). `modality_inputs` maps modality -> input name -> tensor with the rows of
+        all items, in the order of the placeholders. `bounds` are the starts of the sequences in a
+        packed row, and its end.
         """
         embeddings = self._embed(input_ids, modality_inputs or {}) if self.pre_process else None
         if embeddings is not None:
@@ -180,7 +180,7 @@ class StageMimoModel(MimoModel):
         return rows
 
     def _encode(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(N, ...) inputs -> (tokens, H); ranks that hold the same encoder share the items out."""
+        """(N, ...) inputs -> (tokens, H); ranks that hold the same encoder share the rows out."""
         mine = inputs
         for group in self._sharing_groups():
             share = share_of(len(next(iter(mine.values()))), group.rank(), group.size())
@@ -246,7 +246,7 @@ def build_mimo_model(
         },
         special_token_ids={name: m.token_id for name, m in config.modalities.items()},
     )
-    idle = {name: one_mock_item(modality) for name, modality in modalities.items()}
+    idle = {name: one_mock_input(modality) for name, modality in modalities.items()}
     return StageMimoModel(
         mimo_config, pg_collection, pre_process, post_process, vp_stage, idle, encoder_groups
     )
@@ -275,10 +275,10 @@ def part_prefix(part: str) -> str:
     return f"modality_submodules.{name}.{inside}."
 
 
-def one_mock_item(modality: ModalityConfig) -> dict[str, torch.Tensor]:
-    """Random inputs of a batch of one."""
+def one_mock_input(modality: ModalityConfig) -> dict[str, torch.Tensor]:
+    """A single random input of a modality's encoder."""
     item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
-    return {name: tensor.unsqueeze(0) for name, tensor in item.items()}
+    return {name: tensor[:1] for name, tensor in item.items()}
 
 
 def language_spec(

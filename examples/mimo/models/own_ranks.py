@@ -26,7 +26,7 @@ from examples.mimo.models.mimo import (
     check_count,
     language_spec,
     modality_spec,
-    one_mock_item,
+    one_mock_input,
 )
 from examples.mimo.models.placement import LANGUAGE, Placement, here
 
@@ -145,7 +145,7 @@ def build_own_ranks_model(
         module_to_grid_map=grids,
     )
     held = {name: m for name, m in config.modalities.items() if name == mine.name}
-    idle = {name: one_mock_item(modality) for name, modality in held.items()}
+    idle = {name: one_mock_input(modality) for name, modality in held.items()}
     return OwnRanksMimoModel(
         mimo_config,
         pg_collection,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from PIL import Image
 from torch.nn import functional
 
-from examples.mimo.data.images import read_image
+from examples.mimo.data.images import (
+    FITS,
+    IMAGE_SUFFIXES,
+    fit_picture,
+    grid_of_tiles,
+    read_image,
+    to_png,
+)
+from examples.mimo.data.sources import Source
 from examples.mimo.models.activations import tanh_gelu
 from examples.mimo.models.encoder_config import encoder_transformer_config
 from examples.mimo.models.flops import Flops, encoder_layer_flops
@@ -85,6 +92,10 @@ class VitConfig:
     `family` is one of `FAMILIES`. `feature_layer` counts from the end as in Hugging Face: -1 is
     the last layer's output, behind the final norm if the family has one; -2 the layer before it
     (LLaVA's choice), without. Layers behind it are not built.
+    `fit` says how a picture of another shape becomes square: `crop` cuts the centre out, `stretch`
+    scales the sides apart, `pad` fills the shorter side up with the family's mean colour.
+    A picture that is larger than the input becomes the fitted picture and up to `max_tiles` tiles
+    of it in more detail, row by row; their tokens follow one another.
     `augment_shift`, `augment_degrees` and `augment_scale` bound the random changes in training:
     shift and scale as parts of the picture's side, rotation in degrees.
     """
@@ -98,6 +109,8 @@ class VitConfig:
     family: str = "clip"
     feature_layer: int = -1
     patches_per_token: int = 1
+    fit: str = "crop"
+    max_tiles: int = 0
     augment_shift: float = 0.0
     augment_degrees: float = 0.0
     augment_scale: float = 0.0
@@ -105,6 +118,8 @@ class VitConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"no ViT family {self.family!r}; there are {', '.join(FAMILIES)}")
+        if self.fit not in FITS:
+            raise ValueError(f"fit is {self.fit!r}; choose one of {', '.join(FITS)}")
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} must hold a patch of {self.patch_size} pixels"
@@ -119,6 +134,16 @@ class VitConfig:
                 f"patches_per_token {self.patches_per_token} must be the square of a number that "
                 f"divides the {self.patches_per_side} patches of a side"
             )
+
+    @property
+    def max_inputs(self) -> int:
+        """The picture, and its tiles."""
+        return 1 + self.max_tiles
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Names that pictures have; their content decides."""
+        return IMAGE_SUFFIXES
 
     @property
     def hidden_size(self) -> int:
@@ -147,12 +172,12 @@ class VitConfig:
 
     @property
     def max_tokens(self) -> int:
-        """A picture's tokens: `patches_per_token` patches make one; the class token is dropped."""
+        """An input's tokens: `patches_per_token` patches make one; the class token is dropped."""
         return self.num_patches // self.patches_per_token
 
-    def read(self, path: Path) -> Image.Image:
+    def read(self, source: Source) -> Image.Image:
         """The picture in RGB, upright, on black where it was transparent."""
-        return read_image(path)
+        return read_image(source)
 
     def augment(self, raw: Image.Image, generator: np.random.Generator) -> Image.Image:
         """A random small rotation, scaling and shift; the upper left pixel fills what comes in."""
@@ -172,34 +197,50 @@ class VitConfig:
             fillcolor=raw.getpixel((0, 0)),
         )
 
+    def describe(self, raw: Image.Image) -> str:
+        """Its size."""
+        return f"{raw.width} x {raw.height}"
+
+    def preview(self, raw: Image.Image) -> list[tuple[str, bytes]]:
+        """A PNG of each input, as bright as it was before it was normalised."""
+        family = FAMILIES[self.family]
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (family.mean, family.std))
+        pixels = self.preprocess(raw)["pixel_values"] * std + mean
+        bytes_ = (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return [("image/png", to_png(Image.fromarray(picture))) for picture in bytes_]
+
     def blank(self, raw: Image.Image) -> Image.Image:
         """A black picture of the same size."""
         return Image.new("RGB", raw.size)
 
     def preprocess(self, raw: Image.Image) -> dict[str, torch.Tensor]:
-        """`pixel_values` (3, image_size, image_size): short side resized, centre cut out."""
-        scale = self.image_size / min(raw.size)
-        width, height = (max(self.image_size, round(side * scale)) for side in raw.size)
-        left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
-        size = (width, height)
-        picture = raw if raw.size == size else raw.resize(size, Image.Resampling.BICUBIC)
-        picture = picture.crop((left, top, left + self.image_size, top + self.image_size))
-        family = FAMILIES[self.family]
-        pixels = torch.from_numpy(np.array(picture, dtype=np.float32)) / 255.0
-        pixels = (pixels - torch.tensor(family.mean)) / torch.tensor(family.std)
-        return {"pixel_values": pixels.permute(2, 0, 1).contiguous()}
+        """`pixel_values` (T, 3, image_size, image_size): the fitted picture, then its tiles."""
+        family, size = FAMILIES[self.family], self.image_size
+        mean_colour = tuple(round(255 * part) for part in family.mean)
+        pictures = [fit_picture(raw, (size, size), self.fit, mean_colour)]
+        columns, rows = grid_of_tiles(raw.size, size, self.max_tiles)
+        if columns * rows:
+            whole = fit_picture(raw, (columns * size, rows * size), "pad", mean_colour)
+            corners = [(size * x, size * y) for y in range(rows) for x in range(columns)]
+            pictures += [whole.crop((x, y, x + size, y + size)) for x, y in corners]
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        # (byte / 255 - mean) / std in one pass over the pixels.
+        scale = 1 / (255 * torch.tensor(family.std))
+        shift = -torch.tensor(family.mean) / torch.tensor(family.std)
+        values = torch.addcmul(shift.view(3, 1, 1), pixels.permute(0, 3, 1, 2), scale.view(3, 1, 1))
+        return {"pixel_values": values.contiguous()}
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
-        """Every picture takes the same."""
-        return self.max_tokens
+        """Every input takes the same: the picture, and each of its tiles."""
+        return len(inputs["pixel_values"]) * self.max_tokens
 
     def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Noise of the shape `preprocess` makes."""
-        size = (3, self.image_size, self.image_size)
+        """Noise of the shape `preprocess` makes of a picture without tiles."""
+        size = (1, 3, self.image_size, self.image_size)
         return {"pixel_values": torch.randn(size, generator=generator)}
 
     def flops(self) -> Flops:
-        """One picture through the patch embedding and the layers that are kept."""
+        """One input through the patch embedding and the layers that are kept."""
         embed = 2 * self.num_patches * 3 * self.patch_size**2 * self.width
         rows = self.num_patches + FAMILIES[self.family].class_token
         layer = encoder_layer_flops(rows, self.width, self.ffn_hidden_size)
@@ -262,7 +303,7 @@ class VitEncoder(CLIPViTModel):
             self.ln_post = Norm(self.config, self.visual_hidden_size, self.config.layernorm_epsilon)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """(N, 3, H, W) -> (N * P, width * patches_per_token); media order kept."""
+        """(N, 3, H, W) -> (N * P, width * patches_per_token); the inputs' order kept."""
         pixel_values = pixel_values.to(self.conv1.weight.dtype)
         return self._join_patches(super().forward(pixel_values)[:, self.class_token_len :])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch.nn import functional
 from torchaudio.transforms import MelSpectrogram
 
-from examples.mimo.data.audio import read_audio
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.audio import AUDIO_SUFFIXES, read_audio, to_wav
+from examples.mimo.data.sources import Source
 from examples.mimo.models.encoder_config import encoder_transformer_config
 from examples.mimo.models.flops import Flops, encoder_layer_flops
 from examples.mimo.models.layer_specs import block_submodules
@@ -32,8 +33,9 @@ class WhisperConfig:
 
     A mel frame every `hop_samples`; the second convolution halves them; `frames_per_token`
     neighbours then become one token. Sound shorter than the window is padded with silence, as
-    Whisper was trained, and only the frames that hold sound become tokens.
-    `overflow` says what to do with more sound than fits: `error` or `truncate`.
+    Whisper was trained, and only the frames that hold sound become tokens. Longer sound is cut
+    into at most `max_windows` windows, whose tokens follow one another.
+    `overflow` says what to do with more sound than fits them: `error` or `truncate`.
     `augment_noise` bounds the noise's amplitude and `augment_shift_seconds` the silence put
     before the sound in training.
     """
@@ -46,6 +48,7 @@ class WhisperConfig:
     num_heads: int
     ffn_hidden_size: int
     frames_per_token: int = 1
+    max_windows: int = 1
     overflow: str = "error"
     augment_noise: float = 0.0
     augment_shift_seconds: float = 0.0
@@ -56,8 +59,20 @@ class WhisperConfig:
                 f"clip_seconds {self.clip_seconds} is {self.window_samples} samples, which must "
                 f"be a multiple of two hops ({2 * self.hop_samples})"
             )
+        if self.max_windows < 1:
+            raise ValueError(f"max_windows {self.max_windows}: at least one")
         if self.overflow not in ("error", "truncate"):
             raise ValueError(f"overflow is {self.overflow!r}; choose 'error' or 'truncate'")
+
+    @property
+    def max_inputs(self) -> int:
+        """Windows."""
+        return self.max_windows
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Names that recordings have; their content decides."""
+        return AUDIO_SUFFIXES
 
     @property
     def hidden_size(self) -> int:
@@ -70,6 +85,11 @@ class WhisperConfig:
         return round(self.clip_seconds * SAMPLE_RATE_HZ)
 
     @property
+    def max_samples(self) -> int:
+        """Samples in all windows together."""
+        return self.max_windows * self.window_samples
+
+    @property
     def window_frames(self) -> int:
         """Encoder frames in the window, after the convolution that halves them."""
         return self.window_samples // self.hop_samples // 2
@@ -79,48 +99,61 @@ class WhisperConfig:
         """The tokens of a full window."""
         return math.ceil(self.window_frames / self.frames_per_token)
 
-    def read(self, path: Path) -> np.ndarray:
-        """(samples,) float32 mono at 16 kHz, at most the window."""
+    def read(self, source: Source) -> np.ndarray:
+        """(samples,) float32 mono at 16 kHz, at most what fits."""
         return read_audio(
-            path,
+            source,
             sample_rate_hz=SAMPLE_RATE_HZ,
-            window_seconds=self.clip_seconds,
+            max_seconds=self.clip_seconds * self.max_windows,
             truncate=self.overflow == "truncate",
         )
 
     def augment(self, raw: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Silence before, up to the window's end, and white noise over all of it."""
-        free_seconds = (self.window_samples - len(raw)) / SAMPLE_RATE_HZ
+        """Silence before, as far as there is room, and white noise over all of it."""
+        free_seconds = (self.max_samples - len(raw)) / SAMPLE_RATE_HZ
         shift = generator.uniform(0, max(0.0, min(self.augment_shift_seconds, free_seconds)))
         silence = np.zeros(int(shift * SAMPLE_RATE_HZ), np.float32)
         sound = np.concatenate([silence, raw * np.float32(generator.uniform(0.5, 1.2))])
         noise = generator.standard_normal(len(sound), np.float32)
         return sound + np.float32(generator.uniform(0, self.augment_noise)) * noise
 
+    def describe(self, raw: np.ndarray) -> str:
+        """Its length in whole seconds."""
+        return f"{math.ceil(len(raw) / SAMPLE_RATE_HZ)} s"
+
+    def preview(self, raw: np.ndarray) -> list[tuple[str, bytes]]:
+        """A WAV of the sound at the rate that the encoder hears."""
+        return [("audio/wav", to_wav(raw[: self.max_samples], SAMPLE_RATE_HZ))]
+
     def blank(self, raw: np.ndarray) -> np.ndarray:
         """Silence of the same length."""
         return np.zeros_like(raw)
 
     def preprocess(self, raw: np.ndarray) -> dict[str, torch.Tensor]:
-        """`input_features` (M, F) of the whole window, and `num_frames` () that hold sound."""
-        frames = min(self.window_frames, math.ceil(len(raw) / self.hop_samples / 2))
-        window = np.zeros(self.window_samples, np.float32)
-        window[: len(raw)] = raw[: self.window_samples]
-        return {
-            "input_features": log_mel(
-                torch.from_numpy(window), self.num_mel_bins, self.hop_samples
-            ),
-            "num_frames": torch.tensor(frames),
-        }
+        """`input_features` (W, M, F) of W whole windows, `num_frames` (W,) that hold sound."""
+        sound = torch.from_numpy(raw[: self.max_samples].astype(np.float32, copy=False))
+        windows = sound.split(self.window_samples)
+        features = [self._features(window) for window in windows]
+        frames = [math.ceil(len(window) / self.hop_samples / 2) for window in windows]
+        return {"input_features": torch.stack(features), "num_frames": torch.tensor(frames)}
+
+    def _features(self, sound: torch.Tensor) -> torch.Tensor:
+        """(samples,) -> (M, 2F): a window; behind the sound it is silent."""
+        frames = 2 * self.window_frames
+        # The transform reaches half of its length beyond the sound; all later frames are alike.
+        heard = min(frames, math.ceil((len(sound) + FFT_SAMPLES) / self.hop_samples))
+        padded = functional.pad(sound, (0, heard * self.hop_samples - len(sound)))
+        features, silence = log_mel(padded, self.num_mel_bins, self.hop_samples)
+        return functional.pad(features, (0, frames - heard), value=silence)
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
-        """ceil(samples / hop / 2) frames, `frames_per_token` of them a token."""
-        return math.ceil(int(inputs["num_frames"]) / self.frames_per_token)
+        """Of each window ceil(samples / hop / 2) frames, `frames_per_token` of them a token."""
+        return sum(math.ceil(n / self.frames_per_token) for n in inputs["num_frames"].tolist())
 
     def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Noise of the shape `preprocess` makes, of a random length."""
-        size = (self.num_mel_bins, 2 * self.window_frames)
-        frames = torch.randint(1, self.window_frames + 1, (), generator=generator)
+        """Noise of the shape `preprocess` makes of one window, of a random length."""
+        size = (1, self.num_mel_bins, 2 * self.window_frames)
+        frames = torch.randint(1, self.window_frames + 1, (1,), generator=generator)
         return {"input_features": torch.randn(size, generator=generator), "num_frames": frames}
 
     def flops(self) -> Flops:
@@ -138,6 +171,34 @@ class WhisperConfig:
         )
 
 
+# Encoder sizes of the released models (arXiv:2212.04356, table 1): layers, width, heads, mel bins.
+RELEASED = {
+    "tiny": (4, 384, 6, 80),
+    "base": (6, 512, 8, 80),
+    "small": (12, 768, 12, 80),
+    "medium": (24, 1024, 16, 80),
+    "large": (32, 1280, 20, 80),
+    "large-v3": (32, 1280, 20, 128),
+}
+
+
+def whisper_fields(config: MimoConfig, name: str | None) -> list[str]:
+    """Fields of `--set` that give the Whisper encoders of `config` a released model's sizes."""
+    if name is None:
+        return []
+    size = name.removeprefix("openai/").removeprefix("whisper-").removesuffix(".en")
+    if size not in RELEASED:
+        known = ", ".join(f"openai/whisper-{size}" for size in RELEASED)
+        raise ValueError(f"--audio-encoder-model {name}: there are {known}")
+    ears = [n for n, m in config.modalities.items() if isinstance(m.encoder, WhisperConfig)]
+    if not ears:
+        raise ValueError(f"--audio-encoder-model {name}: {config.name} has no Whisper encoder")
+    layers, width, heads, bins = RELEASED[size]
+    fields = {"num_layers": layers, "width": width, "num_heads": heads, "num_mel_bins": bins}
+    fields["ffn_hidden_size"] = 4 * width
+    return [f"{ear}.encoder.{field}={value}" for ear in ears for field, value in fields.items()]
+
+
 @lru_cache
 def _mel_transform(num_mel_bins: int, hop_samples: int) -> MelSpectrogram:
     return MelSpectrogram(
@@ -151,14 +212,15 @@ def _mel_transform(num_mel_bins: int, hop_samples: int) -> MelSpectrogram:
     )
 
 
-def log_mel(sound: torch.Tensor, num_mel_bins: int, hop_samples: int) -> torch.Tensor:
-    """(samples,) -> (M, samples / hop), as Whisper's feature extractor computes it.
+def log_mel(sound: torch.Tensor, num_mel_bins: int, hop_samples: int) -> tuple[torch.Tensor, float]:
+    """(samples,) -> (M, samples / hop), as Whisper's feature extractor computes it, and silence's.
 
     log10 of the mel power, at most 8 below the loudest, scaled by (x + 4) / 4.
     """
     mel = _mel_transform(num_mel_bins, hop_samples)(sound)[:, :-1]
-    loud = mel.clamp(min=1e-10).log10()
-    return (torch.maximum(loud, loud.max() - 8.0) + 4.0) / 4.0
+    loud = mel.clamp_(min=1e-10).log10_()
+    floor = max(float(loud.max()) - 8.0, -10.0)
+    return loud.clamp_(min=floor).add_(4.0).div_(4.0), (floor + 4.0) / 4.0
 
 
 class WhisperEncoder(MegatronModule):
@@ -197,9 +259,9 @@ class WhisperEncoder(MegatronModule):
         self.decoder.set_input_tensor(input_tensor)
 
     def forward(self, input_features: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
-        """(N, M, 2F), (N,) -> (tokens, width * frames_per_token); media order kept.
+        """(N, M, 2F), (N,) -> (tokens, width * frames_per_token); the windows' order kept.
 
-        Of each item's F frames the first `num_frames`, rounded up to whole tokens, are kept.
+        Of each window's F frames the first `num_frames`, rounded up to whole tokens, are kept.
         """
         features = input_features.to(self.conv1.weight.dtype)
         hidden = functional.gelu(self.conv1(features))

@@ -15,11 +15,11 @@ from examples.mimo.planning.schedule import Cost
 
 @dataclass(frozen=True)
 class Workload:
-    """A micro-batch: its rows and columns, and the items and tokens of each modality."""
+    """A micro-batch: its rows and columns, and the encoder inputs and tokens of each modality."""
 
     num_rows: float
     num_columns: float
-    items: Mapping[str, float]
+    inputs: Mapping[str, float]
     media_tokens: Mapping[str, float]
 
 
@@ -72,7 +72,7 @@ def _encoder_cost(
     recompute = args.recompute_granularity == "full"
     encode = _cost(modality.encoder.flops(), encoder_trains, encoder_trains, recompute)
     project = _cost(projector, projector_trains, encoder_trains)
-    both = encode * work.items[name] + project * work.media_tokens[name]
+    both = encode * work.inputs[name] + project * work.media_tokens[name]
     tensor = args.encoder_tensor_model_parallel_size[name]
     if placed:
         copies = next(one.dp for one in placed if one.name == name) / placed[-1].dp
@@ -80,7 +80,7 @@ def _encoder_cost(
         copies = args.context_parallel_size * args.tensor_model_parallel_size / tensor
     # Copies share the items of a micro-batch out, one is the least; less than one copy for each
     # language model has several micro-batches to work on.
-    shares = min(copies, max(1.0, work.items[name]))
+    shares = min(copies, max(1.0, work.inputs[name]))
     return both * (1 / shares / tensor)
 
 

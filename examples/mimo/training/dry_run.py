@@ -75,9 +75,9 @@ def plan(argv: Sequence[str]) -> str:
 
 def _data(args: argparse.Namespace, config: MimoConfig, work: Workload) -> str:
     counts = [
-        f"{work.items[name] / args.micro_batch_size:.1f} {name}" for name in config.modalities
+        f"{work.inputs[name] / args.micro_batch_size:.1f} for {name}" for name in config.modalities
     ]
-    held = f", {' and '.join(counts)} a sample" if counts else ""
+    held = f"; encoder inputs of a sample: {', '.join(counts)}" if counts else ""
     return (
         f"data: {describe_data(args)}; {args.global_batch_size} samples an iteration in "
         f"micro-batches of {args.micro_batch_size}; {COUNTED_SAMPLES} of them counted: "

@@ -161,19 +161,21 @@ def _activation_bytes(config: MimoConfig, args: argparse.Namespace, chunk: Stage
     kept = _kept_by_language(config, args, chunk) if "language" in held else 0
     for name in chunk.modality_submodules:
         encoder, projector = held[f"{name}.encoder"], held[f"{name}.projector"]
-        items = _items_of_a_rank(name, args)
-        kept += _kept_by_modality(config.modalities[name].encoder, args, encoder, projector, items)
+        sizes = config.modalities[name].encoder
+        inputs = _inputs_of_a_rank(name, sizes.max_inputs, args)
+        kept += _kept_by_modality(sizes, args, encoder, projector, inputs)
     return kept
 
 
-def _items_of_a_rank(name: str, args: argparse.Namespace) -> int:
-    """Of a micro-batch with an item a sample."""
+def _inputs_of_a_rank(name: str, largest: int, args: argparse.Namespace) -> int:
+    """Of a micro-batch with an item a sample, which is `largest` of the encoder's inputs."""
+    inputs = args.micro_batch_size * largest
     placed = placements(args)
     if placed:
         copies = next(one.dp for one in placed if one.name == name)
-        return math.ceil(args.micro_batch_size * placed[-1].dp / copies)
+        return math.ceil(inputs * placed[-1].dp / copies)
     copies = args.tensor_model_parallel_size // args.encoder_tensor_model_parallel_size[name]
-    return math.ceil(args.micro_batch_size / (args.context_parallel_size * copies))
+    return math.ceil(inputs / (args.context_parallel_size * copies))
 
 
 def _kept_by_language(config: MimoConfig, args: argparse.Namespace, chunk: StageMimoModel) -> int:
@@ -201,7 +203,7 @@ def _kept_by_modality(
     args: argparse.Namespace,
     encoder: torch.nn.Module,
     projector: torch.nn.Module,
-    items: int,
+    inputs: int,
 ) -> int:
     """Of an encoder its transformer blocks are counted, which is nearly all of it."""
     trains = any(p.requires_grad for p in encoder.parameters())
@@ -209,12 +211,12 @@ def _kept_by_modality(
     def empty(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=args.params_dtype, requires_grad=trains)
 
-    kept = _kept_by(projector, empty(items * sizes.max_tokens, sizes.hidden_size))
+    kept = _kept_by(projector, empty(inputs * sizes.max_tokens, sizes.hidden_size))
     for block in encoder.modules():
         if isinstance(block, TransformerBlock):
             width = block.config.hidden_size
             rows = sizes.max_tokens * sizes.hidden_size // width
-            kept += _kept_by(block, empty(rows, items, width), attention_mask=None)
+            kept += _kept_by(block, empty(rows, inputs, width), attention_mask=None)
     return kept
 
 

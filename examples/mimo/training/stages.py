@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch
+from examples.mimo.data.batch import Batch, num_inputs
 from examples.mimo.planning.balance import Split, best_split
 from examples.mimo.planning.costs import Workload, model_cost
 from examples.mimo.training.layout import language_processes, placements
@@ -59,7 +59,7 @@ def workload(args: argparse.Namespace, config: MimoConfig) -> Workload:
         num_rows=mean(batch.num_rows for batch in batches),
         num_columns=mean(batch.num_columns for batch in batches),
         # A batch without a modality sends one made-up item through its encoder.
-        items={n: mean(max(1, len(batch.items.get(n, []))) for batch in batches) for n in names},
+        inputs={n: mean(max(1, num_inputs(batch, n)) for batch in batches) for n in names},
         media_tokens={
             n: mean(_count(batch, m.token_id) for batch in batches) for n, m in names.items()
         },

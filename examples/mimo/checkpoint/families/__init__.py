@@ -7,6 +7,7 @@ from typing import Any
 from examples.mimo.checkpoint.families import audio, language, projector, vision
 from examples.mimo.checkpoint.families.rows import Family
 from examples.mimo.configs.schema import LanguageConfig, ProjectorConfig
+from examples.mimo.models.video import VideoConfig
 from examples.mimo.models.vit import VitConfig
 from examples.mimo.models.whisper import WhisperConfig
 
@@ -14,6 +15,7 @@ from examples.mimo.models.whisper import WhisperConfig
 FAMILIES: dict[type, tuple[Family, ...]] = {
     LanguageConfig: language.FAMILIES,
     VitConfig: vision.FAMILIES,
+    VideoConfig: vision.FAMILIES,
     WhisperConfig: audio.FAMILIES,
     ProjectorConfig: projector.FAMILIES,
 }
