@@ -17,6 +17,8 @@ from typing import NoReturn
 ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
+    # Energon shows a bar for every buffer that it fills.
+    "TQDM_DISABLE": "1",
     # Megatron overlaps communication with computation by the order of kernel launches.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }

@@ -1,6 +1,7 @@
 """python examples/mimo/prepare_data.py spoken-questions --output demo/data
 
-Makes a data folder for train.py; `real-weights` makes pretrained folders for convert.py.
+Makes a data folder for train.py; `webdataset` makes shards of what you have, and `real-weights`
+pretrained folders for convert.py.
 """
 
 from __future__ import annotations
@@ -8,13 +9,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from examples.mimo import command
+from examples.mimo.configs import MODEL_PROVIDERS
 
 
 def main() -> None:
@@ -37,6 +42,88 @@ def stamps(args: argparse.Namespace) -> None:
 
     with _whole_folder(args) as draft, open_stamps(args.stamps) as folder:
         write_stamps(folder, draft, args.seed, args.samples)
+
+
+def webdataset(args: argparse.Namespace) -> None:
+    """Shards for `train.py --dataset-provider energon`, whole or not at all."""
+    _check_output(args.output, args.overwrite, marks=("about.json", "rejected.jsonl"))
+    splits = _splits(args.splits)
+    shard_bytes = _positive("--shard-megabytes", args.shard_megabytes) * 10**6
+    shard_samples = _positive("--shard-samples", args.shard_samples)
+    num_workers = _positive("--num-workers", args.num_workers)
+    if not args.manifest.exists():
+        raise ValueError(f"--manifest {args.manifest}: no such file or folder")
+    media = args.media or (args.manifest if args.manifest.is_dir() else args.manifest.parent)
+    tokenizer = args.tokenizer
+    if tokenizer is None and (media / "tokenizer.model").is_file():
+        tokenizer = media / "tokenizer.model"
+    from examples.mimo import host
+
+    host.install()
+    from examples.mimo.configs import get_model_config
+    from examples.mimo.configs.schema import with_fields
+    from examples.mimo.data.prepare_shards import Options, prepare
+
+    config = with_fields(get_model_config(args.model_provider), args.config_fields)
+    options = Options(
+        args.manifest,
+        media,
+        args.output,
+        splits,
+        shard_bytes,
+        shard_samples,
+        num_workers,
+        tokenizer,
+    )
+    about = prepare(options, config)
+    counts = ", ".join(f"{name} {count:,}" for name, count in sorted(about["samples"].items()))
+    refused = f"; {about['rejected']:,} refused, see rejected.jsonl" * bool(about["rejected"])
+    print(f"{args.output}: {counts} samples in {about['shards']} shards{refused}", file=sys.stderr)
+
+
+def show(args: argparse.Namespace) -> None:
+    """Statistics on stdout, and a page of samples."""
+    limit, count = _positive("--limit", args.limit), _positive("--samples", args.samples)
+    tokenizer = args.tokenizer or args.folder
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder}: no such folder")
+    from examples.mimo import host
+
+    host.install()
+    from examples.mimo.configs import get_model_config
+    from examples.mimo.configs.schema import with_fields
+    from examples.mimo.data.samples import SampleReader
+    from examples.mimo.data.show_shards import look, page
+    from examples.mimo.data.tokenizer import load_tokenizer
+
+    config = with_fields(get_model_config(args.model_provider), args.config_fields)
+    reader = SampleReader(config, load_tokenizer(tokenizer), args.seq_length or sys.maxsize)
+    found, shown = look(args.folder, reader, limit, count)
+    print("\n".join(found.lines()))
+    output = args.html or Path(f"{args.folder.resolve().name}.html")
+    output.write_text(page(args.folder.resolve(), found, shown, reader), encoding="utf-8")
+    print(f"{output}: {len(shown)} samples as the model sees them", file=sys.stderr)
+
+
+def _splits(words: list[str]) -> dict[str, float]:
+    splits = {}
+    for word in words:
+        name, _, share = word.partition("=")
+        try:
+            splits[name] = float(share)
+        except ValueError:
+            raise ValueError(f"--splits {word}: write NAME=SHARE, such as val=0.02") from None
+        if not name.isidentifier() or not 0 <= splits[name] < math.inf:
+            raise ValueError(f"--splits {word}: a name, and a share of 0 or more")
+    if not sum(splits.values()):
+        raise ValueError("--splits: all shares are 0")
+    return splits
+
+
+def _positive(flag: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{flag} {value}: at least 1")
+    return value
 
 
 def real_weights(args: argparse.Namespace) -> None:
@@ -85,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="lines of train.jsonl (%(default)s)",
     )
+    _add_webdataset(tasks)
+    _add_show(tasks)
     real = tasks.add_parser(
         "real-weights",
         allow_abbrev=False,
@@ -95,6 +184,86 @@ def _parser() -> argparse.ArgumentParser:
     real.set_defaults(prepare=real_weights)
     real.add_argument("--output", type=Path, required=True, help="an empty or new folder")
     return parser
+
+
+def _add_webdataset(tasks: Any) -> None:
+    shards = tasks.add_parser(
+        "webdataset",
+        help="shards for --dataset-provider energon, out of pictures, recordings and conversations",
+        description="Checks every sample and writes shards. A manifest is a .jsonl file with a "
+        "sample a line: conversations (from/value or role/content), and images, audios and the "
+        "like as lists of file names. LLaVA's .json lists and folders of shards are taken as they "
+        "are. An interrupted run goes on where it was.",
+    )
+    shards.set_defaults(prepare=webdataset)
+    shards.add_argument("--manifest", type=Path, required=True, metavar="PATH")
+    shards.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    shards.add_argument(
+        "--media",
+        type=Path,
+        metavar="DIR",
+        help="where the files lie (default: the manifest's)",
+    )
+    _add_model(shards)
+    shards.add_argument(
+        "--splits",
+        nargs="+",
+        default=["train=0.98", "val=0.02"],
+        metavar="NAME=SHARE",
+        help="a sample's key decides, the same way for ever (default train=0.98 val=0.02)",
+    )
+    shards.add_argument("--shard-megabytes", type=int, default=250, metavar="N", help="%(default)s")
+    shards.add_argument(
+        "--shard-samples", type=int, default=10_000, metavar="N", help="%(default)s"
+    )
+    shards.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    shards.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="copy it into the output (default: tokenizer.model among the media)",
+    )
+    shards.add_argument(
+        "--overwrite", action="store_true", help="replace a data folder that this command made"
+    )
+
+
+def _add_show(tasks: Any) -> None:
+    show_task = tasks.add_parser(
+        "show",
+        help="statistics of a folder of shards, and a page of its samples",
+        description="Prints statistics and writes an HTML page of samples as the model sees them.",
+    )
+    show_task.set_defaults(prepare=show)
+    show_task.add_argument("folder", type=Path, metavar="DIR")
+    show_task.add_argument("--html", type=Path, metavar="FILE", help="the page (default DIR.html)")
+    show_task.add_argument(
+        "--samples", type=int, default=24, metavar="N", help="on it (%(default)s)"
+    )
+    show_task.add_argument(
+        "--limit", type=int, default=1_000, metavar="N", help="of each shard, count so many (1000)"
+    )
+    show_task.add_argument("--tokenizer", type=Path, metavar="PATH", help="(default: in DIR)")
+    show_task.add_argument("--seq-length", type=int, metavar="N", help="refuse longer samples")
+    _add_model(show_task)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model-provider",
+        choices=tuple(MODEL_PROVIDERS),
+        default="tiny_avlm",
+        metavar="NAME",
+        help="read the samples as this model does (default %(default)s)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="config_fields",
+        help="with a field of a modality changed, such as audios.encoder.max_windows=10",
+    )
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
@@ -136,13 +305,14 @@ def _write_spoken_questions(draft: Path, args: argparse.Namespace) -> None:
     write_spoken_questions(draft, args.seed, sizes, _Progress())
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(
+    output: Path, overwrite: bool, marks: Sequence[str] = ("README.md", "train.jsonl")
+) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: a file of that name exists")
     if not output.exists() or not any(output.iterdir()):
         return
-    ours = (output / "README.md").is_file() and (output / "train.jsonl").is_file()
-    if not ours:
+    if not all((output / mark).is_file() for mark in marks):
         raise ValueError(f"--output {output}: the folder holds something else; name a new one")
     if not overwrite:
         raise ValueError(f"--output {output}: holds data already; add --overwrite to replace it")

@@ -1,7 +1,9 @@
+import dataclasses
 import random
 
 import pytest
 
+from examples.mimo.configs.schema import ChatTemplate
 from examples.mimo.data.conversation import (
     MediaPiece,
     TextPiece,
@@ -68,6 +70,16 @@ def test_an_answer_that_stands_in_the_question_is_learned_once(tiny, tokenizer):
     row = row_of(turns, {}, tiny, tokenizer)
     assert learned_answers(row, tokenizer) == ["seven"]
     assert sum(row.loss_mask) == len(tokenizer.encode("seven")) + 1
+
+
+def test_an_answer_that_reads_otherwise_in_context_is_learned_as_it_stands_alone(tiny, tokenizer):
+    config = dataclasses.replace(tiny, chat=ChatTemplate(human="{}"))
+    question, answer = "seven th", "ree"
+    alone = tokenizer.encode(answer)
+    assert tokenizer.encode(question + answer)[-len(alone) :] != alone
+    row = row_of([Turn(False, question), Turn(True, answer)], {}, config, tokenizer)
+    assert learned_answers(row, tokenizer) == [answer]
+    assert row.ids[-len(alone) - 1 :] == [*alone, tokenizer.eos_id]
 
 
 def test_a_placeholder_in_an_answer_is_text(tiny, tokenizer):

@@ -82,7 +82,7 @@ def write_spoken_questions(root: Path, seed: int, sizes: Sizes, progress: Progre
                 texts.update(turn["value"] for turn in record["conversations"])
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         progress(f"{name}.jsonl", 1, 1)
-    _train_tokenizer(root, sorted(texts))
+    train_tokenizer(root, sorted(texts))
     _write_readme(root, sizes)
 
 
@@ -220,7 +220,7 @@ def _record(
     }
 
 
-def _train_tokenizer(root: Path, texts: list[str]) -> None:
+def train_tokenizer(root: Path, texts: list[str], vocab_size: int = VOCABULARY_SIZE) -> None:
     """BPE with byte fallback over the task's text; the placeholders are symbols of their own."""
     import io
 
@@ -231,7 +231,7 @@ def _train_tokenizer(root: Path, texts: list[str]) -> None:
         sentence_iterator=iter(texts),
         model_writer=model,
         model_type="bpe",
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=vocab_size,
         byte_fallback=True,
         add_dummy_prefix=False,
         normalization_rule_name="identity",

@@ -1,0 +1,256 @@
+"""Entries -> checked, split and written as shards, by several processes.
+
+Every shard is written under another name first and then renamed, beside a summary with a digest
+of what went in. A run that was interrupted leaves its draft behind, and the next one takes over
+the shards whose digest it finds.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.conversation import check_media, parse_turns, to_pieces
+from examples.mimo.data.manifest import Entry
+from examples.mimo.data.sources import Blob, Source
+
+MAX_FILE_BYTES = 2**30
+SUMMARIES = ".summaries"
+
+Rejected = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Item:
+    """An entry with the name that its parts have in the shard."""
+
+    key: str
+    entry: Entry
+
+
+@dataclass
+class Shard:
+    """A shard that is being filled; `num_bytes` is what its media's files weigh."""
+
+    name: str
+    items: list[Item] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def digest(self) -> str:
+        """A name for what goes in."""
+        found = hashlib.sha256()
+        for item in self.items:
+            line = [item.key, item.entry.place, item.entry.record, repr(item.entry.find)]
+            found.update(json.dumps(line, sort_keys=True, default=str).encode())
+        return found.hexdigest()
+
+
+@dataclass
+class Planner:
+    """Deals entries out to shards of `shard_bytes`, by split."""
+
+    splits: dict[str, float]
+    shard_bytes: int
+    shard_samples: int
+    rejected: list[Rejected] = field(default_factory=list)
+    _used: set[str] = field(default_factory=set)
+    _open: dict[str, Shard] = field(default_factory=dict)
+    _counts: Counter[str] = field(default_factory=Counter)
+
+    def shards(self, entries: Iterable[Entry]) -> Iterator[Shard]:
+        """Shards as soon as they are full, and at last the rest."""
+        for entry in entries:
+            item = self._item(entry)
+            if item is None:
+                continue
+            split = split_of(entry.record["key"], self.splits)
+            if split not in self._open:
+                self._open[split] = Shard(f"{split}-{self._counts[split]:06d}.tar")
+                self._counts[split] += 1
+            shard = self._open[split]
+            shard.items.append(item)
+            shard.num_bytes += _weight(entry)
+            if shard.num_bytes >= self.shard_bytes or len(shard.items) >= self.shard_samples:
+                yield self._open.pop(split)
+        yield from self._open.values()
+
+    def _item(self, entry: Entry) -> Item | None:
+        if entry.problem:
+            self.rejected.append({"place": entry.place, "key": "", "reason": entry.problem})
+            return None
+        name = entry.record["key"]
+        key = base = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
+        number = 1
+        while key in self._used:
+            if key == name and not entry.may_repeat:
+                reason = f"the key {name} was used before"
+                self.rejected.append({"place": entry.place, "key": name, "reason": reason})
+                return None
+            number += 1
+            key = f"{base}-{number}"
+        self._used.add(key)
+        return Item(key, entry)
+
+
+def split_of(key: str, splits: dict[str, float]) -> str:
+    """The split of a key, the same for ever: its hash on a line that the splits share."""
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 * sum(splits.values())
+    for name, share in splits.items():
+        if place < share:
+            return name
+        place -= share
+    return next(reversed(splits))
+
+
+def _weight(entry: Entry) -> int:
+    """Bytes of the files that a record names; nothing for what is not there."""
+    total = 0
+    for value in entry.record.values():
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            for name in value:
+                total += _size(entry, name)
+    return total
+
+
+def _size(entry: Entry, name: str) -> int:
+    parts = getattr(entry.find, "parts", None)
+    if parts is not None:
+        return int(parts.get(name, (0, 0))[1])
+    try:
+        return os.stat(entry.find(name)).st_size  # type: ignore[arg-type]
+    except (ValueError, OSError):
+        return 0
+
+
+def write_shards(
+    shards: Iterable[Shard],
+    draft: Path,
+    config: MimoConfig,
+    num_workers: int,
+    progress: Callable[[int], None],
+) -> tuple[dict[str, int], list[Rejected]]:
+    """Samples by shard, and what was refused; `progress` learns of every finished entry."""
+    (draft / SUMMARIES).mkdir(parents=True, exist_ok=True)
+    counts: dict[str, int] = {}
+    rejected: list[Rejected] = []
+
+    def take(done: concurrent.futures.Future[dict[str, Any]]) -> None:
+        summary = done.result()
+        counts[summary["name"]] = summary["samples"]
+        rejected.extend(summary["rejected"])
+        progress(summary["samples"] + len(summary["rejected"]))
+
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(num_workers, context) as pool:
+        pending: set[concurrent.futures.Future[dict[str, Any]]] = set()
+        for shard in shards:
+            pending.add(pool.submit(write_shard, shard, draft, config))
+            if len(pending) > num_workers:
+                done, pending = concurrent.futures.wait(
+                    pending, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for one in done:
+                    take(one)
+        for one in concurrent.futures.as_completed(pending):
+            take(one)
+    return counts, rejected
+
+
+def write_shard(shard: Shard, draft: Path, config: MimoConfig) -> dict[str, Any]:
+    """One shard, or what an earlier run wrote of it."""
+    summary_file = draft / SUMMARIES / f"{shard.name}.json"
+    digest = shard.digest()
+    if summary_file.is_file():
+        known = json.loads(summary_file.read_text(encoding="utf-8"))
+        if known["digest"] == digest:
+            return known
+        summary_file.unlink()
+    rejected: list[Rejected] = []
+    samples = 0
+    unfinished = draft / f"{shard.name}.unfinished"
+    with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for item in shard.items:
+            try:
+                parts = checked_parts(item.key, item.entry, config)
+            # A damaged file can make a decoder fail in any way; only this sample is lost.
+            except Exception as error:
+                rejected.append(_rejected(item.entry, error))
+                continue
+            for name, content in parts.items():
+                member = tarfile.TarInfo(f"{item.key}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            samples += 1
+    if samples:
+        unfinished.replace(draft / shard.name)
+    else:
+        unfinished.unlink()
+    summary = {"name": shard.name, "digest": digest, "samples": samples, "rejected": rejected}
+    unfinished.write_text(json.dumps(summary), encoding="utf-8")
+    unfinished.replace(summary_file)
+    return summary
+
+
+def _rejected(entry: Entry, error: Exception) -> Rejected:
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    key = entry.record["key"]
+    reason = f"{kind}{error}".removeprefix(f"sample {key}: ")
+    return {"place": entry.place, "key": key, "reason": reason}
+
+
+def checked_parts(key: str, entry: Entry, config: MimoConfig) -> dict[str, bytes]:
+    """The parts of a sample by name, after `config`'s encoders have read all of its media.
+
+    ValueError for a conversation that is none, for placeholders without files or the other way
+    round, and for files that cannot be read.
+    """
+    record = dict(entry.record)
+    name = record["key"]
+    turns = parse_turns(record.get("conversations"), name)
+    if not any(turn.is_answer for turn in turns):
+        raise ValueError("no turn is an answer")
+    given = {modality: record.get(modality, []) for modality in config.modalities}
+    for modality, files in given.items():
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise ValueError(f"{modality} must be a list of file names, not {files!r}")
+    check_media(to_pieces(turns, config), given, config, name)
+    parts: dict[str, bytes] = {}
+    for modality, files in given.items():
+        names = []
+        for number, file in enumerate(files):
+            blob = _read(entry.find(file))
+            config.modalities[modality].encoder.read(blob)
+            names.append(f"{modality}.{number}{_suffix(file)}")
+            parts[names[-1]] = blob.data
+        if names:
+            record[modality] = names
+    return {"json": json.dumps(record, ensure_ascii=False).encode(), **parts}
+
+
+def _read(source: Source) -> Blob:
+    if isinstance(source, Blob):
+        return source
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file")
+    size = source.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{source}: {size:,} bytes, more than {MAX_FILE_BYTES:,}")
+    return Blob(str(source), source.read_bytes())
+
+
+def _suffix(file: str) -> str:
+    """The last suffix of a name, if it is one."""
+    suffix = Path(file).suffix.lower()
+    return suffix if re.fullmatch(r"\.[a-z0-9]{1,8}", suffix) else ""

@@ -1,0 +1,301 @@
+"""Conversations from WebDataset shards, read by megatron-energon.
+
+A shard is a tar file; the parts of a sample lie side by side in it: `KEY.json`, which is a record
+as in `data/datasets.py`, and the files that the record names. Energon deals shards out to the
+data-parallel ranks and their worker processes, shuffles, and knows at any moment what it needs to
+go on from there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.energon import (
+    Cooker,
+    CrudeWebdataset,
+    SavableDataLoader,
+    SkipSample,
+    TaskEncoder,
+    WorkerConfig,
+    stateless,
+)
+from megatron.energon.epathlib import EPath
+from megatron.energon.errors import FatalSampleError, reraise_exception
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from megatron.energon.wrappers import ShuffleBufferDataset
+from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
+
+from examples.mimo.data.batch import BadSample, Batch, join_batches
+from examples.mimo.data.mixtures import Part, read_mixture
+from examples.mimo.data.packing import pack
+from examples.mimo.data.records import find_in, record_of
+from examples.mimo.data.samples import Sample, SampleReader
+
+# Neighbours in a shard follow one another for so long before another place is drawn.
+RUN_OF_SAMPLES = 100
+# A worker's state is kept this often; what came since is worked through again on resuming.
+STATE_EVERY_SECONDS = 10.0
+
+# What stands before the words of `FatalSampleError` when energon passes it on.
+CAUSE = "system exception:"
+
+Collate = Callable[[Sequence[Sample]], Batch]
+
+
+@dataclass
+class ShardSample:
+    """A sample, and where energon finds it again."""
+
+    sample: Sample
+    __restore_key__: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows of `row_length` tokens from every `buffer_size` samples, each of which takes a multiple
+    of `sample_multiple`.
+    """
+
+    buffer_size: int
+    row_length: int
+    sample_multiple: int = 1
+
+
+@stateless
+def _as_it_is(parts: dict[str, Any]) -> dict[str, Any]:
+    return parts
+
+
+class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
+    """From the parts of a sample to a micro-batch, inside a worker process.
+
+    Samples that cannot be read are left out, and named by the next micro-batch.
+    """
+
+    cookers = (Cooker(_as_it_is),)
+    decoder = None
+
+    def __init__(
+        self, reader: SampleReader, collate: Collate, max_bad_samples: int, packing: Packing | None
+    ) -> None:
+        self.reader = reader
+        self.collate = collate
+        self.max_bad_samples = max_bad_samples
+        self.packing = packing
+        self.refused: list[BadSample] = []
+
+    @stateless
+    def encode_sample(self, parts: dict[str, Any]) -> ShardSample:
+        """Decode, resample, compute features, tokenise."""
+        key = str(parts["__key__"])
+        try:
+            sample = self._read(key, parts)
+        # A damaged file can make a decoder fail in any way; the run goes on without the sample.
+        except Exception as error:
+            self._refuse(key, error)
+            raise SkipSample from None
+        return ShardSample(sample, parts["__restore_key__"])
+
+    def _read(self, key: str, parts: dict[str, Any]) -> Sample:
+        record = record_of(key, parts, self.reader.config)
+        config = WorkerConfig.active_worker_config
+        generator = np.random.default_rng([config.worker_seed(), self.current_sample_index])
+        sample = self.reader.read(record, find_in(key, parts), generator)
+        if not any(sample.row.loss_mask):
+            raise ValueError(f"sample {key}: no answer that could be learned")
+        if self.packing and len(sample.row.ids) > self.packing.row_length:
+            raise ValueError(
+                f"sample {key}: {len(sample.row.ids)} tokens do not fit --total-seq-length "
+                f"{self.packing.row_length}"
+            )
+        return sample
+
+    def _refuse(self, key: str, error: Exception) -> None:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        self.refused.append(BadSample(key, f"{kind}{error}"))
+        if len(self.refused) > self.max_bad_samples:
+            raise FatalSampleError(
+                f"{len(self.refused)} samples in a row could not be read, more than "
+                f"--max-bad-samples {self.max_bad_samples}; the last: {self.refused[-1].reason}"
+            )
+
+    def select_samples_to_pack(self, samples: list[ShardSample]) -> list[list[ShardSample]]:
+        """All of the buffer's samples, by row."""
+        assert self.packing is not None
+        multiple = self.packing.sample_multiple
+        lengths = [-(-len(s.sample.row.ids) // multiple) * multiple for s in samples]
+        return [[samples[i] for i in row] for row in pack(lengths, self.packing.row_length)]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[ShardSample]) -> list[ShardSample]:
+        """A row is the list of its samples."""
+        return samples
+
+    @stateless
+    def batch(self, samples: list[Any]) -> Batch:
+        """A micro-batch of samples, or of one packed row."""
+        chosen = samples[0] if self.packing else samples
+        batch = self.collate([one.sample for one in chosen])
+        batch.refused, self.refused = self.refused, []
+        return batch
+
+
+class EpochShuffle(ShuffleBufferDataset):  # type: ignore[type-arg]
+    """Draws the next sample from a buffer, which is emptied before another epoch begins.
+
+    Energon's own place for a buffer is behind the repetition of epochs, where it mixes two of
+    them: a sample comes twice before another has come once.
+    """
+
+    _savable_fields = (*ShuffleBufferDataset._savable_fields, "_drains")
+
+    def reset_state_own(self) -> None:
+        """As before the first sample."""
+        super().reset_state_own()
+        self._drains = False
+
+    def __iter__(self) -> Iterator[Any]:
+        buffer = self._active_buffer
+        buffer.worker_start()
+        source = buffer.append_iter()
+        while not self._drains:
+            if buffer.len_worker() >= self.size:
+                yield buffer.pop(self._worker_rng.randbelow(buffer.len_worker()))
+            elif next(source, None) is None:
+                self._drains = True
+        while buffer.len_worker():
+            yield buffer.pop(self._worker_rng.randbelow(buffer.len_worker()))
+        self._drains = False
+
+
+class ShuffledShards(CrudeWebdataset):
+    """A folder of shards whose samples come in another order every epoch, each once."""
+
+    def __init__(self, path: EPath, buffer_size: int, **how: Any) -> None:
+        super().__init__(path, **how)
+        self.buffer_size = buffer_size
+
+    def build(self, worker_rotation_offset: int = 0) -> Any:
+        """What energon repeats."""
+        dataset = super().build(worker_rotation_offset)
+        return EpochShuffle(dataset, self.buffer_size, worker_config=self.worker_config)
+
+
+class ShardBatches:
+    """An endless iterator over micro-batches, whose state can be saved and restored.
+
+    With several loaders a micro-batch holds one of each, in their order.
+    """
+
+    def __init__(self, loaders: Sequence[SavableDataLoader]) -> None:
+        self.loaders = loaders
+        self._iterators: list[Iterator[Batch]] = []
+
+    def __iter__(self) -> ShardBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._iterators:
+            self._iterators = [iter(loader) for loader in self.loaders]
+        try:
+            return join_batches([next(iterator) for iterator in self._iterators])
+        except FatalSampleError as error:
+            # Energon puts the whole sample in front, and a worker process its traceback.
+            raise ValueError(str(error).rpartition(CAUSE)[2].strip()) from None
+
+    def save_state(self) -> list[Any]:
+        """A state for each loader; nothing may be read meanwhile."""
+        return [loader.save_state_rank() for loader in self.loaders]
+
+    def restore_state(self, states: Sequence[Any]) -> None:
+        """Go on from `save_state`; before the first micro-batch is read."""
+        assert not self._iterators
+        for loader, state in zip(self.loaders, states, strict=True):
+            loader.restore_state_rank(state)
+
+
+def training_loader(
+    path: Path,
+    split: str,
+    encoder: ConversationEncoder,
+    workers: WorkerConfig,
+    micro_batch_size: int,
+    shuffle_buffer_size: int,
+) -> SavableDataLoader:
+    """Endless micro-batches of the shards at `path`, or of a mixture that the file lists."""
+    parts = read_mixture(path, split)
+    build = functools.partial(
+        ShuffledShards,
+        buffer_size=max(1, shuffle_buffer_size),
+        training=True,
+        max_samples_per_sequence=RUN_OF_SAMPLES,
+    )
+    packing = encoder.packing
+    dataset = encoder.build_train_datasets(
+        datasets=[_dataset(build, part, workers) for part in parts],
+        worker_config=workers,
+        batch_size=1 if packing else micro_batch_size,
+        batch_drop_last=True,
+        packing_buffer_size=packing.buffer_size if packing else None,
+        shuffle_buffer_size=None,
+        blend_mode=DatasetBlendMode.DATASET_WEIGHT if len(parts) > 1 else DatasetBlendMode.NONE,
+    )
+    return _loader(dataset, checkpoint_every_sec=STATE_EVERY_SECONDS)
+
+
+def validation_loader(
+    path: Path,
+    split: str,
+    encoder: ConversationEncoder,
+    workers: WorkerConfig,
+    micro_batch_size: int,
+    num_batches: int,
+) -> SavableDataLoader:
+    """The first `num_batches` micro-batches of a split, in its order; every pass is the same."""
+    build = functools.partial(CrudeWebdataset, training=False)
+    dataset = encoder.build_val_datasets(
+        datasets=[_dataset(build, part, workers) for part in read_mixture(path, split)],
+        worker_config=workers,
+        batch_size=micro_batch_size,
+        batch_drop_last=True,
+        limit=num_batches,
+    )
+    return _loader(dataset)
+
+
+def _loader(dataset: Any, **how: Any) -> SavableDataLoader:
+    """Without worker processes a collection of garbage would go through all that Megatron holds."""
+    every = GC_DEFAULT_EVERY_N_ITER if dataset.worker_config.num_workers else 0
+    return SavableDataLoader(
+        dataset, gc_collect_every_n_steps=every, watchdog_timeout_seconds=None, **how
+    )
+
+
+def worker_config(rank: int, world_size: int, num_workers: int, seed: int) -> WorkerConfig:
+    """Which share of the data a data-parallel rank reads, and with how many processes."""
+    return WorkerConfig(
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        seed_offset=seed,
+        global_error_handler=reraise_exception,
+    )
+
+
+def _dataset(build: Callable[..., Any], part: Part, workers: WorkerConfig) -> LoadedDataset:
+    """Energon's own description in `.nv-meta/dataset.yaml` may name code, so it is not read."""
+    dataset = build(EPath(part.path), split_part=part.split, worker_config=workers, decoder=None)
+    if not len(dataset):
+        raise ValueError(f"--data-path {part.path}: no samples in its split {part.split!r}")
+    return LoadedDataset(dataset=dataset, weight=part.weight)
+
+
+def endless(loader: SavableDataLoader) -> Iterator[Batch]:
+    """Pass after pass over a loader."""
+    while True:
+        yield from loader
