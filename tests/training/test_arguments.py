@@ -35,6 +35,19 @@ def test_the_command_line_overrides_the_preset(parse):
     assert config.modalities["images"].encoder.num_layers == 1
 
 
+def test_a_released_whispers_sizes_and_other_token_ids(parse):
+    named = ("--audio-encoder-model", "openai/whisper-small", "--hf-assign-unused-tokens")
+    _, config = parse(1, "--model-provider", "llava_avlm", *named, "<audio>,32003")
+    audios = config.modalities["audios"]
+    assert audios.token_id == 32003
+    assert (audios.encoder.num_layers, audios.encoder.width) == (12, 768)
+    assert audios.encoder.ffn_hidden_size == 3072
+    _, over = parse(
+        1, "--model-provider=llava_avlm", *named[:2], "--set=audios.encoder.num_layers=1"
+    )
+    assert over.modalities["audios"].encoder.num_layers == 1
+
+
 def test_longer_rows_need_no_second_flag(parse):
     args, config = parse(1, "--seq-length", "4096")
     assert config.language.seq_length == args.max_position_embeddings == 4096
@@ -56,6 +69,22 @@ def test_longer_rows_need_no_second_flag(parse):
         (1, ("--num-experts", "4"), "--num-experts would do nothing here: the language model"),
         (1, ("--mock-data",), "--mock-data would do nothing here: use --dataset-provider mock"),
         (1, ("--split=99,1,0",), "--split would do nothing here"),
+        (1, ("--dataloader-type", "cyclic"), "--dataloader-type cyclic would do nothing here"),
+        (1, ("--position-embedding-type", "none"), "the language model uses rotary positions"),
+        (1, ("--audio-encoder-model", "openai/whisper-huge"), "there are openai/whisper-tiny"),
+        (1, ("--hf-assign-unused-tokens", "<video>,7"), "a placeholder of <image>, <audio>"),
+        (1, ("--hf-assign-unused-tokens", "<image>,5"), "images share token id 5"),
+        (1, ("--packing-buffer-size", "8"), "packs what --dataset-provider energon reads"),
+        (
+            1,
+            ("--packing-buffer-size=8", "--dataset-provider=energon", "--micro-batch-size=2"),
+            "leave it at 1",
+        ),
+        (
+            2,
+            (*TP2, "--packing-buffer-size=8", "--dataset-provider=energon", "--total-seq-length=9"),
+            "--total-seq-length 9 does not divide by 2",
+        ),
         (2, (*TP2, *ENCODER_TP, "4"), "4 does not divide --tensor-model-parallel-size 2"),
         (2, (*TP2, *ENCODER_TP, "0"), "0 does not divide --tensor-model-parallel-size 2"),
         (

@@ -18,9 +18,10 @@ from megatron.training import arguments as megatron_arguments
 
 from examples.mimo.command import Parser, refuse
 from examples.mimo.configs import get_model_config
-from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields, with_token_ids
 from examples.mimo.models.layer_specs import has_transformer_engine
-from examples.mimo.training.flags import add_own_flags
+from examples.mimo.models.whisper import whisper_fields
+from examples.mimo.training.flags import SHARDED, add_own_flags
 from examples.mimo.training.freezing import check_freeze
 from examples.mimo.training.layout import (
     check_world,
@@ -107,7 +108,6 @@ REFUSED_GROUPS = {
 REFUSED_FLAGS = {
     "encoder_num_layers": "an encoder's size is in the model's config",
     "decoder_num_layers": "use --num-layers",
-    "encoder_seq_length": "use --seq-length",
     "decoder_seq_length": "use --seq-length",
     "split": "use --train-split and --valid-split",
     "train_data_path": "use --data-path and --train-split",
@@ -118,7 +118,6 @@ REFUSED_FLAGS = {
     "mock_data": "use --dataset-provider mock",
     "vocab_file": "use --tokenizer-model",
     "merge_file": "use --tokenizer-model",
-    "tokenizer_type": "the tokenizer comes with the data or from --tokenizer-model",
     "make_vocab_size_divisible_by": "use --vocab-size, the size of the embedding table",
     "chat_template": "the chat template is in the model's config",
     "eod_mask_loss": "an answer's end is always learned",
@@ -127,14 +126,22 @@ REFUSED_FLAGS = {
     "mtp_num_layers": "the language model predicts one token at a time",
     "hybrid_layer_pattern": "all layers of the language model are alike",
     "multi_latent_attention": "the language model uses grouped queries",
-    "position_embedding_type": "the language model uses rotary positions",
     "use_checkpoint_args": "pass --model-provider; sizes are checked when weights load",
     "yaml_cfg": "use flags",
     "full_validation": "use --eval-iters",
     "multiple_validation_sets": "use --valid-split",
-    "dataloader_type": "the order of samples is --seed's",
     "expert_model_parallel_size": "the language model is dense",
     "freeze_all_layers": "use --freeze",
+}
+
+# Flags with the values that say what is the case anyway, as Megatron's own example passes them.
+ONLY_VALUES = {
+    "dataloader_type": (("external",), "the order of samples is --seed's"),
+    "position_embedding_type": (("rope",), "the language model uses rotary positions"),
+    "tokenizer_type": (
+        ("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
+        "the tokenizer comes with the data or from --tokenizer-model",
+    ),
 }
 
 
@@ -144,7 +151,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     ValueError, one line, for a flag that would do nothing and for a layout that cannot run.
     """
     own = own_flags(argv)
-    preset = with_fields(get_model_config(own.model_provider), own.config_fields)
+    preset = get_model_config(own.model_provider)
+    preset = with_token_ids(preset, own.hf_assign_unused_tokens)
+    sizes = whisper_fields(preset, own.audio_encoder_model)
+    preset = with_fields(preset, [*sizes, *own.config_fields])
     args = parse_with_preset(preset, argv)
     check_freeze(args.freeze, preset)
     check_layout(args, preset)
@@ -164,6 +174,8 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
         defaults = preset_defaults(preset)
         unknown = set(defaults) - {action.dest for action in parser._actions}
         assert not unknown, f"Megatron has no arguments {unknown}"
+        if any(word.split("=")[0] == "--packing-buffer-size" for word in argv):
+            defaults["micro_batch_size"] = 1
         parser.set_defaults(**defaults)
         refuse_idle_flags(parser, argv)
         return parser
@@ -174,9 +186,39 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
         args = megatron_arguments.parse_args(provider)
     finally:
         sys.argv = saved
+    for name, (values, why) in ONLY_VALUES.items():
+        if getattr(args, name) not in values:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{flag} would do nothing here: {why}")
+    args.tokenizer_type = MODEL_DEFAULTS["tokenizer_type"]
+    if args.encoder_seq_length:
+        # Megatron's older name.
+        args.seq_length, args.encoder_seq_length = args.encoder_seq_length, None
+    _complete_data_flags(args)
     # Rotary positions have no end, but Megatron wants one that --seq-length does not pass.
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     return args
+
+
+def _complete_data_flags(args: argparse.Namespace) -> None:
+    """What the flags about data say of one another."""
+    sharded = args.dataset_provider in SHARDED
+    args.valid_split = args.valid_split or ("val" if sharded else "heldout")
+    args.total_seq_length = args.total_seq_length or args.seq_length
+    if sharded and args.save:
+        args.dataloader_save = args.save
+    if args.packing_buffer_size is None:
+        return
+    if not sharded:
+        raise ValueError("--packing-buffer-size packs what --dataset-provider energon reads")
+    if args.packing_buffer_size < 1:
+        raise ValueError(f"--packing-buffer-size {args.packing_buffer_size}: at least 1")
+    if args.micro_batch_size != 1:
+        raise ValueError(
+            f"--micro-batch-size {args.micro_batch_size} with --packing-buffer-size: a micro-batch "
+            "is one packed row; leave it at 1 and choose --total-seq-length"
+        )
+    args.pack_sequences = True
 
 
 def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
@@ -228,6 +270,13 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
         raise ValueError("--tp-comm-overlap needs Transformer Engine, which is not installed")
     if args.sequence_parallel and args.seq_length % tp:
         raise ValueError(f"--seq-length {args.seq_length} does not divide by {tp} with SP")
+    cp = args.context_parallel_size
+    multiple = tp * (2 * cp if cp > 1 else 1)
+    if args.packing_buffer_size and args.total_seq_length % multiple:
+        raise ValueError(
+            f"--total-seq-length {args.total_seq_length} does not divide by {multiple}, which this "
+            "layout needs of a packed row"
+        )
 
 
 def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:

@@ -7,7 +7,9 @@ import argparse
 from examples.mimo.command import Parser
 from examples.mimo.configs import MODEL_PROVIDERS
 
-DATASET_PROVIDERS = ("conversations", "spoken_questions", "mock")
+# Other names of energon: those of Megatron's own multimodal example.
+SHARDED = ("energon", "llava_avlm", "llava_vlm", "video_llava_vlm")
+DATASET_PROVIDERS = ("conversations", "spoken_questions", *SHARDED, "mock")
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -25,19 +27,20 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=DATASET_PROVIDERS,
         default="mock",
         help="conversations reads the samples of --data-path, and spoken_questions is another name "
-        "for it; mock draws random data (default)",
+        "for it; energon reads the shards of --data-path, or of a mixture of them, and llava_avlm, "
+        "llava_vlm and video_llava_vlm are other names for it; mock draws random data (default)",
     )
     group.add_argument(
         "--train-split",
         default="train",
         metavar="NAME",
-        help="train on --data-path/NAME.jsonl (default train)",
+        help="train on --data-path/NAME.jsonl, or on this split of its shards (default train)",
     )
     group.add_argument(
         "--valid-split",
-        default="heldout",
         metavar="NAME",
-        help="validate on --data-path/NAME.jsonl (default heldout)",
+        help="validate on --data-path/NAME.jsonl (default heldout), or on this split of its shards "
+        "(default val)",
     )
     group.add_argument(
         "--augment",
@@ -49,6 +52,34 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="put the samples of a micro-batch into one row without padding; each attends to "
         "itself alone",
+    )
+    group.add_argument(
+        "--packing-buffer-size",
+        type=int,
+        metavar="N",
+        help="fill rows of --total-seq-length from N samples of the shards at a time, none split; "
+        "a micro-batch is then one row, and batch sizes count rows",
+    )
+    group.add_argument(
+        "--total-seq-length",
+        type=int,
+        metavar="TOKENS",
+        help="the length of such a row (default --seq-length)",
+    )
+    group.add_argument(
+        "--shuffle-buffer-size",
+        type=int,
+        default=100,
+        metavar="N",
+        help="draw the next sample of the shards from N (default %(default)s)",
+    )
+    group.add_argument(
+        "--max-bad-samples",
+        type=int,
+        default=100,
+        metavar="N",
+        help="end the run when more than N samples of the shards could not be read "
+        "(default %(default)s); bad_samples.jsonl in --save names them",
     )
     group.add_argument(
         "--freeze",
@@ -100,6 +131,19 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         dest="config_fields",
         help="change a field of a modality's config, such as images.encoder.num_layers=2; "
         "Megatron's flags change the language model",
+    )
+    group.add_argument(
+        "--audio-encoder-model",
+        metavar="NAME",
+        help="give the audio encoder a released Whisper's sizes, such as openai/whisper-small; its "
+        "weights come from convert.py",
+    )
+    group.add_argument(
+        "--hf-assign-unused-tokens",
+        nargs="+",
+        default=[],
+        metavar="PLACEHOLDER,ID",
+        help="other token ids for placeholders, such as '<audio>,32002'",
     )
     group.add_argument(
         "--metrics-file",

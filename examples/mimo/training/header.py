@@ -140,7 +140,8 @@ def describe_data(args: argparse.Namespace) -> str:
     """Where samples come from."""
     if args.dataset_provider == "mock":
         return "mock (random)"
-    return f"{args.data_path[0]}, split {args.train_split}"
+    packed = f", packed into rows of {args.total_seq_length}" if args.packing_buffer_size else ""
+    return f"{args.data_path[0]}, split {args.train_split}{packed}"
 
 
 def parts_table(

@@ -28,6 +28,7 @@ from examples.mimo.checkpoint.errors import CHECKPOINT_ERRORS, reason
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
 from examples.mimo.models.placement import LANGUAGE
+from examples.mimo.training.bad_samples import BAD_SAMPLES
 from examples.mimo.training.header import describe_run
 from examples.mimo.training.layout import own_module
 
@@ -65,13 +66,17 @@ class Counters:
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one iteration held on all ranks, and how long it took; the wait is the mean one."""
+    """What one iteration held on all ranks, and how long it took; the wait is the mean one.
+
+    `bad_samples` counts those that could not be read since training began.
+    """
 
     seconds: float
     tokens: int
     slots: int
     wait_seconds: float
     items: dict[str, int]
+    bad_samples: int
 
 
 COUNTERS = Counters()
@@ -151,6 +156,7 @@ class Progress:
         self.window: list[Iteration] = []
         self.last = time.perf_counter()
         self.begun = False
+        self.bad_samples = 0
 
     def record(
         self, loss_dict: dict[str, torch.Tensor], lr: Any, iteration: int, grad_norm: Any
@@ -158,8 +164,14 @@ class Progress:
         """Take in one iteration; every rank calls this, the logging rank speaks."""
         args = get_args()
         self.window.append(self._take_counters())
+        bad = self.window[-1].bad_samples
+        BAD_SAMPLES.check(args, bad)
         if not is_logging_rank():
             return
+        if bad > self.bad_samples:
+            self.bad_samples = bad
+            last = f"; the last: {BAD_SAMPLES.last.reason}" if BAD_SAMPLES.last else ""
+            print(f"  {bad} samples could not be read so far{last}", file=sys.stderr, flush=True)
         if "lm loss" in loss_dict:
             self.losses.append(float(loss_dict["lm loss"]))
         norm = None if grad_norm is None else float(grad_norm)
@@ -211,18 +223,31 @@ class Progress:
         group = mpu.get_data_parallel_group()
         names = sorted(self.config.modalities)
         here = [COUNTERS.tokens, COUNTERS.slots, COUNTERS.wait_seconds / group.size()]
+        here.append(BAD_SAMPLES.count)
         here += [COUNTERS.items[name] for name in names]
         where = "cuda" if torch.cuda.is_available() else "cpu"
         counted = torch.tensor(here, dtype=torch.float64, device=where)
         dist.all_reduce(counted, group=group)
-        tokens, slots, waited, *items = counted.tolist()
+        tokens, slots, waited, bad, *items = counted.tolist()
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        self.keys = list(COUNTERS.keys)
+        self.keys = _keys_of_all(group) if get_args().metrics_file else []
         COUNTERS.__init__()  # type: ignore[misc]
         return Iteration(
-            seconds, int(tokens), int(slots), waited, dict(zip(names, map(int, items), strict=True))
+            seconds,
+            int(tokens),
+            int(slots),
+            waited,
+            dict(zip(names, map(int, items), strict=True)),
+            int(bad),
         )
+
+
+def _keys_of_all(group: dist.ProcessGroup) -> list[str]:
+    """The iteration's sample keys, data-parallel rank by rank."""
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, COUNTERS.keys, group=group)
+    return [key for keys in found for key in keys]
 
 
 def _append_metrics(row: dict[str, Any]) -> None:

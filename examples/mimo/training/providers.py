@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from examples.mimo.checkpoint.resuming import check_same_optimizer, has_random_s
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
+from examples.mimo.data.mixtures import read_mixture
 from examples.mimo.data.samples import Sample, SampleReader
 from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.models.encoder_groups import EncoderGroups, encoder_groups
 from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.models.own_ranks import build_own_ranks_model
+from examples.mimo.training.flags import SHARDED
 from examples.mimo.training.freezing import freeze_parts
 from examples.mimo.training.layout import placements, shared_encoder_size
 from examples.mimo.training.own_ranks import finalize_on_own_ranks
@@ -65,7 +69,12 @@ def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
         sizes = args.encoder_tensor_model_parallel_size
         if not has_random_states(Path(args.load), sizes):
             args.no_load_rng = True
-    if args.dataset_provider != "mock":
+    if is_sharded(args):
+        _shards(args, mimo)
+        read_mixture(Path(args.data_path[0]), args.train_split)
+        if args.eval_iters:
+            read_mixture(Path(args.data_path[0]), args.valid_split)
+    elif args.dataset_provider != "mock":
         DATASETS[args.dataset_provider](args, mimo, 1, 1)
 
 
@@ -132,6 +141,11 @@ def data_provider(
 ) -> tuple[Iterator[Batch], Iterator[Batch] | None, None]:
     """Training and validation iterators of this data-parallel rank; there is no test split."""
     args = get_args()
+    multiple = _row_multiple(args)
+    if is_sharded(args):
+        module, reader = _shards(args, mimo)
+        collate_valid = functools.partial(collate, multiple=multiple)
+        return *module.shard_iterators(args, reader, _collate(args), collate_valid), None
     build = DATASETS[args.dataset_provider]
     train, valid = build(args, mimo, num_samples[0], num_samples[1] or 0)
     train_iterator = _batches(
@@ -144,7 +158,7 @@ def data_provider(
         args.consumed_valid_samples,
         args.eval_micro_batch_size,
         args.num_workers,
-        functools.partial(collate, multiple=_row_multiple(args)),
+        functools.partial(collate, multiple=multiple),
     )
     return train_iterator, valid_iterator, None
 
@@ -161,22 +175,43 @@ def _mock(
 def _conversations(
     args: argparse.Namespace, mimo: MimoConfig, num_train: int, num_valid: int
 ) -> tuple[Dataset, Dataset]:
+    reader = _reader(args, mimo)
+    root, varied = Path(args.data_path[0]), dataclasses.replace(reader, augment=args.augment)
+    train = ConversationDataset(root, args.train_split, varied, num_train, args.seed, shuffle=True)
+    valid = ConversationDataset(root, args.valid_split, reader, num_valid, args.seed)
+    return train, valid
+
+
+def _reader(args: argparse.Namespace, mimo: MimoConfig) -> SampleReader:
+    """What reads samples of `--data-path`; ValueError without the folder or a tokenizer."""
     if not args.data_path:
         raise ValueError(f"--dataset-provider {args.dataset_provider} needs --data-path FOLDER")
     root = Path(args.data_path[0])
-    if not root.is_dir():
+    if not root.exists():
         raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
     path = tokenizer_path(args)
     if path is None:
         raise ValueError(
             f"--data-path {root}: no tokenizer.model in it; name one with --tokenizer-model"
         )
-    reader = functools.partial(SampleReader, mimo, load_tokenizer(path), args.seq_length)
-    train = ConversationDataset(
-        root, args.train_split, reader(augment=args.augment), num_train, args.seed, shuffle=True
-    )
-    valid = ConversationDataset(root, args.valid_split, reader(), num_valid, args.seed)
-    return train, valid
+    return SampleReader(mimo, load_tokenizer(path), args.seq_length)
+
+
+def is_sharded(args: argparse.Namespace) -> bool:
+    """Whether samples come out of shards, which megatron-energon reads."""
+    return args.dataset_provider in SHARDED
+
+
+def _shards(args: argparse.Namespace, mimo: MimoConfig) -> tuple[Any, SampleReader]:
+    """`training/shards.py`, which needs energon, and what reads its samples."""
+    try:
+        module = importlib.import_module("examples.mimo.training.shards")
+    except ImportError as error:
+        raise ValueError(
+            f"--dataset-provider {args.dataset_provider} needs megatron-energon ({error}): "
+            "pip install 'mimo-examples[data]'"
+        ) from None
+    return module, _reader(args, mimo)
 
 
 DATASETS: dict[str, Callable[..., tuple[Dataset, Dataset]]] = {
@@ -234,8 +269,10 @@ def _collate_share(
 def _collate(args: argparse.Namespace) -> Callable[[Sequence[Sample]], Batch]:
     if not args.pack_sequences:
         return functools.partial(collate, multiple=_row_multiple(args))
+    # Rows that are filled from a buffer all have one length.
+    multiple = args.total_seq_length if args.packing_buffer_size else _row_multiple(args)
     return functools.partial(
-        collate_packed, multiple=_row_multiple(args), sample_multiple=_sequence_multiple(args)
+        collate_packed, multiple=multiple, sample_multiple=_sequence_multiple(args)
     )
 
 
@@ -252,8 +289,12 @@ def _row_multiple(args: argparse.Namespace) -> int:
 
 def first_batches(args: argparse.Namespace, mimo: MimoConfig, num_samples: int) -> list[Batch]:
     """The first samples of the training data in micro-batches, without a process group."""
-    dataset, _ = DATASETS[args.dataset_provider](args, mimo, num_samples, 0)
     size = args.micro_batch_size
+    if is_sharded(args):
+        module, reader = _shards(args, mimo)
+        count = max(1, num_samples // size)
+        return module.first_shard_batches(args, reader, _collate(args), count)
+    dataset, _ = DATASETS[args.dataset_provider](args, mimo, num_samples, 0)
     starts = range(0, max(size, num_samples - size + 1), size)
     return [_collate(args)([dataset[start + i] for i in range(size)]) for start in starts]
 

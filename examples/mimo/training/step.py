@@ -17,6 +17,7 @@ from examples.mimo.data.batch import Batch, Needs, share_batch
 from examples.mimo.models.context_parallel import shard_sequence
 from examples.mimo.models.mimo import MediaCountError, StageMimoModel
 from examples.mimo.training import phase
+from examples.mimo.training.bad_samples import BAD_SAMPLES
 from examples.mimo.training.progress import COUNTERS
 from examples.mimo.training.providers import device
 
@@ -57,6 +58,7 @@ def next_batch(data_iterator: Iterator[Batch] | None, stage: StageMimoModel) -> 
     batch = next(data_iterator) if data_iterator is not None and group.rank() == 0 else None
     shared = share_batch(batch, group, device(), stage.needs)
     if stage.training:
+        BAD_SAMPLES.add(get_args(), shared.refused)
         COUNTERS.add(shared, time.perf_counter() - start)
     return shared
 

@@ -1,0 +1,187 @@
+"""Shards in training: which rank reads what, and how a checkpoint remembers how far it was."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_args
+
+from examples.mimo.data.batch import Batch, take_share
+from examples.mimo.data.loader_states import from_plain, to_plain
+from examples.mimo.data.samples import Sample, SampleReader
+from examples.mimo.data.shards import (
+    ConversationEncoder,
+    Packing,
+    ShardBatches,
+    endless,
+    training_loader,
+    validation_loader,
+    worker_config,
+)
+from examples.mimo.models.placement import LANGUAGE
+from examples.mimo.training.bad_samples import BAD_SAMPLES
+from examples.mimo.training.layout import own_module
+
+STATE_FILE = "train_dataloader_dprank{:03d}.pt"
+Collate = Callable[[Sequence[Sample]], Batch]
+
+
+class RememberedBatches(ShardBatches):
+    """Training batches whose place Megatron saves with every checkpoint.
+
+    Of the ranks that read the same data one saves it: the first context-parallel rank of the
+    language model's first stage, where Megatron asks.
+    """
+
+    def __init__(self, loaders: Sequence[Any], layout: dict[str, int]) -> None:
+        super().__init__(loaders)
+        self.layout = layout
+
+    def save_state(self) -> Any:
+        """For `megatron.training.checkpointing`; None where another rank saves."""
+        if own_module(get_args()) not in (None, LANGUAGE) or mpu.get_context_parallel_rank():
+            return None
+        return {
+            "layout": self.layout,
+            "bad_samples": BAD_SAMPLES.count,
+            "loaders": to_plain(super().save_state()),
+        }
+
+
+def shard_iterators(
+    args: argparse.Namespace,
+    reader: SampleReader,
+    collate: Collate,
+    collate_valid: Collate,
+) -> tuple[Iterator[Batch], Iterator[Batch] | None]:
+    """Training and validation batches of this data-parallel rank.
+
+    An encoder's copy on ranks of its own reads for one copy of the language model, for several,
+    whose micro-batches it then reads as one, or for a share of one's media.
+    """
+    copy, copies = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    shares = max(1, copies // args.data_parallel_size)
+    served = args.data_parallel_size * shares // copies
+    if shares > 1:
+        collate = functools.partial(_share, collate, copy % shares, shares)
+        collate_valid = functools.partial(_share, collate_valid, copy % shares, shares)
+    first = copy // shares * served
+    ranks = range(first, first + served)
+    path = Path(args.data_path[0])
+    loaders = [
+        training_loader(
+            path,
+            args.train_split,
+            _encoder(args, reader, collate),
+            worker_config(rank, args.data_parallel_size, args.num_workers, args.seed),
+            args.micro_batch_size,
+            args.shuffle_buffer_size,
+        )
+        for rank in ranks
+    ]
+    layout = {"data_parallel": args.data_parallel_size, "workers": args.num_workers}
+    train = RememberedBatches(loaders, layout)
+    _restore(args, train, ranks)
+    if not args.eval_iters:
+        return train, None
+    samples = args.eval_iters * args.eval_global_batch_size // args.data_parallel_size
+    valid = [
+        validation_loader(
+            path,
+            args.valid_split,
+            ConversationEncoder(reader, collate_valid, args.max_bad_samples, None),
+            worker_config(rank, args.data_parallel_size, args.num_workers, args.seed),
+            args.eval_micro_batch_size,
+            samples // args.eval_micro_batch_size,
+        )
+        for rank in ranks
+    ]
+    return train, _joined(valid)
+
+
+def first_shard_batches(
+    args: argparse.Namespace, reader: SampleReader, collate: Collate, count: int
+) -> list[Batch]:
+    """What a single rank would read first, without a process group."""
+    loader = training_loader(
+        Path(args.data_path[0]),
+        args.train_split,
+        _encoder(args, reader, collate),
+        worker_config(0, 1, 0, args.seed),
+        args.micro_batch_size,
+        args.shuffle_buffer_size,
+    )
+    batches = iter(loader)
+    return [next(batches) for _ in range(count)]
+
+
+def _encoder(
+    args: argparse.Namespace, reader: SampleReader, collate: Collate
+) -> ConversationEncoder:
+    reader = dataclasses.replace(reader, augment=args.augment)
+    packing = None
+    if args.packing_buffer_size:
+        multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+        packing = Packing(args.packing_buffer_size, args.total_seq_length, multiple)
+    return ConversationEncoder(reader, collate, args.max_bad_samples, packing)
+
+
+def _share(collate: Collate, number: int, shares: int, samples: Sequence[Sample]) -> Batch:
+    return take_share(collate(samples), number, shares)
+
+
+def _joined(loaders: Sequence[Any]) -> Iterator[Batch]:
+    if len(loaders) == 1:
+        return endless(loaders[0])
+    batches = ShardBatches(loaders)
+    batches._iterators = [endless(loader) for loader in loaders]
+    return batches
+
+
+def _restore(args: argparse.Namespace, train: RememberedBatches, ranks: Sequence[int]) -> None:
+    """Go on where the checkpoint was that this run goes on from."""
+    if not args.load or not args.iteration or args.finetune:
+        return
+    folder = Path(args.load) / f"iter_{args.iteration:07d}"
+    saved = sorted(folder.glob("*/train_dataloader_dprank*.pt"))
+    if not saved:
+        return
+    states = [_load_state(saved[0].with_name(STATE_FILE.format(rank))) for rank in ranks]
+    for state in states:
+        _check_layout(folder, state["layout"], train.layout)
+    train.restore_state([state["loaders"][0] for state in states])
+    BAD_SAMPLES.count = sum(state["bad_samples"] for state in states)
+
+
+def _load_state(file: Path) -> dict[str, Any]:
+    """What `RememberedBatches.save_state` returned; nothing but plain values is unpickled."""
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: this data-parallel rank's place in the data is missing; go on with as many "
+            "data-parallel ranks as before, or begin the data anew with --finetune"
+        )
+    try:
+        state = torch.load(file, weights_only=True)["dataloader_state_dict"]
+        return {**state, "loaders": from_plain(state["loaders"])}
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"{file}: damaged ({' '.join(str(error).split())[:200]})") from None
+
+
+def _check_layout(folder: Path, saved: dict[str, int], now: dict[str, int]) -> None:
+    """Energon deals samples out by rank and worker, so both must be as many as before."""
+    words = {"data_parallel": "data-parallel ranks", "workers": "--num-workers"}
+    for name, words_for in words.items():
+        if saved[name] != now[name]:
+            raise ValueError(
+                f"--load {folder.parent}: was trained with {saved[name]} {words_for}, and this run "
+                f"has {now[name]}; the samples of an epoch cannot be dealt out anew: keep the "
+                "number, or begin the data anew with --finetune"
+            )
