@@ -57,6 +57,8 @@ def webdataset(args: argparse.Namespace) -> None:
     tokenizer = args.tokenizer
     if tokenizer is None and (media / "tokenizer.model").is_file():
         tokenizer = media / "tokenizer.model"
+    if tokenizer and not tokenizer.exists():
+        raise ValueError(f"--tokenizer {tokenizer}: no such file or folder")
     from examples.mimo import host
 
     host.install()

@@ -73,3 +73,10 @@ def test_longer_than_the_window_says_how_much_fits(tmp_path):
     with pytest.raises(ValueError, match=r"3.00 seconds of sound, but 2 fit"):
         read(path)
     assert len(read(path, truncate=True)) == 2 * RATE
+
+
+@pytest.mark.parametrize("rate", [44_101, 767_999])
+def test_a_rate_without_a_common_divisor_is_refused(tmp_path, rate):
+    """The filter between the two rates would take gigabytes."""
+    with pytest.raises(ValueError, match="no useful divisor in common"):
+        read(write(tmp_path / "a.wav", tone(0.1, rate), rate))

@@ -84,3 +84,9 @@ def test_pixel_limit_is_checked_before_decoding(tmp_path):
     small = save(Image.new("RGB", (20, 10)), tmp_path / "b.png")
     with pytest.raises(ValueError, match="20 x 10 is 200 pixels, more than 100"):
         read_image(small, max_pixels=100)
+
+
+def test_a_line_is_no_picture(tmp_path):
+    """Its short side scaled to an encoder's, it would take tens of gigabytes."""
+    with pytest.raises(ValueError, match="100000 x 1 is more than 200 times as long as wide"):
+        read_image(save(Image.new("RGB", (100_000, 1)), tmp_path / "a.png"))

@@ -157,6 +157,20 @@ def test_a_longer_video_is_spread_over_its_frames(tmp_path):
     assert brightness(frames) == pytest.approx([0, 0.25, 0.5, 0.75], abs=0.03)
 
 
+def test_a_frame_that_stays_is_taken_as_often(tmp_path):
+    with av.open(tmp_path / "a.mkv", "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for number, tick in enumerate((0, 50, 100)):
+            grey = np.full((32, 48, 3), 100 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts = tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames = read_frames(tmp_path / "a.mkv", frames_per_second=0.5, max_frames=8)
+    assert brightness(frames) == pytest.approx([0, 0, 0, 0.39, 0.39, 0.78], abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

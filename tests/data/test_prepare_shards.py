@@ -1,6 +1,7 @@
 """From a manifest to shards: checked, split, whole, and the same after a kill."""
 
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -12,8 +13,9 @@ import time
 
 import pytest
 
+from examples.mimo.data.manifest import Entry
 from examples.mimo.data.prepare_shards import Options, prepare
-from examples.mimo.data.shard_writer import split_of
+from examples.mimo.data.shard_writer import Item, Shard, split_of
 from tests.conftest import ROOT, run_command
 from tests.data import broken
 from tests.data.megatron_example import write_megatron_example
@@ -129,9 +131,41 @@ def test_a_llava_list_is_taken_as_it_is(tiny, tmp_path):
     (tmp_path / "llava.json").write_text(json.dumps(items))
     about = prepare(options(tmp_path / "llava.json", tmp_path / "out", splits={"train": 1.0}), tiny)
     found, _ = samples(tmp_path / "out")
-    assert list(found) == ["000_1_x", "000_1_x-2", "7"]
-    assert json.loads(found["000_1_x-2"]["json"])["images"] == ["images.0.png"]
+    first, second, third = found
+    assert third == "7"
+    assert first != second
+    for name, question in ((first, "what?"), (second, "who?")):
+        assert re.fullmatch(r"000_1_x-[0-9a-f]{12}", name)
+        record = json.loads(found[name]["json"])
+        assert (record["key"], record["images"]) == ("000/1.x", ["images.0.png"])
+        assert record["conversations"][0]["value"] == f"<image>\n{question}"
     assert about["rejected"] == 0
+
+
+def test_keys_that_no_file_can_have_stay_apart(tiny, tmp_path):
+    keys = ["a/b", "a_b", "a/b", "x" * 300 + "1", "x" * 300 + "2", "\udcff", 5, "5"]
+    lines = [json.dumps({"key": key, "conversations": broken.turns("q")}) for key in keys]
+    lines.append('{"key": ' + "9" * 5_000 + "}")
+    lines.append(json.dumps({"key": "t", "tags": ["x"], "conversations": broken.turns("q")}))
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    prepare(options(tmp_path / "m.jsonl", tmp_path / "out", splits={"train": 1.0}), tiny)
+    found, _ = samples(tmp_path / "out")
+    kept = [json.loads(parts["json"])["key"] for parts in found.values()]
+    assert kept == ["a/b", "a_b", "x" * 300 + "1", "x" * 300 + "2", "5"]
+    reasons = rejected(tmp_path / "out")
+    assert "was used before" in reasons["a/b"]
+    assert "was used before" in reasons["5"]
+    assert "is no name" in reasons["line 6"]
+    assert "not JSON" in reasons["line 9"]
+    assert "holds tags" in reasons["t"]
+
+
+def test_another_model_checks_again(tiny, tmp_path):
+    """What an interrupted run found is no longer true where the options differ."""
+    entry = Entry("line 1", {"key": "a", "conversations": broken.turns("q")})
+    shard = Shard("train-0.tar", [Item("a", entry)])
+    other = dataclasses.replace(tiny, prompt="another")
+    assert shard.digest(tiny) == shard.digest(tiny) != shard.digest(other)
 
 
 def test_shards_of_megatrons_example_are_taken_as_they_are(tiny, tmp_path):

@@ -244,8 +244,8 @@ def test_broken_samples_are_skipped_and_named(read, broken_shards, workers):
 
 def test_nothing_but_bad_samples_ends_the_run(read, broken_shards):
     batches = read(path=broken_shards, max_bad=3, workers=0)
-    with pytest.raises(ValueError, match=r"^4 samples in a row .* --max-bad-samples 3; the last: "):
+    with pytest.raises(ValueError, match=r"^4 samples since .* --max-bad-samples 3; the last: "):
         keys(batches, 60)
     batches = read(path=broken_shards, max_bad=3, workers=2)
-    with pytest.raises(ValueError, match=r"^4 samples in a row .* --max-bad-samples 3; the last: "):
+    with pytest.raises(ValueError, match=r"^4 samples since .* --max-bad-samples 3; the last: "):
         keys(batches, 60)

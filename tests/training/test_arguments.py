@@ -74,6 +74,12 @@ def test_longer_rows_need_no_second_flag(parse):
         (1, ("--audio-encoder-model", "openai/whisper-huge"), "there are openai/whisper-tiny"),
         (1, ("--hf-assign-unused-tokens", "<video>,7"), "a placeholder of <image>, <audio>"),
         (1, ("--hf-assign-unused-tokens", "<image>,5"), "images share token id 5"),
+        (1, ("--total-seq-length", "64"), "would do nothing without --packing-buffer-size"),
+        (
+            2,
+            (*PP2, "--num-layers-per-virtual-pipeline-stage=1", "--dataset-provider=energon"),
+            "runs without virtual stages",
+        ),
         (1, ("--packing-buffer-size", "8"), "packs what --dataset-provider energon reads"),
         (
             1,

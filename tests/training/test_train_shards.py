@@ -105,8 +105,9 @@ def test_going_on_at_another_layout(spoken, tmp_path):
     for iteration, row in whole.items():
         assert again[iteration]["loss"] == pytest.approx(row["loss"], rel=1e-5)
     for more, message in (
-        ((), "was trained with 1 data-parallel ranks, and this run has 2"),
-        ((*TP2, "--num-workers", "2"), "was trained with 0 --num-workers, and this run has 2"),
+        ((), "was trained with data-parallel size 1, and this run has 2"),
+        ((*TP2, "--micro-batch-size=4"), "was trained with --micro-batch-size 2"),
+        ((*TP2, "--num-workers", "2"), "was trained with --num-workers 0, and this run has 2"),
     ):
         done = run_train(*flags(spoken, tmp_path / "dp", *more, "--train-iters", "8"), processes=2)
         assert done.returncode == 2

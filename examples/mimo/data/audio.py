@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 import soundfile
@@ -11,8 +12,10 @@ from torchaudio.functional import resample
 
 from examples.mimo.data.sources import Source, open_source
 
-# What fits is read, so a long file costs no memory; the rate is bounded to bound that.
+# What fits is read, so a long file costs no memory; the rate is bounded to bound that, and the
+# numbers of the filter that changes it: 44,100 to 16,000 Hz takes 441 times 160.
 MAX_SAMPLE_RATE_HZ = 768_000
+MAX_KERNEL = 10_000_000
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
 
 
@@ -27,7 +30,7 @@ def read_audio(
     """
     try:
         with open_source(source, "audio") as stream, soundfile.SoundFile(stream) as sound:
-            _check_header(sound, source, max_seconds, truncate)
+            _check_header(sound, source, sample_rate_hz, max_seconds, truncate)
             rate = sound.samplerate
             wanted = min(sound.frames, int(np.ceil(max_seconds * rate)))
             samples = sound.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
@@ -47,12 +50,22 @@ def read_audio(
 
 
 def _check_header(
-    sound: soundfile.SoundFile, source: Source, max_seconds: float, truncate: bool
+    sound: soundfile.SoundFile,
+    source: Source,
+    sample_rate_hz: int,
+    max_seconds: float,
+    truncate: bool,
 ) -> None:
     if sound.frames <= 0:
         raise ValueError(f"{source}: the recording has no samples")
     if sound.samplerate > MAX_SAMPLE_RATE_HZ:
         raise ValueError(f"{source}: {sound.samplerate:,} Hz is not a rate of sound recordings")
+    common = math.gcd(sound.samplerate, sample_rate_hz)
+    if sound.samplerate // common * (sample_rate_hz // common) > MAX_KERNEL:
+        raise ValueError(
+            f"{source}: {sound.samplerate:,} Hz and {sample_rate_hz:,} Hz have no useful "
+            "divisor in common; resample the file"
+        )
     seconds = sound.frames / sound.samplerate
     if seconds > max_seconds and not truncate:
         raise ValueError(

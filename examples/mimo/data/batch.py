@@ -180,7 +180,9 @@ def take_share(batch: Batch, number: int, shares: int) -> Batch:
         return {name: tensor[share] for name, tensor in inputs.items()}
 
     shared = {modality: mine(inputs) for modality, inputs in batch.modality_inputs.items()}
-    return dataclasses.replace(batch, modality_inputs=shared)
+    # One share counts what was skipped on the way.
+    refused = batch.refused if number == 0 else []
+    return dataclasses.replace(batch, modality_inputs=shared, refused=refused)
 
 
 def share_batch(

@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 from examples.mimo.data.sources import Source, open_source
 
 MAX_PIXELS = 64_000_000
+# A longer one becomes a huge picture when its short side is scaled to an encoder's.
+MAX_RATIO = 200
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".img")
 FITS = ("crop", "stretch", "pad")
 
@@ -21,7 +23,7 @@ def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in RGB: upright as its EXIF says, 16 bits scaled to 8, black behind alpha.
 
     Raises ValueError, one line, when the file is missing, empty, truncated, not a picture, or
-    holds more than `max_pixels` (checked before any pixel is decoded).
+    holds more than `max_pixels` or is a mere line (checked before any pixel is decoded).
     """
     with warnings.catch_warnings():
         # The limit below is checked, and named, by this function.
@@ -37,6 +39,10 @@ def _open(source: Source, max_pixels: int) -> Image.Image:
                 raise ValueError(
                     f"{source}: {width} x {height} is {width * height:,} pixels, more than "
                     f"{max_pixels:,}; scale the picture down"
+                )
+            if max(width, height) > MAX_RATIO * min(width, height):
+                raise ValueError(
+                    f"{source}: {width} x {height} is more than {MAX_RATIO} times as long as wide"
                 )
             picture.load()
             return _to_rgb(ImageOps.exif_transpose(picture))

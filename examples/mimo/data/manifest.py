@@ -18,6 +18,7 @@ from examples.mimo.data.samples import Find, Inside
 from examples.mimo.data.sources import Blob
 
 MAX_LIST_BYTES = 4 * 2**30
+MAX_FILE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def _lines(manifest: Path, find: Find, config: MimoConfig) -> Iterator[Entry]:
             elif line.strip():
                 try:
                     record = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                # Numbers of too many digits are a ValueError too.
+                except (ValueError, RecursionError) as error:
                     yield Entry(place, problem=f"not JSON ({error})")
                 else:
                     yield _entry(place, record, find, config, f"line-{number:08d}")
@@ -77,7 +79,7 @@ def _list(manifest: Path, find: Find, config: MimoConfig) -> Iterator[Entry]:
         raise ValueError(f"--manifest {manifest}: larger than {MAX_LIST_BYTES:,} bytes; use .jsonl")
     try:
         records = json.loads(manifest.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--manifest {manifest}: not JSON ({error})") from None
     if not isinstance(records, list):
         raise ValueError(f"--manifest {manifest}: must hold a list of samples")
@@ -92,7 +94,7 @@ def _entry(
     if not isinstance(record, dict):
         return Entry(place, problem="a sample must be a JSON object")
     named = record.get("key", record.get("id", key))
-    if not isinstance(named, (str, int)) or str(named) == "":
+    if not _is_name(named):
         return Entry(place, problem=f"the key {named!r} is no name")
     known = {field: value for field, value in record.items() if field != "id"}
     for name, modality in config.modalities.items():
@@ -103,6 +105,13 @@ def _entry(
     return Entry(place, {**known, "key": str(named)}, find, may_repeat=may_repeat)
 
 
+def _is_name(key: Any) -> bool:
+    """A number, or text that can be written."""
+    if isinstance(key, int):
+        return True
+    return isinstance(key, str) and key != "" and key.encode(errors="replace").decode() == key
+
+
 @dataclass(frozen=True)
 class TarParts:
     """The parts of one sample inside a tar file: name -> (offset, bytes)."""
@@ -111,11 +120,17 @@ class TarParts:
     key: str
     parts: Mapping[str, tuple[int, int]]
 
+    def place(self, name: str) -> tuple[int, int]:
+        """Offset and bytes of a part, whose name may begin with the key; zeros without it."""
+        return self.parts.get(name.removeprefix(f"{self.key}."), (0, 0))
+
     def __call__(self, name: str) -> Blob:
         part = name.removeprefix(f"{self.key}.")
         if part not in self.parts:
             raise ValueError(f"{name}: no such part in {self.tar.name}")
         offset, size = self.parts[part]
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{name}: {size:,} bytes, more than {MAX_FILE_BYTES:,}")
         with self.tar.open("rb") as stream:
             stream.seek(offset)
             return Blob(f"{self.key}.{part}", stream.read(size))
@@ -132,11 +147,14 @@ def _shards(tars: Sequence[Path], config: MimoConfig) -> Iterator[Entry]:
             place = f"{tar.name}, {parts.key}"
             try:
                 content = dict.fromkeys(parts.parts, b"")
-                if parts.parts.get("json", (0, 0))[1] > MAX_RECORD_BYTES:
+                if parts.place("json")[1] > MAX_RECORD_BYTES:
                     raise ValueError(f"{parts.key}.json is larger than {MAX_RECORD_BYTES:,} bytes")
                 if "json" in content:
                     content["json"] = parts("json").data
-                yield Entry(place, record_of(parts.key, content, config), parts)
+                record = record_of(parts.key, content, config)
+                if not _is_name(record["key"]):
+                    raise ValueError(f"the key {record['key']!r} is no name")
+                yield Entry(place, {**record, "key": str(record["key"])}, parts)
             except ValueError as error:
                 yield Entry(place, problem=str(error))
 
@@ -145,10 +163,11 @@ def members(tar: Path) -> Iterator[TarParts]:
     """The samples of a tar file, whose parts stand side by side."""
     key = ""
     parts: dict[str, tuple[int, int]] = {}
-    with tarfile.open(tar) as found:
+    # Offsets are used later, so a compressed file is none of these.
+    with tarfile.open(tar, "r:") as found:
         for member in found:
             base, dot, part = member.name.rpartition("/")[2].partition(".")
-            if not member.isreg() or not dot or not base:
+            if not member.isreg() or member.issparse() or not dot or not base:
                 continue
             if base != key and parts:
                 yield TarParts(tar, key, parts)

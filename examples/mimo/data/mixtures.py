@@ -70,7 +70,8 @@ def _entries(content: Any, path: Path) -> list[dict[str, Any]]:
     entries = content if isinstance(content, list) else [content]
     checked = []
     for entry in entries:
-        if not isinstance(entry, dict) or "path" not in entry or set(entry) - FIELDS:
+        understood = isinstance(entry, dict) and isinstance(entry.get("path"), str)
+        if not understood or set(entry) - FIELDS:
             raise ValueError(
                 f"{path}: {entry!r} is not understood; write path, and weight and split_part "
                 "where needed, one or several under blend"
@@ -84,6 +85,15 @@ def _entries(content: Any, path: Path) -> list[dict[str, Any]]:
     return checked
 
 
+def num_samples(part: Part) -> int:
+    """How many samples energon counted in a folder, all splits together."""
+    for name in (".info.json", ".info.yaml"):
+        info = part.path / META / name
+        if info.is_file():
+            return sum(yaml.safe_load(info.read_text(encoding="utf-8"))["shard_counts"].values())
+    raise ValueError(f"--data-path {part.path}: no .info.json in its {META}; prepare it again")
+
+
 def _folder(path: Path, split: str, weight: float) -> Part:
     if not (path / META).is_dir():
         raise ValueError(
@@ -91,8 +101,22 @@ def _folder(path: Path, split: str, weight: float) -> Part:
         )
     splits = path / META / "split.yaml"
     if splits.is_file():
-        known = (yaml.safe_load(splits.read_text(encoding="utf-8")) or {}).get("split_parts") or {}
+        known = _splits(splits)
         if not known.get(split):
             full = ", ".join(name for name, shards in known.items() if shards)
             raise ValueError(f"--data-path {path}: no split {split!r} in it; there is {full}")
+    else:
+        raise ValueError(f"--data-path {path}: no split.yaml in its {META}; prepare it again")
     return Part(path.resolve(), split, weight)
+
+
+def _splits(file: Path) -> dict[str, Any]:
+    """The shards of each split."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    known = content.get("split_parts") if isinstance(content, dict) else None
+    if not isinstance(known, dict):
+        raise ValueError(f"{file}: no split_parts in it; prepare the folder again")
+    return known

@@ -106,7 +106,7 @@ def _remove_strangers(draft: Path, shards: set[str]) -> None:
 def _write_rejected(draft: Path, rejected: list[Rejected]) -> None:
     with (draft / REJECTED).open("w", encoding="utf-8") as stream:
         for row in sorted(rejected, key=lambda row: row["place"]):
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(row) + "\n")
 
 
 def index_shards(folder: Path, shards: list[str], splits: list[str], num_workers: int) -> None:

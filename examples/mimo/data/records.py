@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def record_of(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dict[
         )
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"sample {key}: {key}.json is not JSON ({error})") from None
     if isinstance(record, list):
         record = {"conversations": record}
@@ -37,12 +38,18 @@ def record_of(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dict[
     if any(name in record for name in config.modalities):
         return record
     for name, modality in config.modalities.items():
-        found = sorted(part for part in parts if part.lower().endswith(modality.encoder.suffixes))
+        named = [part for part in parts if part.lower().endswith(modality.encoder.suffixes)]
+        found = sorted(named, key=_by_number)
         # A part may be named by its suffix alone, as KEY.mp4.
         found += [part for part in parts if f".{part.lower()}" in modality.encoder.suffixes]
         if found:
             record[name] = found
     return record
+
+
+def _by_number(part: str) -> list[tuple[int, str]]:
+    """Orders 2.jpg before 10.jpg."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", part)]
 
 
 def find_in(key: str, parts: Mapping[str, bytes]) -> Find:

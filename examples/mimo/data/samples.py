@@ -63,7 +63,7 @@ class SampleReader:
     ) -> Sample:
         """The sample of a JSON record; `find` knows the files that it names."""
         key = str(record.get("key"))
-        self._refuse_unknown_media(record, key)
+        refuse_unknown_media(record, key, self.config)
         files = {name: _files(record, name, key, find) for name in self.config.modalities}
         pieces = to_pieces(parse_turns(record.get("conversations"), key), self.config)
         return self.from_pieces(pieces, files, key, generator)
@@ -107,15 +107,17 @@ class SampleReader:
             raw = encoder.augment(raw, generator)
         return encoder.preprocess(raw)
 
-    def _refuse_unknown_media(self, record: Mapping[str, Any], key: str) -> None:
-        for name, value in record.items():
-            is_media = isinstance(value, list) and value and isinstance(value[0], str)
-            if is_media and name not in self.config.modalities:
-                raise ValueError(
-                    f"sample {key}: holds {name}, but {self.config.name} takes "
-                    f"{', '.join(self.config.modalities) or 'text only'}; choose another "
-                    "--model-provider or --train-split"
-                )
+
+def refuse_unknown_media(record: Mapping[str, Any], key: str, config: MimoConfig) -> None:
+    """ValueError for files of a modality that `config` does not have."""
+    for name, value in record.items():
+        is_media = isinstance(value, list) and value and isinstance(value[0], str)
+        if is_media and name not in config.modalities:
+            raise ValueError(
+                f"sample {key}: holds {name}, but {config.name} takes "
+                f"{', '.join(config.modalities) or 'text only'}; choose another "
+                "--model-provider or --train-split"
+            )
 
 
 def _files(record: Mapping[str, Any], name: str, key: str, find: Find) -> list[Source]:

@@ -23,10 +23,10 @@ from typing import Any
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import check_media, parse_turns, to_pieces
-from examples.mimo.data.manifest import Entry
+from examples.mimo.data.manifest import MAX_FILE_BYTES, Entry, TarParts
+from examples.mimo.data.samples import refuse_unknown_media
 from examples.mimo.data.sources import Blob, Source
 
-MAX_FILE_BYTES = 2**30
 SUMMARIES = ".summaries"
 
 Rejected = dict[str, str]
@@ -48,11 +48,17 @@ class Shard:
     items: list[Item] = field(default_factory=list)
     num_bytes: int = 0
 
-    def digest(self) -> str:
-        """A name for what goes in."""
-        found = hashlib.sha256()
+    def digest(self, config: MimoConfig) -> str:
+        """A name for what goes in, and for the model that checks it."""
+        found = hashlib.sha256(repr(config).encode())
         for item in self.items:
-            line = [item.key, item.entry.place, item.entry.record, repr(item.entry.find)]
+            line: list[object] = [
+                item.key,
+                item.entry.place,
+                item.entry.record,
+                repr(item.entry.find),
+            ]
+            line += [_stamp(item.entry, name) for name in _files(item.entry)]
             found.update(json.dumps(line, sort_keys=True, default=str).encode())
         return found.hexdigest()
 
@@ -65,7 +71,7 @@ class Planner:
     shard_bytes: int
     shard_samples: int
     rejected: list[Rejected] = field(default_factory=list)
-    _used: set[str] = field(default_factory=set)
+    _used: Counter[str] = field(default_factory=Counter)
     _open: dict[str, Shard] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
 
@@ -91,17 +97,21 @@ class Planner:
             self.rejected.append({"place": entry.place, "key": "", "reason": entry.problem})
             return None
         name = entry.record["key"]
-        key = base = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
-        number = 1
-        while key in self._used:
-            if key == name and not entry.may_repeat:
-                reason = f"the key {name} was used before"
-                self.rejected.append({"place": entry.place, "key": name, "reason": reason})
-                return None
-            number += 1
-            key = f"{base}-{number}"
-        self._used.add(key)
-        return Item(key, entry)
+        self._used[name] += 1
+        if self._used[name] > 1 and not entry.may_repeat:
+            reason = f"the key {name} was used before"
+            self.rejected.append({"place": entry.place, "key": name, "reason": reason})
+            return None
+        return Item(_part_name(name, self._used[name]), entry)
+
+
+def _part_name(key: str, time: int) -> str:
+    """What a sample's parts are called: its key if it can be, else a part of it and its hash."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", key)[:60]
+    if name == key and time == 1:
+        return name
+    digest = hashlib.sha256(f"{key}\n{time}".encode()).hexdigest()
+    return f"{name}-{digest[:12]}"
 
 
 def split_of(key: str, splits: dict[str, float]) -> str:
@@ -114,24 +124,27 @@ def split_of(key: str, splits: dict[str, float]) -> str:
     return next(reversed(splits))
 
 
+def _files(entry: Entry) -> list[str]:
+    """The names of files in a record."""
+    lists = [value for value in entry.record.values() if isinstance(value, list)]
+    return [name for value in lists for name in value if isinstance(name, str)]
+
+
 def _weight(entry: Entry) -> int:
     """Bytes of the files that a record names; nothing for what is not there."""
-    total = 0
-    for value in entry.record.values():
-        if isinstance(value, list) and all(isinstance(name, str) for name in value):
-            for name in value:
-                total += _size(entry, name)
-    return total
+    return sum(_stamp(entry, name)[0] for name in _files(entry))
 
 
-def _size(entry: Entry, name: str) -> int:
-    parts = getattr(entry.find, "parts", None)
-    if parts is not None:
-        return int(parts.get(name, (0, 0))[1])
+def _stamp(entry: Entry, name: str) -> tuple[int, int]:
+    """Bytes of a file and when it changed; of a part of a tar file, where it lies."""
+    if isinstance(entry.find, TarParts):
+        offset, size = entry.find.place(name)
+        return size, offset
     try:
-        return os.stat(entry.find(name)).st_size  # type: ignore[arg-type]
+        found = os.stat(entry.find(name))  # type: ignore[arg-type]
     except (ValueError, OSError):
-        return 0
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def write_shards(
@@ -171,7 +184,7 @@ def write_shards(
 def write_shard(shard: Shard, draft: Path, config: MimoConfig) -> dict[str, Any]:
     """One shard, or what an earlier run wrote of it."""
     summary_file = draft / SUMMARIES / f"{shard.name}.json"
-    digest = shard.digest()
+    digest = shard.digest(config)
     if summary_file.is_file():
         known = json.loads(summary_file.read_text(encoding="utf-8"))
         if known["digest"] == digest:
@@ -218,6 +231,7 @@ def checked_parts(key: str, entry: Entry, config: MimoConfig) -> dict[str, bytes
     """
     record = dict(entry.record)
     name = record["key"]
+    refuse_unknown_media(record, name, config)
     turns = parse_turns(record.get("conversations"), name)
     if not any(turn.is_answer for turn in turns):
         raise ValueError("no turn is an answer")

@@ -120,8 +120,9 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         self.refused.append(BadSample(key, f"{kind}{error}"))
         if len(self.refused) > self.max_bad_samples:
             raise FatalSampleError(
-                f"{len(self.refused)} samples in a row could not be read, more than "
-                f"--max-bad-samples {self.max_bad_samples}; the last: {self.refused[-1].reason}"
+                f"{len(self.refused)} samples since the last micro-batch could not be read, "
+                f"more than --max-bad-samples {self.max_bad_samples}; the last: "
+                f"{self.refused[-1].reason}"
             )
 
     def select_samples_to_pack(self, samples: list[ShardSample]) -> list[list[ShardSample]]:
@@ -290,12 +291,23 @@ def worker_config(rank: int, world_size: int, num_workers: int, seed: int) -> Wo
 def _dataset(build: Callable[..., Any], part: Part, workers: WorkerConfig) -> LoadedDataset:
     """Energon's own description in `.nv-meta/dataset.yaml` may name code, so it is not read."""
     dataset = build(EPath(part.path), split_part=part.split, worker_config=workers, decoder=None)
-    if not len(dataset):
-        raise ValueError(f"--data-path {part.path}: no samples in its split {part.split!r}")
+    readers = workers.world_size * max(1, workers.num_workers)
+    if len(dataset) < readers:
+        raise ValueError(
+            f"--data-path {part.path}: {len(dataset)} samples in its split {part.split!r}, but "
+            f"{readers} data-parallel ranks and workers want one each"
+        )
     return LoadedDataset(dataset=dataset, weight=part.weight)
 
 
 def endless(loader: SavableDataLoader) -> Iterator[Batch]:
-    """Pass after pass over a loader."""
+    """Pass after pass over a loader; ValueError when a pass is empty."""
     while True:
-        yield from loader
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            raise ValueError(
+                "the validation split has less than a micro-batch for a data-parallel rank; "
+                "prepare more of it, or leave --eval-iters at 0"
+            )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import statistics
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,28 +78,34 @@ def look(
     if not tars:
         raise ValueError(f"{folder}: no shards (.tar) in this folder")
     found = Statistics()
-    page: list[Shown] = []
+    chosen: list[Shown] = []
     for tar in tars:
         split = tar.name.rpartition("-")[0] or tar.stem
-        for number, parts in enumerate(members(tar)):
-            if number >= limit:
-                break
+        for parts in itertools.islice(_members(tar), limit):
             try:
                 sample, raw = _read(parts, reader)
-            except ValueError as error:
+            # A damaged file can make a decoder fail in any way.
+            except Exception as error:
                 found.refused[_kind(str(error))] += 1
                 continue
             _count(found, split, sample, raw, reader.config)
-            if len(page) < shown:
-                page.append(Shown(sample, split, _previews(raw, reader.config)))
+            if len(chosen) < shown:
+                chosen.append(Shown(sample, split, _previews(raw, reader.config)))
     _add_rejected(found, folder)
-    return found, page
+    return found, chosen
+
+
+def _members(tar: Path) -> Iterator[TarParts]:
+    try:
+        yield from members(tar)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{tar}: a damaged tar file ({error})") from None
 
 
 def _read(parts: TarParts, reader: SampleReader) -> tuple[Sample, dict[str, list[object]]]:
     """A sample, and its decoded media by modality."""
     content = dict.fromkeys(parts.parts, b"")
-    if parts.parts.get("json", (0, 0))[1] > MAX_RECORD_BYTES:
+    if parts.place("json")[1] > MAX_RECORD_BYTES:
         raise ValueError(f"sample {parts.key}: its record is too large")
     if "json" in content:
         content["json"] = parts("json").data

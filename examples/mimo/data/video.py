@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ def read_frames(
             seconds = _check(container, source, max_pixels)
             step = max(1 / frames_per_second, seconds / max_frames)
             # Decoding ends early where the container does not know how long it is.
-            frames = [frame.to_image() for frame in _every(container, step)][:max_frames]
+            wanted = itertools.islice(_every(container, step, source, max_pixels), max_frames)
+            frames = [frame.to_image() for frame in wanted]
     except av.error.FFmpegError as error:
         raise ValueError(f"{source}: not a video that can be read ({error.strerror})") from None
     expected = max(1, min(max_frames, int(seconds / step)))
@@ -53,7 +55,7 @@ def read_frames(
 
 
 def _check(container: InputContainer, source: Source, max_pixels: int) -> float:
-    """The seconds that the header speaks of."""
+    """The seconds of pictures that the header speaks of."""
     if not container.streams.video:
         raise ValueError(f"{source}: no pictures in this file")
     video = container.streams.video[0]
@@ -64,15 +66,20 @@ def _check(container: InputContainer, source: Source, max_pixels: int) -> float:
             f"{max_pixels:,} can be read"
         )
     seconds = (container.duration or 0) / 1e6
+    if video.duration and video.time_base:
+        seconds = float(video.duration * video.time_base)
     if seconds > MAX_SECONDS:
         raise ValueError(f"{source}: {seconds:,.0f} seconds of video, but {MAX_SECONDS:,.0f} fit")
     return seconds
 
 
-def _every(container: InputContainer, step: float) -> Iterator[VideoFrame]:
-    """The first frame at or after 0, `step`, 2 `step` ... seconds from the start."""
+def _every(
+    container: InputContainer, step: float, source: Source, max_pixels: int
+) -> Iterator[VideoFrame]:
+    """What is on the screen 0, `step`, 2 `step` ... seconds after the first frame."""
     start: Any = None
-    wanted = 0
+    passed, wanted = 0.0, 0
+    shown: VideoFrame | None = None
     for frame in container.decode(video=0):
         if frame.time is None:
             continue
@@ -80,7 +87,12 @@ def _every(container: InputContainer, step: float) -> Iterator[VideoFrame]:
         passed = frame.time - start
         if passed > MAX_SECONDS:
             return
+        if frame.width * frame.height > max_pixels:
+            raise ValueError(f"{source}: a frame of {frame.width} x {frame.height} is too large")
         # Times are rounded to the container's clock.
-        if passed + 1e-3 >= wanted * step:
+        while shown is not None and passed > wanted * step + 1e-3:
             wanted += 1
-            yield frame
+            yield shown
+        shown = frame
+    if shown is not None and passed + 1e-3 >= wanted * step:
+        yield shown

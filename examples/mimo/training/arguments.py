@@ -21,6 +21,7 @@ from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields, with_token_ids
 from examples.mimo.models.layer_specs import has_transformer_engine
 from examples.mimo.models.whisper import whisper_fields
+from examples.mimo.training.data_flags import complete_data_flags
 from examples.mimo.training.flags import SHARDED, add_own_flags
 from examples.mimo.training.freezing import check_freeze
 from examples.mimo.training.layout import (
@@ -194,31 +195,10 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
     if args.encoder_seq_length:
         # Megatron's older name.
         args.seq_length, args.encoder_seq_length = args.encoder_seq_length, None
-    _complete_data_flags(args)
+    complete_data_flags(args)
     # Rotary positions have no end, but Megatron wants one that --seq-length does not pass.
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     return args
-
-
-def _complete_data_flags(args: argparse.Namespace) -> None:
-    """What the flags about data say of one another."""
-    sharded = args.dataset_provider in SHARDED
-    args.valid_split = args.valid_split or ("val" if sharded else "heldout")
-    args.total_seq_length = args.total_seq_length or args.seq_length
-    if sharded and args.save:
-        args.dataloader_save = args.save
-    if args.packing_buffer_size is None:
-        return
-    if not sharded:
-        raise ValueError("--packing-buffer-size packs what --dataset-provider energon reads")
-    if args.packing_buffer_size < 1:
-        raise ValueError(f"--packing-buffer-size {args.packing_buffer_size}: at least 1")
-    if args.micro_batch_size != 1:
-        raise ValueError(
-            f"--micro-batch-size {args.micro_batch_size} with --packing-buffer-size: a micro-batch "
-            "is one packed row; leave it at 1 and choose --total-seq-length"
-        )
-    args.pack_sequences = True
 
 
 def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
@@ -353,6 +333,11 @@ def _check_virtual_stages(args: argparse.Namespace) -> None:
             "--encoder-ranks runs without virtual stages: Megatron's schedule for modules on ranks "
             'of their own is not interleaved ("MimoModel does not support virtual pipeline '
             'parallelism")'
+        )
+    if args.dataset_provider in SHARDED:
+        raise ValueError(
+            f"--dataset-provider {args.dataset_provider} runs without virtual stages: Megatron "
+            "saves the place in the data of one iterator a rank, not of one a virtual stage"
         )
     stages, count = args.pipeline_model_parallel_size, num_micro_batches(args)
     left = count % (args.microbatch_group_size_per_vp_stage or stages)

@@ -120,8 +120,10 @@ def tokenizer_path(args: argparse.Namespace) -> Path | None:
     """`--tokenizer-model`, else the data folder's, else that of the weights, else none."""
     if args.tokenizer_model:
         return Path(args.tokenizer_model)
-    if args.data_path and (Path(args.data_path[0]) / "tokenizer.model").is_file():
-        return Path(args.data_path[0]) / "tokenizer.model"
+    for name in ("tokenizer.model", "tokenizer.json") if args.data_path else ():
+        file = Path(args.data_path[0]) / name
+        if file.is_file():
+            return file.parent if name == "tokenizer.json" else file
     start = starting_point(args)
     if start and (start / TOKENIZER).is_dir():
         return start / TOKENIZER

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron.training import get_args
 
 from examples.mimo.data.batch import Batch, take_share
 from examples.mimo.data.loader_states import from_plain, to_plain
+from examples.mimo.data.mixtures import num_samples, read_mixture
 from examples.mimo.data.samples import Sample, SampleReader
 from examples.mimo.data.shards import (
     ConversationEncoder,
@@ -41,16 +43,16 @@ class RememberedBatches(ShardBatches):
     language model's first stage, where Megatron asks.
     """
 
-    def __init__(self, loaders: Sequence[Any], layout: dict[str, int]) -> None:
+    def __init__(self, loaders: Sequence[Any], dealt: dict[str, Any]) -> None:
         super().__init__(loaders)
-        self.layout = layout
+        self.dealt = dealt
 
     def save_state(self) -> Any:
         """For `megatron.training.checkpointing`; None where another rank saves."""
         if own_module(get_args()) not in (None, LANGUAGE) or mpu.get_context_parallel_rank():
             return None
         return {
-            "layout": self.layout,
+            "dealt": self.dealt,
             "bad_samples": BAD_SAMPLES.count,
             "loaders": to_plain(super().save_state()),
         }
@@ -87,8 +89,7 @@ def shard_iterators(
         )
         for rank in ranks
     ]
-    layout = {"data_parallel": args.data_parallel_size, "workers": args.num_workers}
-    train = RememberedBatches(loaders, layout)
+    train = RememberedBatches(loaders, _dealt(args, path))
     _restore(args, train, ranks)
     if not args.eval_iters:
         return train, None
@@ -119,7 +120,7 @@ def first_shard_batches(
         args.micro_batch_size,
         args.shuffle_buffer_size,
     )
-    batches = iter(loader)
+    batches = ShardBatches([loader])
     return [next(batches) for _ in range(count)]
 
 
@@ -139,8 +140,6 @@ def _share(collate: Collate, number: int, shares: int, samples: Sequence[Sample]
 
 
 def _joined(loaders: Sequence[Any]) -> Iterator[Batch]:
-    if len(loaders) == 1:
-        return endless(loaders[0])
     batches = ShardBatches(loaders)
     batches._iterators = [endless(loader) for loader in loaders]
     return batches
@@ -153,10 +152,12 @@ def _restore(args: argparse.Namespace, train: RememberedBatches, ranks: Sequence
     folder = Path(args.load) / f"iter_{args.iteration:07d}"
     saved = sorted(folder.glob("*/train_dataloader_dprank*.pt"))
     if not saved:
+        if args.rank == 0:
+            print("  the checkpoint holds no place in the data, which begins anew", file=sys.stderr)
         return
     states = [_load_state(saved[0].with_name(STATE_FILE.format(rank))) for rank in ranks]
     for state in states:
-        _check_layout(folder, state["layout"], train.layout)
+        _check_same_deal(folder, state["dealt"], train.dealt)
     train.restore_state([state["loaders"][0] for state in states])
     BAD_SAMPLES.count = sum(state["bad_samples"] for state in states)
 
@@ -175,13 +176,27 @@ def _load_state(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: damaged ({' '.join(str(error).split())[:200]})") from None
 
 
-def _check_layout(folder: Path, saved: dict[str, int], now: dict[str, int]) -> None:
-    """Energon deals samples out by rank and worker, so both must be as many as before."""
-    words = {"data_parallel": "data-parallel ranks", "workers": "--num-workers"}
-    for name, words_for in words.items():
-        if saved[name] != now[name]:
+def _dealt(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """What decides which sample comes when, in the words of a message."""
+    parts = read_mixture(path, args.train_split)
+    return {
+        "data-parallel size": args.data_parallel_size,
+        "--num-workers": args.num_workers,
+        "--micro-batch-size": args.micro_batch_size,
+        "--shuffle-buffer-size": args.shuffle_buffer_size,
+        "--packing-buffer-size": args.packing_buffer_size or 0,
+        "--total-seq-length": args.total_seq_length if args.packing_buffer_size else 0,
+        "--seed": args.seed,
+        "samples": sum(num_samples(part) for part in parts),
+    }
+
+
+def _check_same_deal(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError unless the samples are dealt out as before."""
+    for name, value in now.items():
+        if saved.get(name) != value:
             raise ValueError(
-                f"--load {folder.parent}: was trained with {saved[name]} {words_for}, and this run "
-                f"has {now[name]}; the samples of an epoch cannot be dealt out anew: keep the "
-                "number, or begin the data anew with --finetune"
+                f"--load {folder.parent}: was trained with {name} {saved.get(name)}, and this run "
+                f"has {value}; the samples of an epoch cannot be dealt out anew: keep it, or "
+                "begin the data anew with --finetune"
             )
