@@ -178,6 +178,7 @@ def test_shards_of_megatrons_example_are_taken_as_they_are(tiny, tmp_path):
     assert found["s3_100"]["images.0.img"] == broken.GOOD["good.png"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(data_folder, tmp_path):
     flags = ["--manifest", str(data_folder / "train.jsonl"), "--shard-samples", "20"]
     whole = run_command("prepare_data.py", "webdataset", *flags, "--output", str(tmp_path / "a"))

@@ -89,7 +89,7 @@ def test_a_wrong_count_names_sample_file_and_both_numbers(tiny, model):
     short = [i for i in batch.input_ids[0].tolist() if i != 4]
     short += [4] * 15
     row = TokenRow(short, [*short[1:], 0], [0] * len(short))
-    pixels = {"pixel_values": torch.zeros(3, 32, 32)}
+    pixels = {"pixel_values": torch.zeros(1, 3, 32, 32)}
     sample = Sample("cat-7", row, {"images": [pixels]}, {"images": ["photos/cat.png"]})
     batch = collate([sample])
     with pytest.raises(MediaCountError) as error:

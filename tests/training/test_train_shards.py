@@ -208,6 +208,7 @@ def test_bad_samples_are_counted_named_and_bounded(data_folder, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_megatrons_example_folder_and_flags(data_folder, tmp_path):
     """Its run_avlm_train.sh on its layout of shards: sizes reduced, without Weights & Biases."""
     folder = tmp_path / "data"
