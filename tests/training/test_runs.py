@@ -16,18 +16,20 @@ SMALL = (
 SMALL_ENCODERS = {
     "images": ("images.encoder.num_layers=2", "images.encoder.width=64"),
     "audios": ("audios.encoder.num_layers=1", "audios.encoder.width=64"),
+    "videos": ("videos.encoder.num_layers=2", "videos.encoder.width=64"),
 }
-SMALL_HEADS = {"images": ("images.encoder.num_heads=4",), "audios": ("audios.encoder.num_heads=4",)}
-MODALITIES = {"llava_vlm": ("images",), "llava_avlm": ("images", "audios")}
+SMALL_HEADS = {name: (f"{name}.encoder.num_heads=4",) for name in SMALL_ENCODERS}
+MODALITIES = {"llava_vlm": ("images",), "video_llava_vlm": ("videos",)}
+MODALITIES["llava_avlm"] = ("images", "audios")
 for name in ("scale_1b_avlm", "llava_avlm_tuned", "qwen3_avlm", "smollm2_avlm"):
     MODALITIES[name] = MODALITIES["llava_avlm"]
 
-# llava_vlm hears nothing, so it does not fit questions that are spoken.
+# These hear nothing, so they do not fit questions that are spoken.
 PAIRS = [
     (model, dataset)
     for model in MODEL_PROVIDERS
     for dataset in ("spoken_questions", "mock")
-    if (model, dataset) != ("llava_vlm", "spoken_questions")
+    if dataset == "mock" or model not in ("llava_vlm", "video_llava_vlm")
 ]
 
 
