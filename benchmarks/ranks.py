@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch.multiprocessing
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM = "benchmarks.warm"
@@ -26,7 +26,7 @@ WARM = "benchmarks.warm"
 def run(script: str, *flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """What `script`, a path from the root of the repository, did on all its ranks."""
     multiprocessing.set_forkserver_preload([WARM])
-    returncode = 0
+    returncode, traceback = 0, ""
     with tempfile.TemporaryDirectory() as folder:
         printed = Path(folder, "stdout"), Path(folder, "stderr")
         for file in printed:
@@ -40,8 +40,10 @@ def run(script: str, *flags: str, processes: int = 1) -> subprocess.CompletedPro
             )
         except ProcessExitedException as failed:
             returncode = failed.exit_code
+        except ProcessRaisedException as failed:
+            returncode, traceback = 1, str(failed)
         out, err = (file.read_text(encoding="utf-8") for file in printed)
-    return subprocess.CompletedProcess([script, *flags], returncode, out, err)
+    return subprocess.CompletedProcess([script, *flags], returncode, out, err + traceback)
 
 
 def _rank(
@@ -63,12 +65,7 @@ def _rank(
         MASTER_PORT=str(port),
     )
     sys.argv = [script, *flags]
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except Exception:
-        # Whatever a script fails with ends its process, as under torchrun: on stderr, status 1.
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def _free_port() -> int:
