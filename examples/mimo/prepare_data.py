@@ -20,6 +20,7 @@ from typing import Any
 
 from examples.mimo import command
 from examples.mimo.configs import MODEL_PROVIDERS
+from examples.mimo.configs.schema import MimoConfig
 
 
 def main() -> None:
@@ -59,14 +60,9 @@ def webdataset(args: argparse.Namespace) -> None:
         tokenizer = media / "tokenizer.model"
     if tokenizer and not tokenizer.exists():
         raise ValueError(f"--tokenizer {tokenizer}: no such file or folder")
-    from examples.mimo import host
-
-    host.install()
-    from examples.mimo.configs import get_model_config
-    from examples.mimo.configs.schema import with_fields
+    config = _config(args)
     from examples.mimo.data.prepare_shards import Options, prepare
 
-    config = with_fields(get_model_config(args.model_provider), args.config_fields)
     options = Options(
         args.manifest,
         media,
@@ -77,7 +73,7 @@ def webdataset(args: argparse.Namespace) -> None:
         num_workers,
         tokenizer,
     )
-    about = prepare(options, config)
+    about = prepare(options, config, _Progress())
     counts = ", ".join(f"{name} {count:,}" for name, count in sorted(about["samples"].items()))
     refused = f"; {about['rejected']:,} refused, see rejected.jsonl" * bool(about["rejected"])
     print(f"{args.output}: {counts} samples in {about['shards']} shards{refused}", file=sys.stderr)
@@ -89,22 +85,28 @@ def show(args: argparse.Namespace) -> None:
     tokenizer = args.tokenizer or args.folder
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
-    from examples.mimo import host
-
-    host.install()
-    from examples.mimo.configs import get_model_config
-    from examples.mimo.configs.schema import with_fields
+    config = _config(args)
     from examples.mimo.data.samples import SampleReader
     from examples.mimo.data.show_shards import look, page
     from examples.mimo.data.tokenizer import load_tokenizer
 
-    config = with_fields(get_model_config(args.model_provider), args.config_fields)
     reader = SampleReader(config, load_tokenizer(tokenizer), args.seq_length or sys.maxsize)
     found, shown = look(args.folder, reader, limit, count)
     print("\n".join(found.lines()))
     output = args.html or Path(f"{args.folder.resolve().name}.html")
     output.write_text(page(args.folder.resolve(), found, shown, reader), encoding="utf-8")
     print(f"{output}: {len(shown)} samples as the model sees them", file=sys.stderr)
+
+
+def _config(args: argparse.Namespace) -> MimoConfig:
+    """The model that reads the samples; importing it takes seconds."""
+    from examples.mimo import host
+
+    host.install()
+    from examples.mimo.configs import get_model_config
+    from examples.mimo.configs.schema import with_fields
+
+    return with_fields(get_model_config(args.model_provider), args.config_fields)
 
 
 def _splits(words: list[str]) -> dict[str, float]:
@@ -321,19 +323,22 @@ def _check_output(
 
 
 class _Progress:
-    """A line on stderr every five seconds of a long step, with the time left."""
+    """A line on stderr every five seconds of a long step, with the time left if that is known."""
 
     def __init__(self) -> None:
         self.step, self.started, self.spoken = "", 0.0, 0.0
 
-    def __call__(self, step: str, done: int, total: int) -> None:
+    def __call__(self, step: str, done: int, total: int | None) -> None:
         now = time.perf_counter()
         if step != self.step:
             self.step, self.started, self.spoken = step, now, now
-        elif now - self.spoken > 5 and done < total:
+        elif now - self.spoken > 5 and (total is None or done < total):
             self.spoken = now
-            left = (now - self.started) / done * (total - done)
-            print(f"  {step}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
+            text = f"  {step}: {done}"
+            if total is not None:
+                left = (now - self.started) / done * (total - done)
+                text += f" of {total}, {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

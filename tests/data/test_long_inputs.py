@@ -14,6 +14,7 @@ from examples.mimo.data.conversation import Turn, to_pieces
 from examples.mimo.data.images import fit_picture, grid_of_tiles
 from examples.mimo.data.samples import SampleReader
 from examples.mimo.data.video import read_frames
+from tests.data.videos import write_video
 
 RATE = 16_000
 av = pytest.importorskip("av")
@@ -125,18 +126,6 @@ def test_placeholders_of_long_inputs_are_counted(tiny, tokenizer, ear, eye, tmp_
     batch = collate([sample, sample])
     assert [num_inputs(batch, name) for name in ("images", "audios")] == [10, 4]
     assert len(batch.items["images"]) == 2
-
-
-def write_video(path, frames, rate, shape=(32, 48)):
-    with av.open(path, "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.height, stream.width = shape
-        stream.pix_fmt = "yuv420p"
-        for number in range(frames):
-            grey = np.full((*shape, 3), 255 * number // max(1, frames - 1), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 def brightness(frames):

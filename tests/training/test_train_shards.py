@@ -1,21 +1,28 @@
 """Training from shards: killed and resumed, packed, past bad samples."""
 
+import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
+import numpy as np
 import psutil
 import pytest
+import soundfile
+from PIL import Image
 
 from examples.mimo.data.prepare_shards import index_shards
 from tests.conftest import ROOT, run_command, run_train
 from tests.data import broken
 from tests.data.megatron_example import write_megatron_example
+from tests.data.videos import write_video
 
 pytest.importorskip("megatron.energon")
 
@@ -113,6 +120,99 @@ def test_going_on_at_another_layout(spoken, tmp_path):
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shared", "own"),
+    [
+        # One copy of each encoder for two of the language model, and two for one.
+        ((2, ()), (4, ("--encoder-ranks", "images=0", "audios=1"))),
+        ((2, TP2), (4, (*TP2[:1], "1", "--encoder-ranks", "images=0-1", "audios=2"))),
+    ],
+    ids=["one for two", "two for one"],
+)
+def test_copies_of_encoders_read_what_they_encode(spoken, tmp_path, shared, own):
+    more = ("--train-iters", "6", "--num-workers", "0")
+    whole = train(spoken, tmp_path / "shared", *shared[1], *more, processes=shared[0])
+    half = (*more, "--exit-interval", "3")
+    train(spoken, tmp_path / "own", *shared[1], *half, processes=shared[0])
+    found = train(spoken, tmp_path / "own", *own[1], *more, processes=own[0])
+    assert keys(found) == keys(whole)
+    for iteration, row in whole.items():
+        assert found[iteration]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+def write_long_inputs(folder):
+    """Recordings of several windows, large oblong pictures, and turns around them."""
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    lines = []
+    for number in range(16):
+        sound = noise.uniform(-0.3, 0.3, int((1 + number % 4) * 1.7 * 16_000))
+        soundfile.write(folder / f"{number}.wav", sound, 16_000)
+        pixels = noise.integers(0, 255, (40 + 20 * (number % 3), 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        turns = broken.turns("<image>what?") + broken.turns("<audio>and?")
+        record = {"images": [f"{number}.png"], "audios": [f"{number}.wav"], "conversations": turns}
+        lines.append(json.dumps({"key": f"long-{number}", **record}))
+    (folder / "m.jsonl").write_text("\n".join(lines))
+    return folder / "m.jsonl"
+
+
+def test_windows_and_tiles_train_alike_at_every_layout(data_folder, tmp_path):
+    manifest = write_long_inputs(tmp_path / "in")
+    longer = ("--set", "audios.encoder.max_windows=4", "images.encoder.max_tiles=4")
+    longer += ("images.encoder.fit=pad",)
+    output = ("--output", str(tmp_path / "shards"), "--splits", "train=1")
+    refused = run_command("prepare_data.py", "webdataset", "--manifest", str(manifest), *output)
+    assert refused.returncode == 0, refused.stderr
+    assert re.search(r"train 4 samples .*; 12 refused", refused.stderr)
+    command = ("prepare_data.py", "webdataset", "--manifest", str(manifest), *output)
+    done = run_command(*command, "--overwrite", *longer)
+    assert re.search(r"train 16 samples in 1 shards$", done.stderr.strip()), done.stderr
+    more = ("--seq-length", "256", "--tokenizer-model", str(data_folder), *longer)
+    shards, start = tmp_path / "shards", tmp_path / "start"
+    train(shards, start, *more, "--train-iters", "4", "--exit-interval", "1", processes=1)
+    layouts = {"one": (1, ()), "pp": (2, PP2), "cp": (2, ("--context-parallel-size", "2"))}
+    found = {}
+    for name, (processes, layout) in layouts.items():
+        shutil.copytree(start, tmp_path / name)
+        run = (*more, *layout, "--train-iters", "4")
+        found[name] = train(shards, tmp_path / name, *run, processes=processes)
+    assert found["one"][4]["items"] == {"images": 4, "audios": 4}
+    for name in ("pp", "cp"):
+        assert keys(found[name]) == keys(found["one"])
+        for iteration, row in found["one"].items():
+            assert found[name][iteration]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+            assert found[name][iteration]["tokens"] == row["tokens"]
+
+
+def test_videos_in_the_layout_of_megatrons_example_train(data_folder, tmp_path):
+    """A part that is a video, and a record that is a list of turns."""
+    pytest.importorskip("av")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
+        for number in range(12):
+            video = write_video(tmp_path / "a.mp4", frames=11 + 10 * (number % 3), rate=10)
+            turns = json.dumps(broken.turns("<video>what happens?"))
+            for part, data in (("mp4", video.read_bytes()), ("json", turns.encode())):
+                member = tarfile.TarInfo(f"{number:09d}.{part}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    index_shards(folder, ["train-0.tar"], ["train"], 1)
+    small = ("--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128")
+    small += ("--num-attention-heads", "4", "--num-query-groups", "2", "--kv-channels", "16")
+    small += ("--seq-length", "512", "--set", "videos.encoder.num_layers=2")
+    small += ("videos.encoder.width=64", "videos.encoder.num_heads=4")
+    small += ("videos.encoder.image_size=56",)
+    more = ("--model-provider", "video_llava_vlm", "--dataset-provider", "video_llava_vlm", *small)
+    found = train(
+        folder, tmp_path / "run", *more, *("--tokenizer-model", str(data_folder)),
+        *("--train-iters", "3"), *TP2,
+    )  # fmt: skip
+    assert [row["items"] for row in found.values()] == [{"videos": 4}] * 3
+    assert all(len(row["keys"]) == 4 for row in found.values())
 
 
 def kill_all(process):

@@ -12,6 +12,7 @@ from typing import Any
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import MimoConfig, overlay, to_dict
+from examples.mimo.data.tokenizer import copy_tokenizer
 
 FILE_NAME = "mimo.json"
 FORMAT = 1
@@ -19,10 +20,6 @@ TRACKER = "latest_checkpointed_iteration.txt"
 # What Megatron calls weights that are of no iteration, such as converted ones.
 RELEASE = "release"
 TOKENIZER = "tokenizer"
-TOKENIZER_FILES = (
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
-)
 
 # What two runs of one model may choose differently.
 FREE_FIELDS = (
@@ -66,9 +63,7 @@ def save_description(
         return
     draft = folder / f".{TOKENIZER}.{os.getpid()}"
     draft.mkdir()
-    for file in [tokenizer] if tokenizer.is_file() else tokenizer.iterdir():
-        if tokenizer.is_file() or file.name in TOKENIZER_FILES:
-            shutil.copyfile(file, draft / (TOKENIZER_FILES[0] if file == tokenizer else file.name))
+    copy_tokenizer(tokenizer, draft)
     if target.is_dir():
         shutil.rmtree(target)
     draft.replace(target)

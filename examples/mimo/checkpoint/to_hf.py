@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from examples.mimo.checkpoint.description import TOKENIZER_FILES, Checkpoint
+from examples.mimo.checkpoint.description import Checkpoint
 from examples.mimo.checkpoint.families import family_for_export, family_of
 from examples.mimo.checkpoint.families.rows import Family
 from examples.mimo.checkpoint.folder import INDEX, SINGLE
 from examples.mimo.checkpoint.from_hf import part_config
 from examples.mimo.checkpoint.stream import Reader
+from examples.mimo.data.tokenizer import copy_tokenizer
 from examples.mimo.models.mimo import part_prefix
 from examples.mimo.training.freezing import part_names
 
@@ -37,9 +37,7 @@ def convert(checkpoint: Checkpoint, save: Path, progress: Callable[[str], None])
         _write_config(folder, family, ours, theirs, kind)
         progress(f"{part}: {family.name} in {folder}")
     if checkpoint.tokenizer.is_dir():
-        for name in TOKENIZER_FILES:
-            if (checkpoint.tokenizer / name).is_file():
-                shutil.copyfile(checkpoint.tokenizer / name, save / "language" / name)
+        copy_tokenizer(checkpoint.tokenizer, save / "language")
 
 
 def _their_config(checkpoint: Checkpoint, part: str, ours: Any) -> tuple[Family, Any]:

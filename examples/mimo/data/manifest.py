@@ -135,6 +135,18 @@ class TarParts:
             stream.seek(offset)
             return Blob(f"{self.key}.{part}", stream.read(size))
 
+    def record(self, config: MimoConfig) -> dict[str, Any]:
+        """The record of the sample, with a key that is a name; ValueError without one."""
+        if self.place("json")[1] > MAX_RECORD_BYTES:
+            raise ValueError(f"{self.key}.json is larger than {MAX_RECORD_BYTES:,} bytes")
+        contents = dict.fromkeys(self.parts, b"")
+        if "json" in contents:
+            contents["json"] = self("json").data
+        record = record_of(self.key, contents, config)
+        if not _is_name(record["key"]):
+            raise ValueError(f"the key {record['key']!r} is no name")
+        return {**record, "key": str(record["key"])}
+
 
 def _shards(tars: Sequence[Path], config: MimoConfig) -> Iterator[Entry]:
     for tar in tars:
@@ -146,15 +158,7 @@ def _shards(tars: Sequence[Path], config: MimoConfig) -> Iterator[Entry]:
         for parts in samples:
             place = f"{tar.name}, {parts.key}"
             try:
-                content = dict.fromkeys(parts.parts, b"")
-                if parts.place("json")[1] > MAX_RECORD_BYTES:
-                    raise ValueError(f"{parts.key}.json is larger than {MAX_RECORD_BYTES:,} bytes")
-                if "json" in content:
-                    content["json"] = parts("json").data
-                record = record_of(parts.key, content, config)
-                if not _is_name(record["key"]):
-                    raise ValueError(f"the key {record['key']!r} is no name")
-                yield Entry(place, {**record, "key": str(record["key"])}, parts)
+                yield Entry(place, parts.record(config), parts)
             except ValueError as error:
                 yield Entry(place, problem=str(error))
 

@@ -6,10 +6,8 @@ import contextlib
 import json
 import os
 import shutil
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,14 @@ from typing import Any
 import yaml
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.manifest import Entry, read_entries
+from examples.mimo.data.manifest import read_entries
 from examples.mimo.data.mixtures import META
 from examples.mimo.data.shard_writer import SUMMARIES, Planner, Rejected, write_shards
+from examples.mimo.data.tokenizer import copy_tokenizer
 
 ABOUT = "about.json"
 REJECTED = "rejected.jsonl"
+Progress = Callable[[str, int, int | None], None]
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 
 
@@ -40,8 +40,13 @@ class Options:
     tokenizer: Path | None = None
 
 
-def prepare(options: Options, config: MimoConfig) -> dict[str, Any]:
+def prepare(
+    options: Options, config: MimoConfig, progress: Progress = lambda step, done, total: None
+) -> dict[str, Any]:
     """Write `options.output`; what about.json then says.
+
+    `progress` learns of every shard: what is done, how many samples, and of how many once the
+    manifest has been read.
 
     ValueError when nothing could be used. What was finished stays in a hidden folder beside the
     output when this is interrupted, and is taken over the next time.
@@ -49,15 +54,13 @@ def prepare(options: Options, config: MimoConfig) -> dict[str, Any]:
     entries = read_entries(options.manifest, options.media, config)
     draft = options.output.with_name(f".{options.output.name}.draft")
     draft.mkdir(parents=True, exist_ok=True)
-    progress = _Progress()
     planner = Planner(options.splits, options.shard_bytes, options.shard_samples)
-    counts, refused = write_shards(
-        planner.shards(progress.seen(entries)),
-        draft,
-        config,
-        options.num_workers,
-        progress.finished,
-    )
+
+    def checked(samples: int) -> None:
+        progress("samples checked", samples, planner.num_items if planner.all_dealt else None)
+
+    shards = planner.shards(entries)
+    counts, refused = write_shards(shards, draft, config, options.num_workers, checked)
     rejected = planner.rejected + refused
     _remove_strangers(draft, {name for name, samples in counts.items() if samples})
     _write_rejected(draft, rejected)
@@ -73,7 +76,7 @@ def prepare(options: Options, config: MimoConfig) -> dict[str, Any]:
     about = _about(options, config, counts, len(rejected))
     (draft / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     if options.tokenizer:
-        _copy_tokenizer(options.tokenizer, draft)
+        copy_tokenizer(options.tokenizer, draft)
     shutil.rmtree(draft / SUMMARIES)
     if options.output.exists():
         shutil.rmtree(options.output)
@@ -126,42 +129,3 @@ def index_shards(folder: Path, shards: list[str], splits: list[str], num_workers
             workers=num_workers,
         )
     (folder / META / "dataset.yaml").write_text(yaml.dump(CRUDE), encoding="utf-8")
-
-
-def _copy_tokenizer(tokenizer: Path, draft: Path) -> None:
-    if tokenizer.is_file():
-        shutil.copy(tokenizer, draft / "tokenizer.model")
-        return
-    for file in tokenizer.iterdir():
-        if file.is_file() and file.suffix in (".json", ".model", ".jinja", ".txt"):
-            shutil.copy(file, draft / file.name)
-
-
-class _Progress:
-    """A line on stderr every five seconds, with the time left once the manifest has been read."""
-
-    def __init__(self) -> None:
-        self.begun = self.spoken = time.perf_counter()
-        self.read = self.done = 0
-        self.all_read = False
-
-    def seen(self, entries: Iterator[Entry]) -> Iterator[Entry]:
-        for entry in entries:
-            self.read += 1
-            yield entry
-        self.all_read = True
-
-    def finished(self, entries: int) -> None:
-        self.done += entries
-        now = time.perf_counter()
-        if now - self.spoken < 5:
-            return
-        self.spoken = now
-        rate = self.done / (now - self.begun)
-        left = f", {(self.read - self.done) / rate:.0f} s left" if self.all_read else ""
-        of = f" of {self.read}" if self.all_read else ""
-        print(
-            f"  {self.done}{of} samples checked, {rate:.0f} a second{left}",
-            file=sys.stderr,
-            flush=True,
-        )

@@ -52,6 +52,12 @@ def _by_number(part: str) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", part)]
 
 
+def words_of(error: Exception) -> str:
+    """Why a sample was refused; a decoder's own kind of error is named."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{error}"
+
+
 def find_in(key: str, parts: Mapping[str, bytes]) -> Find:
     """The parts of a sample as files; a name may begin with the sample's key."""
 

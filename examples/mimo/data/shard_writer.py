@@ -24,6 +24,7 @@ from typing import Any
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import check_media, parse_turns, to_pieces
 from examples.mimo.data.manifest import MAX_FILE_BYTES, Entry, TarParts
+from examples.mimo.data.records import words_of
 from examples.mimo.data.samples import refuse_unknown_media
 from examples.mimo.data.sources import Blob, Source
 
@@ -71,6 +72,8 @@ class Planner:
     shard_bytes: int
     shard_samples: int
     rejected: list[Rejected] = field(default_factory=list)
+    num_items: int = 0
+    all_dealt: bool = False
     _used: Counter[str] = field(default_factory=Counter)
     _open: dict[str, Shard] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
@@ -81,6 +84,7 @@ class Planner:
             item = self._item(entry)
             if item is None:
                 continue
+            self.num_items += 1
             split = split_of(entry.record["key"], self.splits)
             if split not in self._open:
                 self._open[split] = Shard(f"{split}-{self._counts[split]:06d}.tar")
@@ -90,6 +94,7 @@ class Planner:
             shard.num_bytes += _weight(entry)
             if shard.num_bytes >= self.shard_bytes or len(shard.items) >= self.shard_samples:
                 yield self._open.pop(split)
+        self.all_dealt = True
         yield from self._open.values()
 
     def _item(self, entry: Entry) -> Item | None:
@@ -154,7 +159,7 @@ def write_shards(
     num_workers: int,
     progress: Callable[[int], None],
 ) -> tuple[dict[str, int], list[Rejected]]:
-    """Samples by shard, and what was refused; `progress` learns of every finished entry."""
+    """Samples by shard, and what was refused; `progress` learns how many entries are done."""
     (draft / SUMMARIES).mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     rejected: list[Rejected] = []
@@ -163,7 +168,7 @@ def write_shards(
         summary = done.result()
         counts[summary["name"]] = summary["samples"]
         rejected.extend(summary["rejected"])
-        progress(summary["samples"] + len(summary["rejected"]))
+        progress(sum(counts.values()) + len(rejected))
 
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(num_workers, context) as pool:
@@ -217,9 +222,8 @@ def write_shard(shard: Shard, draft: Path, config: MimoConfig) -> dict[str, Any]
 
 
 def _rejected(entry: Entry, error: Exception) -> Rejected:
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     key = entry.record["key"]
-    reason = f"{kind}{error}".removeprefix(f"sample {key}: ")
+    reason = words_of(error).removeprefix(f"sample {key}: ")
     return {"place": entry.place, "key": key, "reason": reason}
 
 

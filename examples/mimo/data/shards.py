@@ -33,14 +33,13 @@ from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 from examples.mimo.data.batch import BadSample, Batch, join_batches
 from examples.mimo.data.mixtures import Part, read_mixture
 from examples.mimo.data.packing import pack
-from examples.mimo.data.records import find_in, record_of
+from examples.mimo.data.records import find_in, record_of, words_of
 from examples.mimo.data.samples import Sample, SampleReader
 
 # Neighbours in a shard follow one another for so long before another place is drawn.
 RUN_OF_SAMPLES = 100
 # A worker's state is kept this often; what came since is worked through again on resuming.
 STATE_EVERY_SECONDS = 10.0
-
 # What stands before the words of `FatalSampleError` when energon passes it on.
 CAUSE = "system exception:"
 
@@ -67,6 +66,7 @@ class Packing:
 
 
 @stateless
+# Energon wants a cooker between shards and the encoder, which takes the parts raw.
 def _as_it_is(parts: dict[str, Any]) -> dict[str, Any]:
     return parts
 
@@ -116,8 +116,7 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         return sample
 
     def _refuse(self, key: str, error: Exception) -> None:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        self.refused.append(BadSample(key, f"{kind}{error}"))
+        self.refused.append(BadSample(key, words_of(error)))
         if len(self.refused) > self.max_bad_samples:
             raise FatalSampleError(
                 f"{len(self.refused)} samples since the last micro-batch could not be read, "
@@ -190,10 +189,11 @@ class ShuffledShards(CrudeWebdataset):
 class ShardBatches:
     """An endless iterator over micro-batches, whose state can be saved and restored.
 
-    With several loaders a micro-batch holds one of each, in their order.
+    With several loaders a micro-batch holds one of each, in their order. Other iterables serve as
+    loaders where no state is wanted.
     """
 
-    def __init__(self, loaders: Sequence[SavableDataLoader]) -> None:
+    def __init__(self, loaders: Sequence[Any]) -> None:
         self.loaders = loaders
         self._iterators: list[Iterator[Batch]] = []
 

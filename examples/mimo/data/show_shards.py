@@ -17,11 +17,10 @@ from pathlib import Path
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import TokenRow
 from examples.mimo.data.manifest import TarParts, members
-from examples.mimo.data.records import MAX_RECORD_BYTES, record_of
+from examples.mimo.data.prepare_shards import REJECTED
+from examples.mimo.data.records import words_of
 from examples.mimo.data.samples import Sample, SampleReader
 from examples.mimo.data.tokenizer import Tokenizer
-
-REJECTED = "rejected.jsonl"
 
 
 @dataclass
@@ -86,7 +85,7 @@ def look(
                 sample, raw = _read(parts, reader)
             # A damaged file can make a decoder fail in any way.
             except Exception as error:
-                found.refused[_kind(str(error))] += 1
+                found.refused[_kind(words_of(error))] += 1
                 continue
             _count(found, split, sample, raw, reader.config)
             if len(chosen) < shown:
@@ -104,12 +103,7 @@ def _members(tar: Path) -> Iterator[TarParts]:
 
 def _read(parts: TarParts, reader: SampleReader) -> tuple[Sample, dict[str, list[object]]]:
     """A sample, and its decoded media by modality."""
-    content = dict.fromkeys(parts.parts, b"")
-    if parts.place("json")[1] > MAX_RECORD_BYTES:
-        raise ValueError(f"sample {parts.key}: its record is too large")
-    if "json" in content:
-        content["json"] = parts("json").data
-    record = record_of(parts.key, content, reader.config)
+    record = parts.record(reader.config)
     sample = reader.read(record, parts)
     raw = {
         name: [reader.config.modalities[name].encoder.read(parts(file)) for file in record[name]]

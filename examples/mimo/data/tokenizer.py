@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,12 +66,34 @@ class HuggingFaceTokenizer:
         return self.model.decode(ids, skip_special_tokens=True)
 
 
+HUGGING_FACE, SENTENCE_PIECE = "tokenizer.json", "tokenizer.model"
+FILES = (
+    *(SENTENCE_PIECE, HUGGING_FACE, "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Put the files of the tokenizer at `source`, a SentencePiece file or a folder, in `folder`."""
+    if source.is_file():
+        shutil.copyfile(source, folder / SENTENCE_PIECE)
+        return
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds one there."""
+    return any((folder / name).is_file() for name in (HUGGING_FACE, SENTENCE_PIECE))
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer at `path`: a SentencePiece file, or a folder that holds either kind."""
     if path.is_file():
         return SentencePieceTokenizer(path)
-    if (path / "tokenizer.json").is_file():
+    if (path / HUGGING_FACE).is_file():
         return HuggingFaceTokenizer(path)
-    if (path / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(path / "tokenizer.model")
+    if (path / SENTENCE_PIECE).is_file():
+        return SentencePieceTokenizer(path / SENTENCE_PIECE)
     raise ValueError(f"{path}: no tokenizer here (tokenizer.model or tokenizer.json)")

@@ -29,6 +29,7 @@ from examples.mimo.training.layout import (
     encoder_tensor_parallel,
     language_processes,
     placements,
+    row_multiple,
     shared_encoder_size,
 )
 from examples.mimo.training.stages import balance_stages, num_micro_batches
@@ -250,12 +251,10 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
         raise ValueError("--tp-comm-overlap needs Transformer Engine, which is not installed")
     if args.sequence_parallel and args.seq_length % tp:
         raise ValueError(f"--seq-length {args.seq_length} does not divide by {tp} with SP")
-    cp = args.context_parallel_size
-    multiple = tp * (2 * cp if cp > 1 else 1)
-    if args.packing_buffer_size and args.total_seq_length % multiple:
+    if args.packing_buffer_size and args.total_seq_length % row_multiple(args):
         raise ValueError(
-            f"--total-seq-length {args.total_seq_length} does not divide by {multiple}, which this "
-            "layout needs of a packed row"
+            f"--total-seq-length {args.total_seq_length} does not divide by {row_multiple(args)}, "
+            "which this layout needs of a packed row"
         )
 
 

@@ -96,6 +96,17 @@ def shared_encoder_size(args: argparse.Namespace) -> int:
     return different.pop()
 
 
+def sequence_multiple(args: argparse.Namespace) -> int:
+    """Context parallelism cuts a sequence into two chunks a rank."""
+    size = args.context_parallel_size
+    return 2 * size if size > 1 else 1
+
+
+def row_multiple(args: argparse.Namespace) -> int:
+    """Sequence parallelism divides what context parallelism leaves of a row."""
+    return args.tensor_model_parallel_size * sequence_multiple(args)
+
+
 def places(args: argparse.Namespace) -> list[Place]:
     """What ranks can hold, in the order of the model."""
     stages = args.pipeline_model_parallel_size

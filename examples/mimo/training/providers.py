@@ -26,13 +26,18 @@ from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.mixtures import read_mixture
 from examples.mimo.data.samples import Sample, SampleReader
-from examples.mimo.data.tokenizer import load_tokenizer
+from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
 from examples.mimo.models.encoder_groups import EncoderGroups, encoder_groups
 from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.models.own_ranks import build_own_ranks_model
 from examples.mimo.training.flags import SHARDED
 from examples.mimo.training.freezing import freeze_parts
-from examples.mimo.training.layout import placements, shared_encoder_size
+from examples.mimo.training.layout import (
+    placements,
+    row_multiple,
+    sequence_multiple,
+    shared_encoder_size,
+)
 from examples.mimo.training.own_ranks import finalize_on_own_ranks
 
 
@@ -120,10 +125,8 @@ def tokenizer_path(args: argparse.Namespace) -> Path | None:
     """`--tokenizer-model`, else the data folder's, else that of the weights, else none."""
     if args.tokenizer_model:
         return Path(args.tokenizer_model)
-    for name in ("tokenizer.model", "tokenizer.json") if args.data_path else ():
-        file = Path(args.data_path[0]) / name
-        if file.is_file():
-            return file.parent if name == "tokenizer.json" else file
+    if args.data_path and holds_tokenizer(Path(args.data_path[0])):
+        return Path(args.data_path[0])
     start = starting_point(args)
     if start and (start / TOKENIZER).is_dir():
         return start / TOKENIZER
@@ -143,7 +146,7 @@ def data_provider(
 ) -> tuple[Iterator[Batch], Iterator[Batch] | None, None]:
     """Training and validation iterators of this data-parallel rank; there is no test split."""
     args = get_args()
-    multiple = _row_multiple(args)
+    multiple = row_multiple(args)
     if is_sharded(args):
         module, reader = _shards(args, mimo)
         collate_valid = functools.partial(collate, multiple=multiple)
@@ -270,23 +273,12 @@ def _collate_share(
 
 def _collate(args: argparse.Namespace) -> Callable[[Sequence[Sample]], Batch]:
     if not args.pack_sequences:
-        return functools.partial(collate, multiple=_row_multiple(args))
+        return functools.partial(collate, multiple=row_multiple(args))
     # Rows that are filled from a buffer all have one length.
-    multiple = args.total_seq_length if args.packing_buffer_size else _row_multiple(args)
+    multiple = args.total_seq_length if args.packing_buffer_size else row_multiple(args)
     return functools.partial(
-        collate_packed, multiple=multiple, sample_multiple=_sequence_multiple(args)
+        collate_packed, multiple=multiple, sample_multiple=sequence_multiple(args)
     )
-
-
-def _sequence_multiple(args: argparse.Namespace) -> int:
-    """Context parallelism cuts a sequence into two chunks a rank."""
-    size = args.context_parallel_size
-    return 2 * size if size > 1 else 1
-
-
-def _row_multiple(args: argparse.Namespace) -> int:
-    """Sequence parallelism divides what context parallelism leaves of a row."""
-    return args.tensor_model_parallel_size * _sequence_multiple(args)
 
 
 def first_batches(args: argparse.Namespace, mimo: MimoConfig, num_samples: int) -> list[Batch]:

@@ -30,7 +30,7 @@ from examples.mimo.data.shards import (
 )
 from examples.mimo.models.placement import LANGUAGE
 from examples.mimo.training.bad_samples import BAD_SAMPLES
-from examples.mimo.training.layout import own_module
+from examples.mimo.training.layout import own_module, sequence_multiple
 
 STATE_FILE = "train_dataloader_dprank{:03d}.pt"
 Collate = Callable[[Sequence[Sample]], Batch]
@@ -105,7 +105,7 @@ def shard_iterators(
         )
         for rank in ranks
     ]
-    return train, _joined(valid)
+    return train, ShardBatches([endless(loader) for loader in valid])
 
 
 def first_shard_batches(
@@ -130,19 +130,12 @@ def _encoder(
     reader = dataclasses.replace(reader, augment=args.augment)
     packing = None
     if args.packing_buffer_size:
-        multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
-        packing = Packing(args.packing_buffer_size, args.total_seq_length, multiple)
+        packing = Packing(args.packing_buffer_size, args.total_seq_length, sequence_multiple(args))
     return ConversationEncoder(reader, collate, args.max_bad_samples, packing)
 
 
 def _share(collate: Collate, number: int, shares: int, samples: Sequence[Sample]) -> Batch:
     return take_share(collate(samples), number, shares)
-
-
-def _joined(loaders: Sequence[Any]) -> Iterator[Batch]:
-    batches = ShardBatches(loaders)
-    batches._iterators = [endless(loader) for loader in loaders]
-    return batches
 
 
 def _restore(args: argparse.Namespace, train: RememberedBatches, ranks: Sequence[int]) -> None:
