@@ -103,6 +103,11 @@ def ask(monkeypatch, build_model):
     return main
 
 
+def run_alone(*flags):
+    """The command in a process that need not import Megatron first."""
+    return ranks.run("examples/mimo/avlm_inference.py", *flags)
+
+
 def test_json_is_all_that_is_printed(checkpoint, media):
     done = run_command(
         "avlm_inference.py",
@@ -120,14 +125,14 @@ def test_json_is_all_that_is_printed(checkpoint, media):
 def test_several_pictures_without_sound(checkpoint, media):
     picture = ("--image-path", str(media / "white.png"))
     prompt = ("--prompt", "<image>Name it. <image>")
-    done = run_command("avlm_inference.py", "--ckpt", str(checkpoint), *picture, *picture, *prompt)
+    done = run_alone("--ckpt", str(checkpoint), *picture, *picture, *prompt)
     assert done.returncode == 0, done.stderr
 
 
 def test_overflow_truncates_when_told(checkpoint, media):
     sound = ("--audio-path", str(media / "long.flac"))
     flags = (*sound, "--audio-overflow", "truncate")
-    done = run_command("avlm_inference.py", "--ckpt", str(checkpoint), *flags)
+    done = run_alone("--ckpt", str(checkpoint), *flags)
     assert done.returncode == 0, done.stderr
 
 
@@ -156,7 +161,7 @@ def test_wrong_questions_are_refused(ask, checkpoint, media, flags, message):
 
 def test_a_wrong_question_ends_with_one_line(checkpoint, media):
     long = ("--audio-path", str(media / "long.flac"))
-    done = run_command("avlm_inference.py", "--ckpt", str(checkpoint), *long)
+    done = run_alone("--ckpt", str(checkpoint), *long)
     assert done.returncode == 2
     assert "5.00 seconds of sound, but 2.4 fit" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -221,7 +226,7 @@ def test_a_damaged_checkpoint_ends_with_one_line(checkpoint, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
     truncated_weights(copy)
-    done = run_command("avlm_inference.py", "--ckpt", str(copy), "--prompt", "hello")
+    done = run_alone("--ckpt", str(copy), "--prompt", "hello")
     assert done.returncode == 2, done.stderr[-2000:]
     assert "the weights do not load" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

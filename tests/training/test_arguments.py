@@ -1,8 +1,8 @@
 import pytest
 
+from benchmarks import ranks
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from examples.mimo.training.arguments import parse_arguments
-from tests.conftest import run_command
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_wrong_flags_are_named(parse, processes, flags, message):
     ],
 )
 def test_commands_end_with_one_line_and_status_2(script, flags, message):
-    done = run_command(script, *flags)
+    done = ranks.run(f"examples/mimo/{script}", *flags)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

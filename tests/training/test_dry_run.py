@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks import ranks
-from tests.conftest import run_command
+from tests.conftest import run_train
 
 TP2 = ("--tensor-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
@@ -57,8 +57,8 @@ def test_predicted_bytes_are_those_that_ranks_hold(name, tmp_path):
 
 
 def test_a_cluster_is_planned_from_one_process():
-    done = run_command(
-        *("train.py", "--dry-run", "512", "--model-provider", "qwen3_avlm", "--bf16"),
+    done = run_train(
+        *("--dry-run", "512", "--model-provider", "qwen3_avlm", "--bf16"),
         *("--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4"),
         *("--sequence-parallel", "--global-batch-size", "1024", "--micro-batch-size", "1"),
     )
@@ -77,8 +77,8 @@ def drawn_rows(text):
 
 
 def test_encoders_on_ranks_of_their_own_are_planned():
-    done = run_command(
-        *("train.py", "--dry-run", "160", "--model-provider", "llava_avlm_tuned", "--bf16"),
+    done = run_train(
+        *("--dry-run", "160", "--model-provider", "llava_avlm_tuned", "--bf16"),
         *("--encoder-ranks", "images=0-15", "audios=16-31"),
         *("--encoder-tensor-model-parallel-size", "images=2"),
         *("--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4"),
@@ -98,11 +98,11 @@ def test_encoders_on_ranks_of_their_own_are_planned():
 
 
 def test_balanced_stages_wait_less():
-    flags = ("train.py", "--dry-run", "2", *PP2, "--global-batch-size", "64")
+    flags = ("--dry-run", "2", *PP2, "--global-batch-size", "64")
     flags += ("--num-layers", "8", "--set", "images.encoder.num_layers=16")
     bubbles, layers = [], []
     for extra in ((), ("--balance-stages",)):
-        text = run_command(*flags, *extra).stdout
+        text = run_train(*flags, *extra).stdout
         found = re.search(r"layers by stage (\d), (\d); .* bubble of (\d+) %", text)
         layers.append(tuple(map(int, found.groups()[:2])))
         bubbles.append(int(found[3]))
@@ -124,7 +124,7 @@ def test_balanced_stages_wait_less():
     ],
 )
 def test_a_plan_that_cannot_run_says_why(flags, message):
-    done = run_command("train.py", *flags)
+    done = run_train(*flags)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
