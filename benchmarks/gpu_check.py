@@ -158,22 +158,26 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
     host.install()
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.checkpoint.loading import load_model
-    from examples.mimo.data.batch import collate, to_device
     from examples.mimo.data.datasets import MockDataset
-    from examples.mimo.inference import generate as greedy
-    from examples.mimo.training.providers import device
+    from examples.mimo.inference.engine import Engine, Job
 
     with command.stdout_to(os.devnull):
         opened = open_checkpoint(checkpoint)
         model = load_model(opened)
     length = opened.config.language.seq_length // 2
     sample = MockDataset(opened.config, length, 1, seed=3)[0]
-    prompts = to_device(collate([sample] * batch_size), device())
     count = min(NEW_TOKENS, opened.config.language.seq_length - len(sample.row.ids))
-    greedy.generate(model, prompts, 8, eos_id=-1)
+    engine = Engine(model, opened.config, eos_id=-1)
+
+    def answer(tokens: int) -> None:
+        engine.start([Job(number, sample, tokens) for number in range(batch_size)])
+        while engine.rows:
+            engine.step()
+
+    answer(8)
     _synchronize()
     start = time.perf_counter()
-    greedy.generate(model, prompts, count, eos_id=-1)
+    answer(count)
     _synchronize()
     return {"tokens_per_second": batch_size * count / (time.perf_counter() - start)}
 

@@ -37,6 +37,7 @@ def answer(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentP
     """The answer as text, or as a JSON object with `--json`."""
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.inference.answerer import Answerer, Request
+    from examples.mimo.inference.running import Options
 
     checkpoint = open_checkpoint(args.ckpt)
     files, config = _media_flags(checkpoint.config, rest, parser)
@@ -47,7 +48,7 @@ def answer(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentP
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: at least 1")
     answerer = Answerer(dataclasses.replace(checkpoint, config=config), args.tp, args.pp)
     sample = answerer.read(Request(prompt, files))
-    (answer,) = answerer.answer([sample], args.max_new_tokens)
+    (answer,) = answerer.answer([sample], Options(args.max_new_tokens))
     if not args.json:
         return answer.text
     names = {name: [str(f) for f in given] for name, given in files.items()}

@@ -79,6 +79,7 @@ def _score(
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
     from examples.mimo.data.samples import Inside
+    from examples.mimo.inference.running import Options
 
     reader = answerer.reader(blank or [])
     samples = [
@@ -86,7 +87,7 @@ def _score(
         for record in records
     ]
     clock = _Clock(title, len(records))
-    answers = answerer.answer(samples, max_new_tokens=32, progress=clock)
+    answers = answerer.answer(samples, Options(max_new_tokens=32), progress=clock)
     hits = [is_right(r, answer.text) for r, answer in zip(records, answers, strict=True)]
     score = {
         "samples": len(hits),

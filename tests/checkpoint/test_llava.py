@@ -12,8 +12,9 @@ from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.checkpoint.folder import Folder
 from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.configs import get_model_config
-from examples.mimo.data.batch import Batch
-from examples.mimo.inference.generate import generate
+from examples.mimo.data.conversation import TokenRow
+from examples.mimo.data.samples import Sample
+from examples.mimo.inference.engine import Engine, Job
 from tests.checkpoint.cases import CASES, HEADS, INNER, LAYERS, PATCH, SIDE, WIDTH, randomise
 
 IMAGE = 110
@@ -85,15 +86,19 @@ def test_logits_for_a_picture_and_text(llava):
 
 
 def test_twenty_greedy_tokens(llava):
-    theirs, ours, _ = llava
+    theirs, ours, folder = llava
     ids, pixels = prompt()
     wanted = theirs.generate(
         input_ids=ids, pixel_values=pixels, max_new_tokens=20, do_sample=False, eos_token_id=None
     )[0, ids.shape[1] :]
-    batch = Batch(1, ids.shape[1], ids.numel(), ["llava"], input_ids=ids)
-    batch.modality_inputs["images"] = {"pixel_values": pixels}
-    found = generate(ours, batch, 20, eos_id=-1, forbidden=range(120, 128))
-    assert found[0] == wanted.tolist()
+    row = TokenRow(ids[0].tolist(), [], [])
+    sample = Sample("llava", row, {"images": [{"pixel_values": pixels}]}, {"images": ["drawn"]})
+    config = open_checkpoint(folder / "ours").config
+    engine = Engine(ours, config, eos_id=-1, forbidden=range(120, 128))
+    reports = engine.start([Job(0, sample, max_new_tokens=20)])
+    while engine.rows:
+        reports += engine.step()
+    assert [report.token for report in reports] == wanted.tolist()
 
 
 def test_it_comes_back_as_folders_that_transformers_loads(llava, tmp_path):

@@ -1,4 +1,4 @@
-"""Run by test_answers.py on every rank: greedy tokens of held-out samples at a layout.
+"""Run by test_answers.py on every rank: answers to held-out samples at a layout.
 
 answer_many.py CHECKPOINT DATA TP PP SAMPLES; on one process also compares decoding from the cache
 with whole forward passes.
@@ -22,7 +22,9 @@ from examples.mimo.data.batch import collate  # noqa: E402
 from examples.mimo.data.datasets import read_records  # noqa: E402
 from examples.mimo.data.samples import Inside  # noqa: E402
 from examples.mimo.inference.answerer import Answerer  # noqa: E402
-from examples.mimo.inference.generate import generate  # noqa: E402
+from examples.mimo.inference.engine import Engine, Job  # noqa: E402
+from examples.mimo.inference.running import Options  # noqa: E402
+from examples.mimo.inference.sampling import Sampling  # noqa: E402
 
 folder, data, tp, pp, count = *map(Path, sys.argv[1:3]), *map(int, sys.argv[3:])
 with command.stdout_to(os.devnull):
@@ -36,12 +38,29 @@ encoded = []
 if pp == 1:
     for name, modality in answerer.model.modality_submodules.items():
         modality.register_forward_hook(lambda *_, name=name: encoded.append(name))
-found = {"tokens": [answer.tokens for answer in answerer.answer(samples, max_new_tokens=12)]}
-found["texts"] = [answer.text for answer in answerer.answer(samples, 12, batch_size=1)]
+greedy = Options(max_new_tokens=12)
+drawn = Options(12, Sampling(temperature=1.5, top_k=40, repetition_penalty=1.2, seed=7))
+scored = Options(max_new_tokens=12, logprobs=True)
+
+
+def tokens(options, **more):
+    return [answer.tokens for answer in answerer.answer(samples, options, **more)]
+
+
+found = {
+    "tokens": tokens(greedy),
+    "alone": tokens(greedy, batch_size=1),
+    "seven": tokens(greedy, batch_size=7),
+    "streamed": [list(answerer.stream(s, greedy))[-1].answer.tokens for s in samples],
+    "drawn": tokens(drawn),
+    "drawn alone": tokens(drawn, batch_size=1),
+    "logprobs": [a.logprobs for a in answerer.answer(samples, scored)],
+    "prompt logprobs": [a.prompt_logprobs for a in answerer.answer(samples, scored)],
+}
 
 
 def without_a_cache(sample, steps):
-    """Greedy tokens, each from a forward pass over everything before it."""
+    """Greedy tokens, each from a forward pass over everything before it, and its logits."""
     batch = collate([sample])
     ids, chosen = batch.input_ids, []
     for _ in range(steps):
@@ -49,15 +68,32 @@ def without_a_cache(sample, steps):
             logits = answerer.model(ids, modality_inputs=batch.modality_inputs)
         chosen.append(int(logits[0, -1].argmax()))
         ids = torch.cat([ids, torch.tensor([[chosen[-1]]])], dim=1)
-    return chosen
+    return chosen, logits[0].log_softmax(dim=-1), ids[0]
+
+
+def cached(sample, steps):
+    engine = Engine(answerer.model, answerer.config, eos_id=-1)
+    reports = engine.start([Job(0, sample, steps, logprobs=True)])
+    while engine.rows:
+        reports += engine.step()
+    prompt = reports[0].prompt_logprobs
+    return [r.token for r in reports], [r.logprob for r in reports], prompt
+
+
+def error(sample, steps):
+    """The largest difference of any log-probability, or None where the tokens differ."""
+    chosen, wanted, ids = without_a_cache(sample, steps)
+    mine, logprobs, prompt = cached(sample, steps)
+    if mine != chosen:
+        return None
+    pairs = enumerate([*prompt, *logprobs])
+    return max(abs(p - float(wanted[i - 1, ids[i]])) for i, p in pairs if p is not None)
 
 
 if tp * pp == 1:
-    cached = [generate(answerer.model, collate([s]), 12, eos_id=-1)[0] for s in samples[:5]]
-    found["cached"] = cached
-    found["uncached"] = [without_a_cache(s, 12) for s in samples[:5]]
+    found["errors"] = [error(sample, 12) for sample in samples[:5]]
     encoded.clear()
-    generate(answerer.model, collate(samples[:1]), 12, eos_id=-1)
+    cached(samples[0], 12)
     found["encoded"] = encoded
 if int(os.environ["RANK"]) == 0:
     print(json.dumps(found))

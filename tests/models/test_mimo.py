@@ -32,7 +32,7 @@ def losses_of(model, batch):
 def test_media_embeddings_stand_where_their_placeholders_are(tiny, model):
     batch = batch_of(tiny, {"images", "audios"})
     with torch.no_grad():
-        sequence = model._embed(batch.input_ids, batch.modality_inputs).transpose(0, 1)
+        sequence = model.embed(batch.input_ids, batch.modality_inputs).transpose(0, 1)
         for name, modality in tiny.modalities.items():
             rows = model._encode(name, batch.modality_inputs[name])
             assert torch.equal(sequence[batch.input_ids == modality.token_id], rows)

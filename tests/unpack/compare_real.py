@@ -18,6 +18,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder  # noqa:
 
 from examples.mimo.checkpoint.description import open_checkpoint  # noqa: E402
 from examples.mimo.inference.answerer import Answerer, Request  # noqa: E402
+from examples.mimo.inference.running import Options  # noqa: E402
 from examples.mimo.models.mimo import ENCODER  # noqa: E402
 
 PROMPTS = (
@@ -36,7 +37,7 @@ def main():
     with command.stdout_to(os.devnull):
         answerer = Answerer(open_checkpoint(work / "start"))
     samples = [answerer.read(Request(prompt)) for prompt in PROMPTS]
-    answers = answerer.answer(samples, TOKENS, batch_size=1)
+    answers = answerer.answer(samples, Options(TOKENS), batch_size=1)
     found = {
         "ours": [answer.tokens for answer in answers],
         "texts": [answer.text for answer in answers],

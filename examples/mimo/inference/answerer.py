@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from examples.mimo.checkpoint.description import Checkpoint
 from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import collate, to_device
 from examples.mimo.data.conversation import Turn, to_pieces
 from examples.mimo.data.samples import Sample, SampleReader
+from examples.mimo.data.sources import Source
 from examples.mimo.data.tokenizer import Tokenizer, load_tokenizer
-from examples.mimo.inference.generate import generate
-from examples.mimo.training.providers import device
+from examples.mimo.inference.engine import Engine
+from examples.mimo.inference.running import DEFAULTS, Answer, Options, Piece, Running
+from examples.mimo.inference.sampling import numbered
+
+# Rows that are kept when they are done, for questions that begin like them.
+PREFIXES = 4
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and its files: `files[modality]`, in the order of the placeholders."""
+    """A prompt and its files: `files[modality]`, in the order of the placeholders.
+
+    `history` are the turns before it; their files come first in `files`.
+    """
 
     prompt: str
-    files: dict[str, list[Path]] = field(default_factory=dict)
+    files: Mapping[str, Sequence[Source]] = field(default_factory=dict)
     key: str = "prompt"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said."""
-
-    text: str
-    tokens: list[int]
+    history: tuple[Turn, ...] = ()
 
 
 class Answerer:
@@ -41,12 +40,16 @@ class Answerer:
     On several ranks every rank must make the same calls; all get the same answers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tp: int = 1, pp: int = 1) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, tp: int = 1, pp: int = 1, prefixes: int = PREFIXES
+    ) -> None:
         self.config: MimoConfig = checkpoint.config
         self.tokenizer = load_tokenizer(checkpoint.tokenizer)
         # Loading is slow and wrong files are common, so the tokenizer is checked first.
         self.reader()
         self.model = load_model(checkpoint, tp, pp)
+        forbidden = forbidden_tokens(self.tokenizer, self.config)
+        self.engine = Engine(self.model, self.config, self.tokenizer.eos_id, forbidden, prefixes)
 
     def reader(self, blank: Sequence[str] = ()) -> SampleReader:
         """What turns files and prompts into the model's inputs."""
@@ -56,41 +59,75 @@ class Answerer:
     def read(self, request: Request, blank: Sequence[str] = ()) -> Sample:
         """The request as a sample; ValueError for a file or a placeholder that is wrong.
 
-        Files whose placeholder the prompt does not name are put in front of it.
+        Files whose placeholder no turn names are put in front of the prompt.
         """
         prompt = request.prompt
         if not any(m.placeholder in prompt for m in self.config.modalities.values()):
             prompt = self._placeholders(request) + prompt
-        pieces = to_pieces([Turn(is_answer=False, text=prompt)], self.config)
+        turns = [*request.history, Turn(is_answer=False, text=prompt)]
+        pieces = to_pieces(turns, self.config)
         return self.reader(blank).from_pieces(pieces, request.files, request.key)
+
+    def running(self) -> Running:
+        """Nothing yet: answers are started on it."""
+        return Running(self.engine, self.tokenizer, self.config.language.seq_length)
 
     def answer(
         self,
         samples: Sequence[Sample],
-        max_new_tokens: int = 64,
+        options: Options = DEFAULTS,
         batch_size: int = 64,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[Answer]:
-        """Greedy answers in the samples' order; equally long prompts share a batch."""
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, sample in enumerate(samples):
-            by_length[len(sample.row.ids)].append(index)
-        rows: dict[int, list[int]] = {}
-        for length in sorted(by_length):
-            for chunk in _chunks(by_length[length], batch_size):
-                budget = min(max_new_tokens, self.config.language.seq_length - length)
-                rows |= zip(chunk, self._generate([samples[i] for i in chunk], budget), strict=True)
-                progress(len(rows))
-        return [Answer(self.tokenizer.decode(rows[i]), rows[i]) for i in range(len(samples))]
+        """Answers in the samples' order."""
+        found: dict[int, Answer] = {}
+        for number, answer in self.answers(iter(enumerate(samples)), options, batch_size):
+            found[number] = answer
+            progress(len(found))
+        return [found[number] for number in range(len(samples))]
 
-    def _generate(self, samples: list[Sample], max_new_tokens: int) -> list[list[int]]:
-        prompts = to_device(collate(samples), device())
-        forbidden = forbidden_tokens(self.tokenizer, self.config)
-        return generate(self.model, prompts, max_new_tokens, self.tokenizer.eos_id, forbidden)
+    def answers(
+        self,
+        samples: Iterator[tuple[int, Sample]],
+        options: Options = DEFAULTS,
+        batch_size: int = 64,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers as they are done, with the numbers their samples came with.
+
+        `batch_size` are worked on at once. They are begun in order of their length, as far as
+        four batches are looked ahead, so that prompts of one length go through together.
+        """
+        running = self.running()
+        waiting: list[tuple[int, Sample]] = []
+        while True:
+            while len(waiting) < 4 * batch_size and (one := next(samples, None)) is not None:
+                waiting.append(one)
+            pieces: list[Piece] = []
+            if waiting and 2 * len(running) <= batch_size:
+                waiting.sort(key=lambda pair: len(pair[1].row.ids))
+                count = batch_size - len(running)
+                chosen, waiting = waiting[:count], waiting[count:]
+                pieces = running.start([(n, s, _of(options, n)) for n, s in chosen])
+            elif not len(running):
+                return
+            pieces += running.step()
+            yield from ((p.number, p.answer) for p in pieces if p.answer is not None)
+
+    def stream(self, sample: Sample, options: Options = DEFAULTS) -> Iterator[Piece]:
+        """The answer as it comes, in whole characters; the last piece has all of it."""
+        running = self.running()
+        try:
+            yield from running.start([(0, sample, options)])
+            while len(running):
+                yield from running.step()
+        finally:
+            running.cancel(0)
 
     def _placeholders(self, request: Request) -> str:
+        said = "".join(turn.text for turn in request.history if not turn.is_answer)
         return "".join(
-            modality.placeholder * len(request.files.get(name, ()))
+            modality.placeholder
+            * (len(request.files.get(name, ())) - said.count(modality.placeholder))
             for name, modality in self.config.modalities.items()
         )
 
@@ -105,5 +142,8 @@ def forbidden_tokens(tokenizer: Tokenizer, config: MimoConfig) -> set[int]:
     return {*beyond, *placeholders, tokenizer.pad_id} - {tokenizer.eos_id}
 
 
-def _chunks(items: list[int], size: int) -> list[list[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _of(options: Options, number: int) -> Options:
+    """Each answer draws numbers of its own, whatever is answered beside it."""
+    if options.sampling.temperature == 0:
+        return options
+    return dataclasses.replace(options, sampling=numbered(options.sampling, number))

@@ -130,7 +130,7 @@ class StageMimoModel(MimoModel):
         all items, in the order of the placeholders. `bounds` are the starts of the sequences in a
         packed row, and its end.
         """
-        embeddings = self._embed(input_ids, modality_inputs or {}) if self.pre_process else None
+        embeddings = self.embed(input_ids, modality_inputs or {}) if self.pre_process else None
         if embeddings is not None:
             embeddings = self._shard(embeddings, bounds)
         return self.language_model(
@@ -154,7 +154,7 @@ class StageMimoModel(MimoModel):
             return scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         return embeddings
 
-    def _embed(
+    def embed(
         self, input_ids: torch.Tensor | None, modality_inputs: dict[str, dict[str, Any]]
     ) -> torch.Tensor:
         """(B, S) -> (S, B, H): the text's embeddings with the media's in their places."""
