@@ -226,7 +226,7 @@ class Engine:
         found = torch.zeros(len(rows), 2, dtype=torch.float64, device=self.device)
         if hidden is not None:
             logits = self.transformer.logits(hidden).float()
-            logits = logits.index_fill(1, self.forbidden, float("-inf"))
+            logits.index_fill_(1, self.forbidden, float("-inf"))
             found[:, 0] = self._choose(logits, rows)
             if any(row.job.logprobs for row in rows):
                 chosen = found[:, :1].long()

@@ -7,18 +7,22 @@ and its modules take longer to call than a row of a small model takes to compute
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from examples.mimo.models.mimo import StageMimoModel
 
-# From so many rows on CPUs multiply weights by columns faster than rows by weights.
-COLUMNS_FROM, COLUMNS_TO = 8, 64
+# For so many rows CPUs multiply weights by columns faster than rows by weights.
+COLUMNS_FROM, COLUMNS_TO = 16, 64
+# So few new tokens of a row take less time when all scores are worked out at once.
+FEW_COLUMNS = 64
 # A cache grows in steps, as its tensors are copied each time.
 LENGTH_STEP = 128
 
@@ -38,31 +42,50 @@ NAMES = {
 }
 
 
+class RmsNorm:
+    """(..., size) -> x * weight / sqrt(mean(x^2) + epsilon) (arXiv:1910.07467)."""
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        self.weight, self.epsilon = weight, epsilon
+        self.scaled = weight * math.sqrt(len(weight))
+        self.least = torch.tensor(math.sqrt(len(weight) * epsilon), dtype=weight.dtype)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """On CPUs torch's own takes ten operations; here a hypotenuse adds epsilon to |x|."""
+        if rows.is_cuda:
+            return rms_norm(rows, rows.shape[-1:], self.weight, self.epsilon)
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        return (rows / torch.hypot(length, self.least)).mul_(self.scaled)
+
+
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's parameters: this rank's heads and features."""
+    """One layer's parameters: this rank's heads and features; matrices are (in, out) views."""
 
-    input_norm: torch.Tensor
+    input_norm: RmsNorm
     qkv: torch.Tensor
     projection: torch.Tensor
-    mlp_norm: torch.Tensor
+    mlp_norm: RmsNorm
     gate_and_up: torch.Tensor
     down: torch.Tensor
     qkv_bias: torch.Tensor | None = None
-    query_norm: torch.Tensor | None = None
-    key_norm: torch.Tensor | None = None
+    query_norm: RmsNorm | None = None
+    key_norm: RmsNorm | None = None
 
 
-def layer_weights(layer: torch.nn.Module) -> LayerWeights:
+def layer_weights(layer: torch.nn.Module, epsilon: float) -> LayerWeights:
     """The parameters of a Megatron layer; ValueError for a kind of layer not known here."""
-    found = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    unknown = sorted(found.keys() - NAMES.keys())
-    if unknown:
-        raise ValueError(
-            f"answering does not know the parameter {unknown[0]} of a language layer; teach "
-            "inference/transformer.py what it does"
-        )
-    return LayerWeights(**{NAMES[name]: tensor for name, tensor in found.items()})
+    found: dict[str, Any] = {}
+    for name, parameter in layer.named_parameters():
+        if name not in NAMES:
+            raise ValueError(
+                f"answering does not know the parameter {name} of a language layer; teach "
+                "inference/transformer.py what it does"
+            )
+        tensor, ours = parameter.detach(), NAMES[name]
+        is_norm = ours.endswith("norm")
+        found[ours] = RmsNorm(tensor, epsilon) if is_norm else tensor.t()
+    return LayerWeights(**found)
 
 
 class KeyValueCache:
@@ -120,7 +143,12 @@ class CachedTransformer:
         self.model = model
         self.language = model.language_model
         self.config = model.config
-        self.layers = [layer_weights(layer) for layer in self.language.decoder.layers]
+        epsilon = self.config.layernorm_epsilon
+        layers = self.language.decoder.layers
+        self.layers = [layer_weights(layer, epsilon) for layer in layers]
+        self.final_norm = None
+        if model.post_process:
+            self.final_norm = RmsNorm(self.language.decoder.final_layernorm.weight, epsilon)
         self.tp_group = model.pg_collection.tp
         self.head_size: int = self.config.kv_channels
         self.groups = self.config.num_query_groups // self.tp_group.size()
@@ -143,24 +171,23 @@ class CachedTransformer:
         Row i has `starts[i]` tokens already; for more than one new token all have as many.
         """
         rows, columns, _ = hidden.shape
-        step = (_Decode if columns == 1 else _Prefill)(self, cache, first, rows, columns, starts)
-        flat = hidden.reshape(rows * columns, -1)
-        epsilon = self.config.layernorm_epsilon
+        kind = _Few if columns <= FEW_COLUMNS else _Many
+        step = kind(self, cache, first, (rows, columns), starts)
+        flat = hidden.reshape(rows * columns, -1).clone()
         for number, layer in enumerate(self.layers):
-            normed = rms_norm(flat, flat.shape[1:], layer.input_norm, epsilon)
+            normed = layer.input_norm(flat)
             query, key, value = self._query_key_value(_linear(normed, layer.qkv), layer, step)
             context = step.attend(number, query, key, value)
-            flat = flat + self._reduced(_linear(context, layer.projection))
-            normed = rms_norm(flat, flat.shape[1:], layer.mlp_norm, epsilon)
+            flat += self._reduced(_linear(context, layer.projection))
+            normed = layer.mlp_norm(flat)
             gate, up = _linear(normed, layer.gate_and_up).chunk(2, dim=-1)
-            flat = flat + self._reduced(_linear(silu(gate) * up, layer.down))
+            flat += self._reduced(_linear(silu(gate) * up, layer.down))
         return flat.view(rows, columns, -1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, V), over the whole vocabulary, on the last stage."""
-        norm = self.language.decoder.final_layernorm.weight
-        normed = rms_norm(hidden, hidden.shape[1:], norm, self.config.layernorm_epsilon)
-        shard = _linear(normed, self._output_weight())
+        assert self.final_norm is not None, "the last stage has the head"
+        shard = _linear(self.final_norm(hidden), self._output_weight().t())
         if self.tp_group.size() == 1:
             return shard
         shards = [torch.empty_like(shard.contiguous()) for _ in range(self.tp_group.size())]
@@ -183,12 +210,15 @@ class CachedTransformer:
         dist.send(hidden.contiguous(), dst=mpu.get_pipeline_model_parallel_next_rank())
 
     def positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, (S, d) each with S >= `length`, of the places in a row."""
+        """Cosine and sine, (S, d) each with S >= `length`, of the places in a row.
+
+        The left half of a head turns against the right one, so its sine is negative.
+        """
         if len(self.cos) < length:
             longer = max(length, 2 * len(self.cos))
             angles = self.language.rotary_pos_emb.get_freqs_non_repeated(longer).to(self.device)
-            angles = torch.cat((angles, angles), dim=-1)
-            self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+            cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+            self.cos, self.sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return self.cos, self.sin
 
     def _query_key_value(
@@ -199,17 +229,12 @@ class CachedTransformer:
             mixed = mixed + layer.qkv_bias
         mixed = mixed.reshape(len(mixed), self.groups, self.queries + 2, self.head_size)
         turning, value = mixed[:, :, :-1], mixed[:, :, -1]
-        if layer.query_norm is not None:
-            turning = self._normed_heads(turning, layer)
-        left, right = turning.chunk(2, dim=-1)
-        turned = turning * step.cos + torch.cat((-right, left), dim=-1) * step.sin
+        if layer.query_norm is not None and layer.key_norm is not None:
+            normed = layer.query_norm(turning[:, :, :-1]), layer.key_norm(turning[:, :, -1:])
+            turning = torch.cat(normed, dim=2)
+        halves_swapped = turning.roll(self.head_size // 2, dims=-1)
+        turned = torch.addcmul(turning * step.cos, halves_swapped, step.sin)
         return turned[:, :, :-1], turned[:, :, -1], value
-
-    def _normed_heads(self, heads: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        epsilon, size = self.config.layernorm_epsilon, (self.head_size,)
-        query = rms_norm(heads[:, :, :-1], size, layer.query_norm, epsilon)
-        key = rms_norm(heads[:, :, -1:], size, layer.key_norm, epsilon)
-        return torch.cat((query, key), dim=2)
 
     def _reduced(self, partial: torch.Tensor) -> torch.Tensor:
         if self.tp_group.size() > 1:
@@ -224,28 +249,31 @@ class CachedTransformer:
 
 
 class _Step:
-    """Where the new tokens of some rows belong, worked out once for all layers."""
+    """Where the new tokens of some rows belong, worked out once for all layers.
+
+    `cos` and `sin`, (N, 1, R + 1, d), turn R queries and a key; queries are scaled on the way.
+    """
 
     def __init__(
         self,
         transformer: CachedTransformer,
         cache: KeyValueCache,
         first: int,
-        rows: int,
-        columns: int,
+        shape: tuple[int, int],
         starts: Sequence[int],
     ) -> None:
+        rows, columns = self.shape = shape
         self.cache = cache
         self.rows = slice(first, first + rows)
-        self.shape = (rows, columns)
-        self.scale = transformer.head_size**-0.5
-        self.length = max(starts) + columns
+        self.start, self.length = starts[0], max(starts) + columns
         self.alike = min(starts) == max(starts)
-        self.start = starts[0]
+        assert self.alike or columns == 1, "rows of different lengths are prefilled apart"
+        begin = torch.tensor(starts, device=transformer.device)[:, None]
+        self.places = begin + torch.arange(columns, device=transformer.device)
         table = transformer.positions(self.length)
-        places = torch.tensor(starts, device=transformer.device)[:, None]
-        places = (places + torch.arange(columns, device=transformer.device)).flatten()
-        self.cos, self.sin = (t[places][:, None, None] for t in table)
+        scale = torch.ones(transformer.queries + 1, 1, device=table[0].device, dtype=table[0].dtype)
+        scale[:-1] = transformer.head_size**-0.5
+        self.cos, self.sin = (t[self.places.flatten()][:, None, None] * scale for t in table)
 
     def attend(
         self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -254,13 +282,12 @@ class _Step:
         raise NotImplementedError
 
 
-class _Prefill(_Step):
-    """Several tokens of each row, each of which sees those up to itself."""
+class _Many(_Step):
+    """Many tokens of each row, each of which sees those up to itself."""
 
     def attend(
         self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        assert self.alike, "rows of different lengths are prefilled apart"
         rows, columns = self.shape
         key, value = (t.unflatten(0, self.shape).transpose(1, 2) for t in (key, value))
         keys, values = self.cache.keys[number, self.rows], self.cache.values[number, self.rows]
@@ -277,53 +304,72 @@ class _Prefill(_Step):
             value.contiguous(),
             attn_mask=mask,
             is_causal=mask is None,
-            scale=self.scale,
+            scale=1.0,
             enable_gqa=query.shape[2] > 1,
         )
         return context.transpose(1, 2).reshape(rows * columns, -1)
 
 
-class _Decode(_Step):
-    """One token of each row, which sees all of its row."""
+class _Few(_Step):
+    """One token of each row, or a few, which see all of their row up to themselves."""
 
     def __init__(
         self,
         transformer: CachedTransformer,
         cache: KeyValueCache,
         first: int,
-        rows: int,
-        columns: int,
+        shape: tuple[int, int],
         starts: Sequence[int],
     ) -> None:
-        super().__init__(transformer, cache, first, rows, columns, starts)
+        super().__init__(transformer, cache, first, shape, starts)
+        rows, columns = shape
+        keys, values = cache.keys[:, self.rows], cache.values[:, self.rows]
+        # (B * G, d, T) and (B * G, T, d) of each layer, as `bmm` takes them.
+        self.keys = keys[..., : self.length].flatten(1, 2).unbind(0)
+        self.values = values[:, :, :, : self.length].flatten(1, 2).unbind(0)
+        if self.alike:
+            self.new_keys = keys[..., self.start : self.length].unbind(0)
+            self.new_values = values[:, :, :, self.start : self.length].unbind(0)
+        else:
+            self.index = torch.arange(first, first + rows, device=transformer.device)
         self.mask = None
-        row: slice | torch.Tensor = self.rows
-        place: int | torch.Tensor = self.start
-        if not self.alike:
-            row = torch.arange(first, first + rows, device=transformer.device)
-            place = torch.tensor(starts, device=transformer.device)
-            after = torch.arange(self.length, device=place.device) > place[:, None]
-            self.mask = torch.zeros(rows, 1, 1, self.length, device=place.device)
-            self.mask.masked_fill_(after[:, None, None], float("-inf"))
-        self.at_key = (row, slice(None), slice(None), place)
-        self.at_value = (row, slice(None), place)
+        if not self.alike or columns > 1:
+            self.mask = self._mask(transformer.groups, transformer.queries)
+
+    def _mask(self, groups: int, queries: int) -> torch.Tensor:
+        """(B * G, S * R, T) with minus infinity where a token is later than the query's."""
+        places = torch.arange(self.length, device=self.places.device)
+        later = (places > self.places[..., None]).repeat_interleave(queries, dim=1)
+        mask = torch.zeros(later.shape, dtype=self.cache.keys.dtype, device=later.device)
+        return mask.masked_fill_(later, float("-inf")).repeat_interleave(groups, dim=0)
 
     def attend(
         self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        keys, values = self.cache.keys[number], self.cache.values[number]
-        keys[self.at_key] = key
-        values[self.at_value] = value
-        scores = torch.matmul(query * self.scale, keys[self.rows, ..., : self.length])
+        rows, columns = self.shape
+        tokens, groups, queries, size = query.shape
+        self._keep(number, key.view(rows, columns, groups, size), value.unflatten(0, self.shape))
+        query = query.unflatten(0, self.shape).transpose(1, 2)
+        scores = torch.bmm(query.reshape(rows * groups, columns * queries, size), self.keys[number])
         if self.mask is not None:
-            scores = scores + self.mask
+            scores += self.mask
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-        context = torch.matmul(weights, values[self.rows, :, : self.length])
-        return context.reshape(len(query), -1)
+        context = torch.bmm(weights, self.values[number])
+        context = context.view(rows, groups, columns, queries * size).transpose(1, 2)
+        return context.reshape(tokens, -1)
+
+    def _keep(self, number: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """(B, S, G, d) twice into the cache; one token where rows differ in length."""
+        if self.alike:
+            self.new_keys[number].copy_(key.permute(0, 2, 3, 1))
+            self.new_values[number].copy_(value.transpose(1, 2))
+            return
+        self.cache.keys[number][self.index, :, :, self.places[:, 0]] = key[:, 0]
+        self.cache.values[number][self.index, :, self.places[:, 0]] = value[:, 0]
 
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(N, in), (out, in) -> (N, out)."""
+    """(N, in), (in, out) -> (N, out)."""
     if not rows.is_cuda and COLUMNS_FROM <= len(rows) <= COLUMNS_TO:
-        return torch.mm(weight, rows.t()).t()
-    return linear(rows, weight)
+        return torch.mm(weight.t(), rows.t()).t()
+    return torch.mm(rows, weight)
