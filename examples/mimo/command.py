@@ -48,7 +48,9 @@ def run(command: str, main: Callable[[], None]) -> None:
         # Other ranks may wait in a collective for this one; a normal exit would wait for them.
         os._exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(130)
 
 
 def leave_process_group() -> None:

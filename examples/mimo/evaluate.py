@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +77,7 @@ def _score(
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
     from examples.mimo.data.samples import Inside
+    from examples.mimo.inference.clock import Clock
     from examples.mimo.inference.running import Options
 
     reader = answerer.reader(blank or [])
@@ -86,7 +85,7 @@ def _score(
         reader.read({**record, "conversations": record["conversations"][:-1]}, Inside(root))
         for record in records
     ]
-    clock = _Clock(title, len(records))
+    clock = Clock(title, len(records))
     answers = answerer.answer(samples, Options(max_new_tokens=32), progress=clock)
     hits = [is_right(r, answer.text) for r, answer in zip(records, answers, strict=True)]
     score = {
@@ -127,21 +126,6 @@ def bootstrap(hits: list[bool], groups: list[Any]) -> tuple[float, float]:
     means = right[chosen].sum(axis=1) / asked[chosen].sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
-
-
-class _Clock:
-    """Progress with an estimate on stderr, every five seconds."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total = title, total
-        self.started = self.spoken = time.perf_counter()
-
-    def __call__(self, done: int) -> None:
-        now = time.perf_counter()
-        if now - self.spoken > 5 and done < self.total and int(os.environ["RANK"]) == 0:
-            self.spoken = now
-            left = (now - self.started) / done * (self.total - done)
-            print(f"  {self.title}: {done} of {self.total}, {left:.0f} s left", file=sys.stderr)
 
 
 def _table(scores: dict[str, Any]) -> str:

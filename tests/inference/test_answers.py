@@ -2,34 +2,16 @@
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import soundfile
-from PIL import Image
 
 from benchmarks import ranks
-from examples.mimo import avlm_inference
 from examples.mimo.inference.answerer import forbidden_tokens
 from tests.conftest import run_command, run_train
 
 SAMPLES = 20
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(data_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("answers") / "checkpoint"
-    done = run_train(
-        *("--tensor-model-parallel-size", "2", "--dataset-provider", "spoken_questions"),
-        *("--data-path", str(data_folder), "--micro-batch-size", "8", "--global-batch-size", "8"),
-        *("--lr", "2e-3", "--train-iters", "250", "--save", str(folder), "--save-interval", "250"),
-        processes=2,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -82,30 +64,6 @@ def test_a_batch_answers_as_each_alone_and_streamed(answers):
 def test_the_cache_changes_nothing_and_media_are_encoded_once(answers):
     assert max(answers[1, 1]["errors"]) <= 1e-4
     assert answers[1, 1]["encoded"] == ["images", "audios"]
-
-
-@pytest.fixture(scope="module")
-def media(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("media")
-    Image.new("RGB", (40, 30), "white").save(folder / "white.png")
-    (folder / "empty.png").touch()
-    noise = np.random.default_rng(0).uniform(-0.1, 0.1, 16_000)
-    soundfile.write(folder / "second.wav", noise, 16_000)
-    soundfile.write(folder / "long.flac", np.tile(noise, 5), 16_000)
-    return folder
-
-
-@pytest.fixture
-def ask(monkeypatch, build_model):
-    """The command's main() in this process: a function of its flags."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))
-
-    def main(*flags):
-        monkeypatch.setattr(sys, "argv", ["avlm_inference.py", *flags])
-        avlm_inference.main()
-
-    return main
 
 
 def run_alone(*flags):

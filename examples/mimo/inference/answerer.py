@@ -61,12 +61,16 @@ class Answerer:
 
         Files whose placeholder no turn names are put in front of the prompt.
         """
-        prompt = request.prompt
-        if not any(m.placeholder in prompt for m in self.config.modalities.values()):
-            prompt = self._placeholders(request) + prompt
-        turns = [*request.history, Turn(is_answer=False, text=prompt)]
+        request = self.with_placeholders(request)
+        turns = [*request.history, Turn(is_answer=False, text=request.prompt)]
         pieces = to_pieces(turns, self.config)
         return self.reader(blank).from_pieces(pieces, request.files, request.key)
+
+    def with_placeholders(self, request: Request) -> Request:
+        """The request with a placeholder for every file in front of a prompt that names none."""
+        if any(m.placeholder in request.prompt for m in self.config.modalities.values()):
+            return request
+        return dataclasses.replace(request, prompt=self._placeholders(request) + request.prompt)
 
     def running(self) -> Running:
         """Nothing yet: answers are started on it."""

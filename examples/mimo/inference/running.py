@@ -27,11 +27,11 @@ class Options:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens}: at least 1")
         if len(self.stops) > MAX_STOPS:
-            raise ValueError(f"{len(self.stops)} stop strings: at most {MAX_STOPS}")
+            raise ValueError(f"stop holds {len(self.stops)} strings: at most {MAX_STOPS}")
         for stop in self.stops:
             if not 0 < len(stop) <= MAX_STOP_LENGTH:
                 raise ValueError(
-                    f"a stop string of {len(stop)} characters: from 1 to {MAX_STOP_LENGTH}"
+                    f"stop string of {len(stop)} characters: from 1 to {MAX_STOP_LENGTH}"
                 )
 
 

@@ -1,0 +1,201 @@
+"""Streams, conversations and files of questions say what single answers say."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import ranks
+from examples.mimo.data.datasets import read_records
+from tests.conftest import ROOT
+
+QUESTION = "Digit eight. Which digit is this?"
+
+
+@pytest.fixture
+def say(ask, checkpoint, capsys, monkeypatch):
+    """What the command prints for flags, and lines of stdin."""
+
+    def said(*flags, lines=()):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        ask("--ckpt", str(checkpoint), *flags)
+        return capsys.readouterr()
+
+    return said
+
+
+def test_a_stream_is_the_answer(say):
+    flags = ("--prompt", QUESTION)
+    assert say(*flags, "--stream").out == say(*flags).out != "\n"
+
+
+def test_a_seed_gives_the_same_answers_and_another_others(say):
+    flags = ("--prompt", QUESTION, "--temperature", "2", "--samples", "6", "--json")
+    first, again, other = (say(*flags, "--seed", seed).out for seed in ("1", "1", "2"))
+    assert first == again != other
+    assert len({json.loads(line)["answer"] for line in first.splitlines()}) > 2
+
+
+def test_a_stop_string_ends_the_answer(say):
+    whole = json.loads(say("--prompt", QUESTION, "--json").out)
+    assert whole["finish"] == "stop"
+    stop = whole["answer"][2:4]
+    cut = json.loads(say("--prompt", QUESTION, "--json", "--stop", stop).out)
+    assert cut["answer"] == whole["answer"][: whole["answer"].index(stop)]
+    short = json.loads(say("--prompt", QUESTION, "--json", "--max-new-tokens", "1").out)
+    assert short["finish"] in ("length", "stop")
+
+
+def test_log_probabilities_are_there_when_asked_for(say):
+    found = json.loads(say("--prompt", QUESTION, "--json", "--logprobs").out)
+    assert len(found["logprobs"]) == len(found["tokens"]) + (found["finish"] == "stop")
+    assert all(value <= 0 for value in found["logprobs"])
+    assert found["prompt_logprobs"][0] is None
+    assert all(value < 0 for value in found["prompt_logprobs"][1:])
+
+
+def test_a_conversation_answers_as_its_turns_in_a_file(say, media, tmp_path):
+    picture, sound = media / "white.png", media / "second.wav"
+    lines = [f"/image {picture}", "Name it.", f"/audio {sound}", "", "/foo", QUESTION]
+    spoken = say(
+        "--interactive", lines=[*lines, "/image none.png", "/reset", QUESTION, "/quit", "x"]
+    )
+    first, second, third, alone = spoken.out.splitlines()
+    assert f"{picture}: 40 x 30" in spoken.err
+    assert "/foo: not a command" in spoken.err
+    assert "none.png: no such image file" in spoken.err
+    assert alone == say("--prompt", QUESTION).out.strip()
+    turns = [
+        {"from": "human", "value": "<image>Name it."},
+        {"from": "gpt", "value": first},
+        {"from": "human", "value": "<audio>Answer the question."},
+        {"from": "gpt", "value": second},
+        {"from": "human", "value": QUESTION},
+    ]
+    for name in ("white.png", "second.wav"):
+        (tmp_path / name).write_bytes((media / name).read_bytes())
+    record = {"images": ["white.png"], "audios": ["second.wav"], "conversations": turns}
+    (tmp_path / "in.jsonl").write_text(json.dumps(record))
+    say("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    assert json.loads((tmp_path / "out.jsonl").read_text())["answer"] == third
+
+
+def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(say):
+    spoken = say("--interactive", lines=[QUESTION, "word " * 200, "/reset", QUESTION])
+    first, again = spoken.out.splitlines()
+    assert first == again
+    assert "do not fit" in spoken.err
+
+
+BAD = [
+    ("not json", "not JSON"),
+    ("[1]", "must be a JSON object"),
+    ('{"prompt": 5}', "prompt must be text, not 5"),
+    ('{"prompt": ""}', "nothing to answer"),
+    ('{"prompt": "x", "images": "a.png"}', "images must be a list of file names"),
+    ('{"prompt": "x", "images": ["../../a.png"]}', "lies outside the data folder"),
+    ('{"prompt": "x", "images": ["none.png"]}', "no such image file"),
+    ('{"prompt": "<image>", "images": []}', "0 image files"),
+    ('{"prompt": "x", "videos": ["a.mp4"]}', "holds videos, but tiny_avlm takes images, audios"),
+    ('{"conversations": [{"from": "gpt", "value": "a"}]}', "end with a question"),
+    ('{"conversations": [{"from": "ghost", "value": "a"}]}', "a turn is from 'ghost'"),
+    (b'{"prompt": "\xff"}', "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ('{"prompt": "' + "a " * 6_000_000 + '"}', "a line of more than 10,000,000 bytes"),
+]
+
+
+def test_bad_lines_are_answered_with_an_error_and_the_others_in_full(say, tmp_path):
+    good = json.dumps({"key": "good", "prompt": QUESTION}).encode()
+    lines = [line if isinstance(line, bytes) else line.encode() for line, _ in BAD]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join([good, *lines, b"", good]))
+    output = tmp_path / "out.jsonl"
+    flags = ("--input", str(tmp_path / "in.jsonl"), "--output", str(output))
+    say(*flags)
+    found = {row["line"]: row for row in map(json.loads, output.read_text().splitlines())}
+    assert sorted(found) == [*range(1, len(BAD) + 2), len(BAD) + 3]
+    for number, (_, message) in enumerate(BAD, start=2):
+        assert message in found[number]["error"], number
+    last = found[len(BAD) + 3]
+    assert found[1]["answer"] == last["answer"] == say("--prompt", QUESTION).out.strip()
+    assert last["key"] == "good"
+    before = output.read_bytes()
+    say(*flags)
+    assert output.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def questions(data_folder):
+    """A file of held-out questions in the data folder, and how many."""
+    records = 3 * read_records(data_folder / "heldout.jsonl")[:60]
+    lines = [
+        {**r, "conversations": r["conversations"][:1], "key": n} for n, r in enumerate(records)
+    ]
+    file = data_folder / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file, len(lines)
+
+
+def answers(output):
+    """(line, sample) -> answer; each once."""
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    found = {(row["line"], row["sample"]): row["answer"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_killed_and_started_again_no_line_is_lost_or_said_twice(checkpoint, questions, tmp_path):
+    file, count = questions
+    flags = ["--ckpt", str(checkpoint), "--input", str(file), "--samples", "2", "--temperature"]
+    flags += ["1.5", "--max-new-tokens", "20", "--batch-size", "6", "--output"]
+    script = "examples/mimo/avlm_inference.py"
+    whole = ranks.run(script, *flags, str(tmp_path / "whole"), "--pp", "2", processes=2)
+    assert whole.returncode == 0, whole.stderr
+    output = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *flags, str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
+    while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 9):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 9 <= output.read_bytes().count(b"\n") < 2 * count
+    with output.open("a") as file:
+        file.write('{"line": 1, "samp')
+    again = ranks.run(script, *flags, str(output), "--tp", "2", processes=2)
+    assert again.returncode == 0, again.stderr
+    assert answers(output) == answers(tmp_path / "whole")
+    assert len(answers(output)) == 2 * count
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--top-p", "2"), "--top-p 2.0: from 1e-09 to 1"),
+        (("--temperature", "-1"), "--temperature -1.0"),
+        (("--max-new-tokens", "0"), "--max-new-tokens 0: at least 1"),
+        (("--stop", ""), "--stop string of 0 characters"),
+        (("--samples", "2"), "are all alike without --temperature"),
+        (("--samples", "0"), "--samples 0"),
+        (("--input", "a"), "--input and --output go together"),
+        (("--input", "none", "--output", "o"), "--input none: no such file"),
+        (("--input", "README.md", "--output", "README.md"), "this is the input"),
+        (("--input", "README.md", "--output", "pyproject.toml"), "no answer of an earlier run"),
+        (("--input", "README.md", "--output", "none/o"), "its folder does not exist"),
+        (("--interactive", "--json"), "--json does not go with --interactive"),
+        (("--interactive", "--image-path", "a"), "--image-path does not go with --interactive"),
+        (("--prompt", "x", "--stream", "--json"), "--stream shows the text of one answer"),
+        (("--prompt", "x", "--logprobs"), "--logprobs needs --json"),
+    ],
+)
+def test_flags_that_do_not_go_together(say, flags, message):
+    with pytest.raises(ValueError, match=r".") as error:
+        say(*flags)
+    assert message in str(error.value)
