@@ -1,0 +1,137 @@
+"""python examples/mimo/serve.py --ckpt DIR
+
+Answers over HTTP in the shape of OpenAI's chat completions, at /v1/chat/completions; a page to
+try it is at /. Under torchrun with --tp and --pp rank 0 serves and all ranks answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from examples.mimo import command
+
+if TYPE_CHECKING:
+    import uvicorn
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main() -> None:
+    """Parse, load, serve."""
+    args = _parser().parse_args()
+    _check(args)
+    command.prepare_environment()
+    command.alone_unless_launched()
+    from examples.mimo import host
+
+    host.install()
+    with command.stdout_to(os.devnull):
+        serve(args)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Load the model on every rank; rank 0 answers HTTP until it is told to end."""
+    from examples.mimo.checkpoint.description import open_checkpoint
+    from examples.mimo.inference.answerer import Answerer
+    from examples.mimo.serving.worker import Worker, start_thread
+
+    serves = os.environ["RANK"] == "0"
+    listening = _listen(args.host, args.port) if serves else None
+    answerer = Answerer(open_checkpoint(args.ckpt), args.tp, args.pp, args.prefixes)
+    worker = Worker(answerer, args.max_batch, args.max_waiting)
+    if listening is None:
+        # Rank 0 hears the signal too, and tells when to stop.
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        worker.run()
+        return
+    import uvicorn
+
+    from examples.mimo.serving.app import Limits, Server
+
+    hosts = ("*",) if args.host not in LOOPBACK else (*LOOPBACK, f"[{LOOPBACK[-1]}]")
+    key = os.environ.get(args.api_key_variable)
+    limits = Limits(int(args.max_body_megabytes * 2**20), key, hosts)
+    app = Server(answerer, worker, limits).app()
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    # Uvicorn's own handlers raise the signal again, which would end this rank alone.
+    setattr(server, "capture_signals", lambda: _ending_on_signals(server))
+    thread = start_thread(worker)
+    print(
+        f"{answerer.config.name} at http://{args.host}:{args.port}, "
+        f"{'with' if key else 'without'} an API key; Ctrl-C ends",
+        file=sys.stderr,
+    )
+    server.run(sockets=[listening])
+    worker.stop()
+    thread.join()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The port, before the model is loaded."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: {error.strerror}; name another") from None
+    return listening
+
+
+@contextlib.contextmanager
+def _ending_on_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Ctrl-C and SIGTERM let the server finish."""
+    for number in ENDING:
+        signal.signal(number, server.handle_exit)
+    yield
+
+
+def _check(args: argparse.Namespace) -> None:
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"serving needs {package}; pip install -e '.[serve]'")
+    if not 0 < args.port < 65536:
+        raise ValueError(f"--port {args.port}: from 1 to 65535")
+    for name in ("max_batch", "max_waiting", "max_body_megabytes"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: more than 0")
+    if args.prefixes < 0:
+        raise ValueError(f"--prefixes {args.prefixes}: 0 or more")
+    if args.host not in LOOPBACK and args.api_key_variable not in os.environ:
+        raise ValueError(
+            f"--host {args.host} lets other machines in; put an API key into the environment "
+            f"variable {args.api_key_variable}"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.Parser(
+        prog="serve.py", description="Answer over HTTP, in the shape of OpenAI's chat completions."
+    )
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, help="what train.py --save wrote")
+    add("--host", default=LOOPBACK[0], help="default 127.0.0.1: this machine only")
+    add("--port", type=int, default=8000, help="default 8000")
+    add("--api-key-variable", default="MIMO_API_KEY", metavar="NAME", help="holds the API key")
+    add("--max-batch", type=int, default=16, metavar="N", help="answers at once, default 16")
+    add("--max-waiting", type=int, default=64, metavar="N", help="more that wait, default 64")
+    add("--max-body-megabytes", type=float, default=32, metavar="N", help="default 32")
+    add("--prefixes", type=int, default=4, metavar="N", help="conversations kept, default 4")
+    add("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
+    add("--pp", type=int, default=1, help="pipeline stages, under torchrun")
+    return parser
+
+
+if __name__ == "__main__":
+    command.run("serve.py", main)
