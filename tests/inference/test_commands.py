@@ -34,6 +34,23 @@ def test_a_stream_is_the_answer(say):
     assert say(*flags, "--stream").out == say(*flags).out != "\n"
 
 
+def test_in_python(say, checkpoint):
+    script = (
+        "from examples.mimo.inference import Answerer, Request\n"
+        f"answerer = Answerer.open({str(checkpoint)!r})\n"
+        f"asked = answerer.read(Request({QUESTION!r}))\n"
+        "print(answerer.answer([asked])[0].text)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == say("--prompt", QUESTION).out, done.stderr
+    assert done.stderr == ""
+
+
 def test_a_seed_gives_the_same_answers_and_another_others(say):
     flags = ("--prompt", QUESTION, "--temperature", "2", "--samples", "6", "--json")
     first, again, other = (say(*flags, "--seed", seed).out for seed in ("1", "1", "2"))

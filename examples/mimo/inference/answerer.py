@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from examples.mimo.checkpoint.description import Checkpoint
+from examples.mimo import command
+from examples.mimo.checkpoint.description import Checkpoint, open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import Turn, to_pieces
@@ -50,6 +53,13 @@ class Answerer:
         self.model = load_model(checkpoint, tp, pp)
         forbidden = forbidden_tokens(self.tokenizer, self.config)
         self.engine = Engine(self.model, self.config, self.tokenizer.eos_id, forbidden, prefixes)
+
+    @classmethod
+    def open(cls, folder: str | Path, tp: int = 1, pp: int = 1) -> Answerer:
+        """The model in `folder`; tp x pp processes under torchrun, else this one alone."""
+        command.alone_unless_launched()
+        with command.stdout_to(os.devnull):
+            return cls(open_checkpoint(Path(folder)), tp, pp)
 
     def reader(self, blank: Sequence[str] = ()) -> SampleReader:
         """What turns files and prompts into the model's inputs."""
