@@ -1,10 +1,7 @@
-"""From prompts with pictures and recordings to answers, at the terminal and in Python:
+"""From prompts with pictures and recordings to answers, at the terminal and in Python.
 
-    from examples.mimo.inference import Answerer, Request
-
-    answerer = Answerer.open("checkpoint")
-    asked = answerer.read(Request("What is it?", {"images": [Path("cat.jpg")]}))
-    print(answerer.answer([asked])[0].text)
+`Answerer.open(folder)` loads a checkpoint, `read` checks a `Request`, `answer` takes any number of
+them and gives as many `Answer`s; `stream` gives one in pieces.
 """
 
 from examples.mimo import command, host
