@@ -7,7 +7,6 @@ import contextlib
 import difflib
 import logging
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -98,10 +97,8 @@ def alone_unless_launched() -> None:
     """Without torchrun a command is a world of one; give it an address."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # At port 0 the store takes a free one, which nobody can take first.
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update(address | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
 
 
