@@ -32,6 +32,7 @@ import transformers as hf  # noqa: E402
 
 from examples.mimo.checkpoint import building, from_hf  # noqa: E402
 from examples.mimo.checkpoint.description import open_checkpoint  # noqa: E402
+from examples.mimo.checkpoint.families import family_for_export  # noqa: E402
 from examples.mimo.checkpoint.folder import Folder  # noqa: E402
 from examples.mimo.checkpoint.loading import load_model  # noqa: E402
 from examples.mimo.configs import get_model_config  # noqa: E402
@@ -95,8 +96,10 @@ class Pair:
     def __init__(self, language: LanguageConfig, folder: Path) -> None:
         self.config = dataclasses.replace(get_model_config("tiny_avlm"), language=language)
         torch.manual_seed(0)
-        self.theirs = hf.LlamaForCausalLM(_their_config(language)).eval()
+        self.theirs = hf.LlamaForCausalLM(family_for_export(language).config(language)).eval()
         self.theirs.set_attn_implementation("sdpa")
+        # Every row takes all its tokens.
+        self.theirs.generation_config.eos_token_id = None
         self.theirs.save_pretrained(folder / "theirs")
         parts = {"language": Folder(folder / "theirs")}
         from_hf.convert(self.config, parts, folder / "ours", lambda text: None)
@@ -147,24 +150,6 @@ class Pair:
             ids = torch.cat([ids, torch.tensor([[tokens[-1]]], device=ids.device)], dim=1)
             times.append(_now())
         return Timed([tokens], times[-1] - times[0])
-
-
-def _their_config(language: LanguageConfig) -> hf.LlamaConfig:
-    return hf.LlamaConfig(
-        vocab_size=language.vocab_size,
-        hidden_size=language.hidden_size,
-        intermediate_size=language.ffn_hidden_size,
-        num_hidden_layers=language.num_layers,
-        num_attention_heads=language.num_attention_heads,
-        num_key_value_heads=language.num_query_groups,
-        max_position_embeddings=language.seq_length,
-        rms_norm_eps=language.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": float(language.rotary_base)},
-        tie_word_embeddings=language.tie_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
 
 
 def _now() -> float:

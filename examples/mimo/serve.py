@@ -67,15 +67,23 @@ def serve(args: argparse.Namespace) -> None:
     server = uvicorn.Server(config)
     # Uvicorn's own handlers raise the signal again, which would end this rank alone.
     setattr(server, "capture_signals", lambda: _ending_on_signals(server))
-    thread = start_thread(worker)
+
+    def end() -> None:
+        server.should_exit = True
+
+    thread = start_thread(worker, end)
     print(
         f"{answerer.config.name} at http://{args.host}:{args.port}, "
         f"{'with' if key else 'without'} an API key; Ctrl-C ends",
         file=sys.stderr,
     )
-    server.run(sockets=[listening])
-    worker.stop()
-    thread.join()
+    try:
+        server.run(sockets=[listening])
+    finally:
+        worker.stop()
+        thread.join()
+    if not worker.ended:
+        raise SystemExit("serve.py: the model failed, as said above")
 
 
 def _listen(host: str, port: int) -> socket.socket:

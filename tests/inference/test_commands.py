@@ -15,6 +15,7 @@ from examples.mimo.data.datasets import read_records
 from tests.conftest import ROOT
 
 QUESTION = "Digit eight. Which digit is this?"
+AVLM = "examples/mimo/avlm_inference.py"
 
 
 @pytest.fixture
@@ -32,6 +33,24 @@ def say(ask, checkpoint, capsys, monkeypatch):
 def test_a_stream_is_the_answer(say):
     flags = ("--prompt", QUESTION)
     assert say(*flags, "--stream").out == say(*flags).out != "\n"
+
+
+def test_ctrl_c_ends_a_conversation_without_a_word(checkpoint):
+    process = subprocess.Popen(
+        [sys.executable, AVLM, "--ckpt", str(checkpoint), "--interactive"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    said = b""
+    while not said.endswith(b"> "):
+        said += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (out, rest) == (b"", b"")
 
 
 def test_in_python(say, checkpoint):
@@ -170,12 +189,11 @@ def test_killed_and_started_again_no_line_is_lost_or_said_twice(checkpoint, ques
     file, count = questions
     flags = ["--ckpt", str(checkpoint), "--input", str(file), "--samples", "2", "--temperature"]
     flags += ["1.5", "--max-new-tokens", "20", "--batch-size", "6", "--output"]
-    script = "examples/mimo/avlm_inference.py"
-    whole = ranks.run(script, *flags, str(tmp_path / "whole"), "--pp", "2", processes=2)
+    whole = ranks.run(AVLM, *flags, str(tmp_path / "whole"), "--pp", "2", processes=2)
     assert whole.returncode == 0, whole.stderr
     output = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), *flags, str(output)],
+        [sys.executable, str(ROOT / AVLM), *flags, str(output)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
     )
@@ -186,7 +204,7 @@ def test_killed_and_started_again_no_line_is_lost_or_said_twice(checkpoint, ques
     assert 9 <= output.read_bytes().count(b"\n") < 2 * count
     with output.open("a") as file:
         file.write('{"line": 1, "samp')
-    again = ranks.run(script, *flags, str(output), "--tp", "2", processes=2)
+    again = ranks.run(AVLM, *flags, str(output), "--tp", "2", processes=2)
     assert again.returncode == 0, again.stderr
     assert answers(output) == answers(tmp_path / "whole")
     assert len(answers(output)) == 2 * count

@@ -1,8 +1,12 @@
 """The server's page in a real browser; needs the package playwright and an installed Chromium."""
 
+import base64
+import io
 import shutil
 
 import pytest
+import soundfile
+from PIL import Image
 
 from tests.inference.test_serve import KEY, QUESTION, Served, answer_of, user
 
@@ -59,7 +63,7 @@ def test_a_picture_and_a_recording_are_answered(page, served, media, tmp_path):
     assert ask(page, QUESTION, 1) == answer_of(served.ask({"messages": [user(QUESTION)]})[1])
 
 
-def test_a_file_is_dropped_and_sound_is_recorded(page):
+def test_a_file_is_dropped_and_sound_is_recorded(page, served):
     page.evaluate(
         """() => {
           const carried = new DataTransfer();
@@ -78,7 +82,18 @@ def test_a_file_is_dropped_and_sound_is_recorded(page):
     page.wait_for_timeout(1_000)
     page.click("#record")
     page.wait_for_selector("#items audio")
-    ask(page, "What is it?", 1)
+    with page.expect_request("**/v1/chat/completions") as sent:
+        answer = ask(page, "What is it?", 1)
+    (message,) = sent.value.post_data_json["messages"]
+    picture, recording, text = message["content"]
+    assert text == {"type": "text", "text": "What is it?"}
+    drawn = base64.b64decode(picture["image_url"]["url"].partition("base64,")[2])
+    assert Image.open(io.BytesIO(drawn)).size == (32, 32)
+    heard = base64.b64decode(recording["input_audio"]["data"])
+    samples, rate_hz = soundfile.read(io.BytesIO(heard))
+    assert 0.5 < len(samples) / rate_hz < 2.4
+    assert abs(samples).max() > 0.01
+    assert answer == answer_of(served.ask({"messages": [message]})[1]).strip()
 
 
 def test_an_error_is_shown(page):

@@ -63,8 +63,7 @@ class SampleReader:
     ) -> Sample:
         """The sample of a JSON record; `find` knows the files that it names."""
         key = str(record.get("key"))
-        refuse_unknown_media(record, key, self.config)
-        files = {name: _files(record, name, key, find) for name in self.config.modalities}
+        files = files_of(record, self.config, find, key)
         pieces = to_pieces(parse_turns(record.get("conversations"), key), self.config)
         return self.from_pieces(pieces, files, key, generator)
 
@@ -118,6 +117,14 @@ def refuse_unknown_media(record: Mapping[str, Any], key: str, config: MimoConfig
                 f"{', '.join(config.modalities) or 'text only'}; choose another "
                 "--model-provider or --train-split"
             )
+
+
+def files_of(
+    record: Mapping[str, Any], config: MimoConfig, find: Find, key: str
+) -> dict[str, list[Source]]:
+    """The files of each modality that a record names; ValueError for other modalities'."""
+    refuse_unknown_media(record, key, config)
+    return {name: _files(record, name, key, find) for name in config.modalities}
 
 
 def _files(record: Mapping[str, Any], name: str, key: str, find: Find) -> list[Source]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from examples.mimo.data.conversation import Turn, parse_turns
-from examples.mimo.data.samples import Inside, Sample, refuse_unknown_media
+from examples.mimo.data.samples import Inside, Sample, files_of
 from examples.mimo.inference.answerer import Answerer, Request
 from examples.mimo.inference.clock import Clock
 from examples.mimo.inference.ranks import share
@@ -77,14 +77,7 @@ def request_of(record: Any, root: Path, answerer: Answerer, key: str) -> Request
     """What a line asks; ValueError, one line, when it asks nothing or names no file."""
     if not isinstance(record, dict):
         raise ValueError("a question must be a JSON object")
-    refuse_unknown_media(record, key, answerer.config)
-    find = Inside(root)
-    files = {}
-    for name in answerer.config.modalities:
-        given = record.get(name, [])
-        if not isinstance(given, list) or not all(isinstance(f, str) for f in given):
-            raise ValueError(f"{name} must be a list of file names, not {given!r:.80}")
-        files[name] = [find(file) for file in given]
+    files = files_of(record, answerer.config, Inside(root), key)
     if "conversations" in record:
         *history, last = parse_turns(record["conversations"], key)
     else:

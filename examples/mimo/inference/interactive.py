@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -67,9 +67,9 @@ class Talk:
             except ValueError as error:
                 self._tell(" ".join(str(error).split()))
 
-    def _following(self, source: Iterable[str]) -> str | None:
+    def _following(self, source: Iterator[str]) -> str | None:
         print("> ", end="", file=sys.stderr, flush=True)
-        return next(iter(source), None)
+        return next(source, None)
 
     def _obey(self, word: str, rest: str, line: str) -> None:
         if word == "/reset":

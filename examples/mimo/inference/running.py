@@ -25,7 +25,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens}: at least 1")
+            raise ValueError(f"max_new_tokens {self.max_new_tokens!r:.30}: at least 1")
         if len(self.stops) > MAX_STOPS:
             raise ValueError(f"stop holds {len(self.stops)} strings: at most {MAX_STOPS}")
         for stop in self.stops:

@@ -38,7 +38,7 @@ class Sampling:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(
-                    f"{name} {getattr(self, name)}: from {low:g} to {high:g}"
+                    f"{name} {getattr(self, name)!r:.30}: from {low:g} to {high:g}"
                     + ("; temperature 0 is greedy" if name == "temperature" else "")
                 )
 

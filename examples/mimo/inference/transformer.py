@@ -1,8 +1,7 @@
 """The language model for answering: the keys and values of earlier tokens are kept.
 
-It works on the parameters of Megatron's modules, of either layer spec, by this rank's share. What
-it leaves out is what costs: Megatron's static context rotates all kept keys again for every token,
-and its modules take longer to call than a row of a small model takes to compute.
+It works on the parameters of Megatron's modules, of either layer spec, by this rank's share.
+Megatron's static context rotates all kept keys again for every token; here they are kept rotated.
 """
 
 from __future__ import annotations
@@ -171,13 +170,14 @@ class CachedTransformer:
         Row i has `starts[i]` tokens already; for more than one new token all have as many.
         """
         rows, columns, _ = hidden.shape
-        kind = _Few if columns <= FEW_COLUMNS else _Many
-        step = kind(self, cache, first, (rows, columns), starts)
+        at = _Places(self, first, (rows, columns), starts)
+        few = columns <= FEW_COLUMNS
+        attend = _FewTokens(at, cache, self.queries) if few else _ManyTokens(at, cache)
         flat = hidden.reshape(rows * columns, -1).clone()
         for number, layer in enumerate(self.layers):
             normed = layer.input_norm(flat)
-            query, key, value = self._query_key_value(_linear(normed, layer.qkv), layer, step)
-            context = step.attend(number, query, key, value)
+            query, key, value = self._query_key_value(_linear(normed, layer.qkv), layer, at)
+            context = attend(number, query, key, value)
             flat += self._reduced(_linear(context, layer.projection))
             normed = layer.mlp_norm(flat)
             gate, up = _linear(normed, layer.gate_and_up).chunk(2, dim=-1)
@@ -222,7 +222,7 @@ class CachedTransformer:
         return self.cos, self.sin
 
     def _query_key_value(
-        self, mixed: torch.Tensor, layer: LayerWeights, step: _Step
+        self, mixed: torch.Tensor, layer: LayerWeights, at: _Places
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(N, G * (R + 2) * d) as Megatron mixes it -> (N, G, R, d), and (N, G, d) twice."""
         if layer.qkv_bias is not None:
@@ -233,7 +233,7 @@ class CachedTransformer:
             normed = layer.query_norm(turning[:, :, :-1]), layer.key_norm(turning[:, :, -1:])
             turning = torch.cat(normed, dim=2)
         halves_swapped = turning.roll(self.head_size // 2, dims=-1)
-        turned = torch.addcmul(turning * step.cos, halves_swapped, step.sin)
+        turned = torch.addcmul(turning * at.cos, halves_swapped, at.sin)
         return turned[:, :, :-1], turned[:, :, -1], value
 
     def _reduced(self, partial: torch.Tensor) -> torch.Tensor:
@@ -248,8 +248,8 @@ class CachedTransformer:
         return self.language.output_layer.weight
 
 
-class _Step:
-    """Where the new tokens of some rows belong, worked out once for all layers.
+class _Places:
+    """Where the new tokens of some rows belong: S of each of B rows, from row `first` on.
 
     `cos` and `sin`, (N, 1, R + 1, d), turn R queries and a key; queries are scaled on the way.
     """
@@ -257,13 +257,11 @@ class _Step:
     def __init__(
         self,
         transformer: CachedTransformer,
-        cache: KeyValueCache,
         first: int,
         shape: tuple[int, int],
         starts: Sequence[int],
     ) -> None:
         rows, columns = self.shape = shape
-        self.cache = cache
         self.rows = slice(first, first + rows)
         self.start, self.length = starts[0], max(starts) + columns
         self.alike = min(starts) == max(starts)
@@ -275,31 +273,30 @@ class _Step:
         scale[:-1] = transformer.head_size**-0.5
         self.cos, self.sin = (t[self.places.flatten()][:, None, None] * scale for t in table)
 
-    def attend(
+
+class _ManyTokens:
+    """Attention of many tokens of each row, each of which sees those up to itself."""
+
+    def __init__(self, at: _Places, cache: KeyValueCache) -> None:
+        self.at, self.cache = at, cache
+
+    def __call__(
         self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """(N, G, R, d), (N, G, d) twice -> (N, G * R * d), and the cache holds the new ones."""
-        raise NotImplementedError
-
-
-class _Many(_Step):
-    """Many tokens of each row, each of which sees those up to itself."""
-
-    def attend(
-        self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        rows, columns = self.shape
-        key, value = (t.unflatten(0, self.shape).transpose(1, 2) for t in (key, value))
-        keys, values = self.cache.keys[number, self.rows], self.cache.values[number, self.rows]
-        keys[..., self.start : self.length] = key.transpose(-1, -2)
-        values[:, :, self.start : self.length] = value
+        at = self.at
+        columns = at.shape[1]
+        key, value = (t.unflatten(0, at.shape).transpose(1, 2) for t in (key, value))
+        keys, values = self.cache.keys[number, at.rows], self.cache.values[number, at.rows]
+        keys[..., at.start : at.length] = key.transpose(-1, -2)
+        values[:, :, at.start : at.length] = value
         mask = None
-        if self.start:
-            key, value = keys[..., : self.length].transpose(-1, -2), values[:, :, : self.length]
-            last = torch.ones(columns, self.length, dtype=torch.bool, device=key.device)
-            mask = last.tril(self.start)
+        if at.start:
+            key, value = keys[..., : at.length].transpose(-1, -2), values[:, :, : at.length]
+            last = torch.ones(columns, at.length, dtype=torch.bool, device=key.device)
+            mask = last.tril(at.start)
         context = scaled_dot_product_attention(
-            query.unflatten(0, self.shape).permute(0, 2, 3, 1, 4).flatten(1, 2),
+            query.unflatten(0, at.shape).permute(0, 2, 3, 1, 4).flatten(1, 2),
             key.contiguous(),
             value.contiguous(),
             attn_mask=mask,
@@ -307,49 +304,41 @@ class _Many(_Step):
             scale=1.0,
             enable_gqa=query.shape[2] > 1,
         )
-        return context.transpose(1, 2).reshape(rows * columns, -1)
+        return context.transpose(1, 2).reshape(len(query), -1)
 
 
-class _Few(_Step):
-    """One token of each row, or a few, which see all of their row up to themselves."""
+class _FewTokens:
+    """Attention of one token of each row, or a few, which see their row up to themselves."""
 
-    def __init__(
-        self,
-        transformer: CachedTransformer,
-        cache: KeyValueCache,
-        first: int,
-        shape: tuple[int, int],
-        starts: Sequence[int],
-    ) -> None:
-        super().__init__(transformer, cache, first, shape, starts)
-        rows, columns = shape
-        keys, values = cache.keys[:, self.rows], cache.values[:, self.rows]
+    def __init__(self, at: _Places, cache: KeyValueCache, queries: int) -> None:
+        self.at, self.cache = at, cache
+        keys, values = cache.keys[:, at.rows], cache.values[:, at.rows]
         # (B * G, d, T) and (B * G, T, d) of each layer, as `bmm` takes them.
-        self.keys = keys[..., : self.length].flatten(1, 2).unbind(0)
-        self.values = values[:, :, :, : self.length].flatten(1, 2).unbind(0)
-        if self.alike:
-            self.new_keys = keys[..., self.start : self.length].unbind(0)
-            self.new_values = values[:, :, :, self.start : self.length].unbind(0)
-        else:
-            self.index = torch.arange(first, first + rows, device=transformer.device)
+        self.keys = keys[..., : at.length].flatten(1, 2).unbind(0)
+        self.values = values[:, :, :, : at.length].flatten(1, 2).unbind(0)
+        self.new_keys = keys[..., at.start : at.length].unbind(0)
+        self.new_values = values[:, :, :, at.start : at.length].unbind(0)
+        self.index = torch.arange(at.rows.start, at.rows.stop, device=at.places.device)
         self.mask = None
-        if not self.alike or columns > 1:
-            self.mask = self._mask(transformer.groups, transformer.queries)
+        if not at.alike or at.shape[1] > 1:
+            self.mask = self._mask(queries)
 
-    def _mask(self, groups: int, queries: int) -> torch.Tensor:
+    def _mask(self, queries: int) -> torch.Tensor:
         """(B * G, S * R, T) with minus infinity where a token is later than the query's."""
-        places = torch.arange(self.length, device=self.places.device)
-        later = (places > self.places[..., None]).repeat_interleave(queries, dim=1)
+        places = torch.arange(self.at.length, device=self.at.places.device)
+        later = (places > self.at.places[..., None]).repeat_interleave(queries, dim=1)
         mask = torch.zeros(later.shape, dtype=self.cache.keys.dtype, device=later.device)
-        return mask.masked_fill_(later, float("-inf")).repeat_interleave(groups, dim=0)
+        mask.masked_fill_(later, float("-inf"))
+        return mask.repeat_interleave(self.cache.keys.shape[2], dim=0)
 
-    def attend(
+    def __call__(
         self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        rows, columns = self.shape
+        """(N, G, R, d), (N, G, d) twice -> (N, G * R * d), and the cache holds the new ones."""
+        rows, columns = self.at.shape
         tokens, groups, queries, size = query.shape
-        self._keep(number, key.view(rows, columns, groups, size), value.unflatten(0, self.shape))
-        query = query.unflatten(0, self.shape).transpose(1, 2)
+        self._keep(number, key.view(rows, columns, groups, size), value.unflatten(0, self.at.shape))
+        query = query.unflatten(0, self.at.shape).transpose(1, 2)
         scores = torch.bmm(query.reshape(rows * groups, columns * queries, size), self.keys[number])
         if self.mask is not None:
             scores += self.mask
@@ -360,12 +349,13 @@ class _Few(_Step):
 
     def _keep(self, number: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """(B, S, G, d) twice into the cache; one token where rows differ in length."""
-        if self.alike:
+        if self.at.alike:
             self.new_keys[number].copy_(key.permute(0, 2, 3, 1))
             self.new_values[number].copy_(value.transpose(1, 2))
             return
-        self.cache.keys[number][self.index, :, :, self.places[:, 0]] = key[:, 0]
-        self.cache.values[number][self.index, :, self.places[:, 0]] = value[:, 0]
+        places = self.at.places[:, 0]
+        self.cache.keys[number][self.index, :, :, places] = key[:, 0]
+        self.cache.values[number][self.index, :, places] = value[:, 0]
 
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from examples.mimo.inference.running import Answer, Options
 from examples.mimo.inference.sampling import Sampling
 
 MAX_MESSAGES, MAX_CHOICES, MAX_TEXT = 256, 16, 1_000_000
+# Where a body does not say how many.
+MAX_TOKENS = 256
 ROLES = ("system", "developer", "user", "assistant")
 # Fields that would change the answer, and the values at which they do nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -56,10 +59,14 @@ def parse(body: object, config: MimoConfig) -> Chat:
     stream_options = body.get("stream_options") or {}
     if not isinstance(stream_options, Mapping):
         raise ValueError("stream_options must be an object")
+    choices = _number(body, "n", int)
+    choices = 1 if choices is None else choices
+    if not 1 <= choices <= MAX_CHOICES:
+        raise ValueError(f"n {choices!r:.20}: from 1 to {MAX_CHOICES}")
     return Chat(
         request=_request(body.get("messages"), config),
         options=_options(body),
-        choices=_number(body, "n", 1, int, 1, MAX_CHOICES),
+        choices=choices,
         stream=_flag(body, "stream"),
         include_usage=_flag(stream_options, "include_usage"),
         model=config.name,
@@ -67,36 +74,28 @@ def parse(body: object, config: MimoConfig) -> Chat:
 
 
 def _options(body: Mapping[str, Any]) -> Options:
-    tokens = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    sampling = Sampling(
-        temperature=_number(body, "temperature", 0.0, float, 0, 100),
-        top_k=_number(body, "top_k", 0, int, 0, 2**31),
-        top_p=_number(body, "top_p", 1.0, float, 1e-9, 1),
-        min_p=_number(body, "min_p", 0.0, float, 0, 1),
-        repetition_penalty=_number(body, "repetition_penalty", 1.0, float, 1e-3, 1e3),
-        seed=_number(body, "seed", 0, int, -(2**63), 2**63 - 1) % 2**63,
-    )
+    values = {f.name: _number(body, f.name, type(f.default)) for f in dataclasses.fields(Sampling)}
+    given = {name: value for name, value in values.items() if value is not None}
+    # OpenAI's seeds may be negative.
+    given["seed"] = given.get("seed", 0) % 2**63
     stops = body.get("stop")
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("stop must be text, or a list of texts")
-    most = _number(body, tokens, 256, int, 1, 2**31)
-    return Options(most, sampling, tuple(stops), _flag(body, "logprobs"))
+    name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    most = _number(body, name, int)
+    most = MAX_TOKENS if most is None else most
+    return Options(most, Sampling(**given), tuple(stops), _flag(body, "logprobs"))
 
 
-def _number(
-    body: Mapping[str, Any], name: str, default: Any, kind: type, low: float, high: float
-) -> Any:
+def _number(body: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A field that is a number; its size is checked where it is used."""
     value = body.get(name)
-    if value is None:
-        return default
     allowed = (int,) if kind is int else (int, float)
-    # A JSON true is an int to Python; NaN is between no bounds.
-    if isinstance(value, bool) or not isinstance(value, allowed):
+    # A JSON true is an int to Python.
+    if value is not None and (isinstance(value, bool) or not isinstance(value, allowed)):
         raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number")
-    if not low <= value <= high:
-        raise ValueError(f"{name} {value!r:.40}: from {low:g} to {high:g}")
-    return kind(value)
+    return value
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +16,6 @@ from examples.mimo.inference.running import Options, Piece
 
 # An idle server speaks to its other ranks so often, lest they take it for dead.
 HEARTBEAT_SECONDS = 5.0
-
-logger = logging.getLogger(__name__)
 
 
 class FullError(Exception):
@@ -57,6 +53,7 @@ class Worker:
         self.cancelled: list[int] = []
         self.hear: dict[int, Callable[[Piece], None]] = {}
         self.ending = False
+        self.ended = False
 
     @property
     def num_running(self) -> int:
@@ -102,6 +99,7 @@ class Worker:
         while True:
             orders = share(self._orders)
             if orders.stop:
+                self.ended = True
                 return
             for number in orders.cancel:
                 self.running.cancel(number)
@@ -133,16 +131,15 @@ class Worker:
             hear(piece)
 
 
-def start_thread(worker: Worker) -> threading.Thread:
-    """The worker at work beside the server; its failure ends the process."""
+def start_thread(worker: Worker, then: Callable[[], None]) -> threading.Thread:
+    """The worker at work beside the server; `then` follows its end, also where it fails."""
 
     def work() -> None:
         try:
             worker.run()
-        except Exception:
-            logger.exception("the model failed; the server ends")
-            os._exit(1)
+        finally:
+            then()
 
-    thread = threading.Thread(target=work, name="worker", daemon=True)
+    thread = threading.Thread(target=work, name="worker")
     thread.start()
     return thread
