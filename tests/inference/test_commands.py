@@ -40,6 +40,8 @@ def test_ctrl_c_ends_a_conversation_without_a_word(checkpoint):
         [sys.executable, AVLM, "--ckpt", str(checkpoint), "--interactive"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background jobs, and all that they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
