@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -87,3 +88,20 @@ def test_adam_is_torchs_adamw():
 def test_the_host_layer_is_small():
     files = (ROOT / "examples/mimo/host").glob("*.py")
     assert sum(len(file.read_text().splitlines()) for file in files) < 250
+
+
+def test_objects_of_one_rank_are_gathered_without_threads(build_model):
+    large = torch.zeros(1_000_000)
+    wanted = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1_000_000).add_(1)
+        before = set(os.listdir("/proc/self/task"))
+        everyone, gathered = [None], [None]
+        torch.distributed.all_gather_object(everyone, large)
+        torch.distributed.gather_object(large, gathered)
+        assert set(os.listdir("/proc/self/task")) <= before
+    finally:
+        torch.set_num_threads(wanted)
+    assert everyone[0] is large
+    assert gathered[0] is large

@@ -7,36 +7,25 @@ of stand-ins with the Megatron call that needs each.
 
 from __future__ import annotations
 
+import functools
 import os
 
 from examples.mimo.host.stand_in import StandIn
 
 
+@functools.cache
 def install() -> list[StandIn]:
-    """Put the stand-ins this machine needs in place, once; returns those that stand now."""
-    global _installed
-    if _installed is None:
-        _installed = _install()
-    return _installed
-
-
-_installed: list[StandIn] | None = None
-
-
-def _install() -> list[StandIn]:
+    """Put the stand-ins this machine needs in place, once; returns them."""
     import torch
+
+    from examples.mimo.host import cpu, wheel
 
     stand_ins = []
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        from examples.mimo.host import cpu
-
         stand_ins += _place(cpu.torch_stand_ins())
         stand_ins += _place(cpu.megatron_stand_ins())
-    from examples.mimo.host import wheel
-
-    stand_ins += _place(wheel.stand_ins())
-    return stand_ins
+    return stand_ins + _place(wheel.stand_ins())
 
 
 def _place(stand_ins: list[StandIn]) -> list[StandIn]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
 
 from examples.mimo.host.stand_in import StandIn
 
@@ -11,16 +11,7 @@ def stand_ins() -> list[StandIn]:
     """Skip the build of an extension that is built already."""
     import megatron.core.datasets.utils as dataset_utils
 
-    build = _unless_built(dataset_utils.compile_helpers)
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        return []
     reason = "initialize.py _compile_dependencies: runs make, and the wheel has no Makefile"
-    return [StandIn(dataset_utils, "compile_helpers", build, reason)]
-
-
-def _unless_built(compile_helpers: Callable[[], None]) -> Callable[[], None]:
-    def compile_unless_built() -> None:
-        try:
-            import megatron.core.datasets.helpers_cpp  # noqa: F401
-        except ImportError:
-            compile_helpers()
-
-    return compile_unless_built
+    return [StandIn(dataset_utils, "compile_helpers", lambda: None, reason)]

@@ -18,8 +18,6 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from examples.mimo.models.mimo import StageMimoModel
 
-# For so many rows CPUs multiply weights by columns faster than rows by weights.
-COLUMNS_FROM, COLUMNS_TO = 16, 64
 # So few new tokens of a row take less time when all scores are worked out at once.
 FEW_COLUMNS = 64
 # A cache grows in steps, as its tensors are copied each time.
@@ -81,10 +79,24 @@ def layer_weights(layer: torch.nn.Module, epsilon: float) -> LayerWeights:
                 f"answering does not know the parameter {name} of a language layer; teach "
                 "inference/transformer.py what it does"
             )
-        tensor, ours = parameter.detach(), NAMES[name]
-        is_norm = ours.endswith("norm")
-        found[ours] = RmsNorm(tensor, epsilon) if is_norm else tensor.t()
+        ours = NAMES[name]
+        if parameter.dim() == 2:
+            found[ours] = _columns_first(parameter)
+        else:
+            vector = parameter.detach()
+            found[ours] = RmsNorm(vector, epsilon) if ours.endswith("norm") else vector
     return LayerWeights(**found)
+
+
+def _columns_first(parameter: torch.Tensor) -> torch.Tensor:
+    """(out, in) -> (in, out), of the same memory, so changing one changes both.
+
+    CPUs multiply 4 to 16 rows 1.1 to 1.3 times as fast by a matrix that lies so in memory; the
+    parameter takes that layout, which Megatron's modules compute with as well.
+    """
+    if not parameter.is_cuda and parameter.is_contiguous():
+        parameter.data = parameter.data.t().contiguous().t()
+    return parameter.detach().t()
 
 
 class KeyValueCache:
@@ -176,18 +188,18 @@ class CachedTransformer:
         flat = hidden.reshape(rows * columns, -1).clone()
         for number, layer in enumerate(self.layers):
             normed = layer.input_norm(flat)
-            query, key, value = self._query_key_value(_linear(normed, layer.qkv), layer, at)
+            query, key, value = self._query_key_value(torch.mm(normed, layer.qkv), layer, at)
             context = attend(number, query, key, value)
-            flat += self._reduced(_linear(context, layer.projection))
+            flat += self._reduced(torch.mm(context, layer.projection))
             normed = layer.mlp_norm(flat)
-            gate, up = _linear(normed, layer.gate_and_up).chunk(2, dim=-1)
-            flat += self._reduced(_linear(silu(gate) * up, layer.down))
+            gate, up = torch.mm(normed, layer.gate_and_up).chunk(2, dim=-1)
+            flat += self._reduced(torch.mm(silu(gate) * up, layer.down))
         return flat.view(rows, columns, -1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, V), over the whole vocabulary, on the last stage."""
         assert self.final_norm is not None, "the last stage has the head"
-        shard = _linear(self.final_norm(hidden), self._output_weight().t())
+        shard = torch.mm(self.final_norm(hidden), self._output_weight().t())
         if self.tp_group.size() == 1:
             return shard
         shards = [torch.empty_like(shard.contiguous()) for _ in range(self.tp_group.size())]
@@ -356,10 +368,3 @@ class _FewTokens:
         places = self.at.places[:, 0]
         self.cache.keys[number][self.index, :, :, places] = key[:, 0]
         self.cache.values[number][self.index, :, places] = value[:, 0]
-
-
-def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(N, in), (in, out) -> (N, out)."""
-    if not rows.is_cuda and COLUMNS_FROM <= len(rows) <= COLUMNS_TO:
-        return torch.mm(weight.t(), rows.t()).t()
-    return torch.mm(rows, weight)
