@@ -75,8 +75,9 @@ def main() -> None:
 
 
 HEADING = (
-    "| model | frozen | training tokens/s | TFLOP/s | MFU | peak memory | generated tokens/s |",
-    "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    "| model | frozen | training tokens/s | TFLOP/s | MFU | peak memory | generated tokens/s "
+    "| with CUDA graphs |",
+    "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
 
 
@@ -99,6 +100,7 @@ def measure(case: Case, device: str) -> str:
         f"{100 * tflops / peak:.1f} %" if peak else "peak unknown",
         f"{max(row['peak_memory_bytes'] or 0 for row in rows) / 2**30:.1f} GiB",
         f"{generated['tokens_per_second']:,.0f}",
+        f"{generated['tokens_per_second_of_graphs']:,.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -150,7 +152,10 @@ def generate_in_new_process(checkpoint: Path) -> dict[str, float]:
 
 
 def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
-    """Greedy tokens per second over `batch_size` rows of one mock prompt, after a warm-up."""
+    """Greedy tokens per second over `batch_size` rows of one mock prompt, after a warm-up.
+
+    With CUDA also those of CUDA graphs.
+    """
     from examples.mimo import command, host
 
     command.prepare_environment()
@@ -167,19 +172,25 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
     length = opened.config.language.seq_length // 2
     sample = MockDataset(opened.config, length, 1, seed=3)[0]
     count = min(NEW_TOKENS, opened.config.language.seq_length - len(sample.row.ids))
-    engine = Engine(model, opened.config, eos_id=-1)
+    jobs = [Job(number, sample, count) for number in range(batch_size)]
 
-    def answer(tokens: int) -> None:
-        engine.start([Job(number, sample, tokens) for number in range(batch_size)])
+    def answer(engine: Engine) -> float:
+        _synchronize()
+        start = time.perf_counter()
+        engine.start(jobs)
         while engine.rows:
             engine.step()
+        _synchronize()
+        return batch_size * count / (time.perf_counter() - start)
 
-    answer(8)
-    _synchronize()
-    start = time.perf_counter()
-    answer(count)
-    _synchronize()
-    return {"tokens_per_second": batch_size * count / (time.perf_counter() - start)}
+    plain = Engine(model, opened.config, eos_id=-1)
+    answer(plain)
+    found = {"tokens_per_second": answer(plain)}
+    if torch.cuda.is_available():
+        graphs = Engine(model, opened.config, eos_id=-1, graphs=True)
+        answer(graphs)
+        found["tokens_per_second_of_graphs"] = answer(graphs)
+    return found
 
 
 def _synchronize() -> None:

@@ -46,7 +46,8 @@ def answer(
     files, config = _media_flags(checkpoint.config, rest, parser)
     options = _options(args)
     prompt = _check(args, files, config)
-    answerer = Answerer(dataclasses.replace(checkpoint, config=config), args.tp, args.pp)
+    checkpoint = dataclasses.replace(checkpoint, config=config)
+    answerer = Answerer(checkpoint, args.tp, args.pp, graphs=args.cuda_graphs)
     if args.interactive:
         from examples.mimo.inference.interactive import Talk
 
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     add("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
     add("--pp", type=int, default=1, help="pipeline stages, under torchrun")
+    add("--cuda-graphs", action="store_true", help="one launch a token instead of hundreds")
     how = parser.add_argument_group("how the answer is given")
     add = how.add_argument
     add("--json", action="store_true", help="print a JSON object for each answer")

@@ -47,7 +47,8 @@ def serve(args: argparse.Namespace) -> None:
 
     serves = os.environ["RANK"] == "0"
     listening = _listen(args.host, args.port) if serves else None
-    answerer = Answerer(open_checkpoint(args.ckpt), args.tp, args.pp, args.prefixes)
+    checkpoint = open_checkpoint(args.ckpt)
+    answerer = Answerer(checkpoint, args.tp, args.pp, args.prefixes, args.cuda_graphs)
     worker = Worker(answerer, args.max_batch, args.max_waiting)
     if listening is None:
         # Rank 0 hears the signal too, and tells when to stop.
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefixes", type=int, default=4, metavar="N", help="conversations kept, default 4")
     add("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
     add("--pp", type=int, default=1, help="pipeline stages, under torchrun")
+    add("--cuda-graphs", action="store_true", help="one launch a token instead of hundreds")
     return parser
 
 

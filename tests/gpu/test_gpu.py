@@ -59,6 +59,28 @@ def test_a_saved_model_answers_in_bf16(tmp_path):
     assert json.loads(generated.stdout.splitlines()[-1])["tokens_per_second"] > 0
 
 
+@torch.no_grad()
+def test_cuda_graphs_compute_what_the_layers_do(tiny, build_model):
+    from examples.mimo.inference.graphs import DecodingGraphs
+    from examples.mimo.inference.transformer import CachedTransformer
+
+    torch.manual_seed(0)
+    model = build_model(tiny).eval().cuda()
+    transformer = CachedTransformer(model)
+    graphs = DecodingGraphs(transformer)
+    caches = [transformer.new_cache() for _ in range(2)]
+    prompt = torch.randn(3, 70, tiny.language.hidden_size, device="cuda")
+    for cache in caches:
+        cache.reserve(3, 200)
+        transformer.forward(prompt, cache, 0, [0, 0, 0])
+    for rows, starts in ((3, [70, 70, 70]), (3, [71, 30, 7]), (2, [72, 31]), (3, [73, 32, 8])):
+        token = torch.randn(rows, 1, tiny.language.hidden_size, device="cuda")
+        wanted = transformer.forward(token, caches[0], 0, starts)
+        found = graphs.forward(token, caches[1], starts)
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    model.cpu()
+
+
 def run_benchmark(*flags):
     return run_command("../../benchmarks/gpu_check.py", *flags)
 

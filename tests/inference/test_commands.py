@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from benchmarks import ranks
 from examples.mimo.data.datasets import read_records
@@ -230,6 +231,11 @@ def test_killed_and_started_again_no_line_is_lost_or_said_twice(checkpoint, ques
         (("--interactive", "--image-path", "a"), "--image-path does not go with --interactive"),
         (("--prompt", "x", "--stream", "--json"), "--stream shows the text of one answer"),
         (("--prompt", "x", "--logprobs"), "--logprobs needs --json"),
+        pytest.param(
+            ("--prompt", "x", "--cuda-graphs"),
+            "--cuda-graphs needs a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(say, flags, message):

@@ -8,7 +8,9 @@ import torch
 
 from examples.mimo.data.conversation import TokenRow
 from examples.mimo.data.samples import Sample
+from examples.mimo.inference import engine as engine_file
 from examples.mimo.inference.engine import Engine, Job
+from examples.mimo.inference.graphs import DecodingGraphs
 from examples.mimo.inference.prefixes import PrefixStore, units_of, usable_length
 from examples.mimo.inference.sampling import Sampling
 
@@ -94,6 +96,29 @@ def test_rows_that_come_later_and_rows_that_are_dropped(model, tiny):
     assert found.pop(4) == whole.pop(4)[:2]
     assert found == whole
     engine.stop(4)
+
+
+def test_steps_that_are_replayed_choose_the_same_tokens(model, tiny, monkeypatch):
+    captured = []
+
+    def capture(step):
+        captured.append((len(step.places), step.cache.length))
+        return step.run
+
+    monkeypatch.setattr(engine_file, "DecodingGraphs", lambda of: DecodingGraphs(of, capture))
+    jobs = mixed_jobs(tiny)
+    wanted = answer(model, tiny, jobs[:3])
+    engine = Engine(model, tiny, eos_id=-1, graphs=True)
+    found = drain(engine, engine.start(jobs[:3]))
+    assert found == wanted
+    # Rows of 5, 8 and 11 tokens: three rows decode, then two, then one, each captured once.
+    length = engine.cache.length
+    assert captured == [(3, length), (2, length), (1, length)]
+    assert drain(engine, engine.start(jobs[:3])) == wanted
+    assert len(captured) == 3
+    longer = dataclasses.replace(jobs[0], max_new_tokens=length)
+    assert drain(engine, engine.start([longer])) == answer(model, tiny, [longer])
+    assert captured[3:] == [(1, engine.cache.length)]
 
 
 def test_the_end_token_ends_a_row(model, tiny):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from examples.mimo import command
 from examples.mimo.checkpoint.description import Checkpoint, open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
@@ -44,15 +46,24 @@ class Answerer:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, tp: int = 1, pp: int = 1, prefixes: int = PREFIXES
+        self,
+        checkpoint: Checkpoint,
+        tp: int = 1,
+        pp: int = 1,
+        prefixes: int = PREFIXES,
+        graphs: bool = False,
     ) -> None:
+        if graphs and not torch.cuda.is_available():
+            raise ValueError("--cuda-graphs needs a CUDA device, and there is none here")
         self.config: MimoConfig = checkpoint.config
         self.tokenizer = load_tokenizer(checkpoint.tokenizer)
         # Loading is slow and wrong files are common, so the tokenizer is checked first.
         self.reader()
         self.model = load_model(checkpoint, tp, pp)
         forbidden = forbidden_tokens(self.tokenizer, self.config)
-        self.engine = Engine(self.model, self.config, self.tokenizer.eos_id, forbidden, prefixes)
+        self.engine = Engine(
+            self.model, self.config, self.tokenizer.eos_id, forbidden, prefixes, graphs
+        )
 
     @classmethod
     def open(cls, folder: str | Path, tp: int = 1, pp: int = 1) -> Answerer:

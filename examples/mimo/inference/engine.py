@@ -18,6 +18,7 @@ from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import collate, to_device
 from examples.mimo.data.conversation import TokenRow
 from examples.mimo.data.samples import Sample
+from examples.mimo.inference.graphs import DecodingGraphs
 from examples.mimo.inference.prefixes import (
     PrefixStore,
     PromptUnits,
@@ -93,7 +94,8 @@ class _Row:
 class Engine:
     """Rows of one model; `forbidden` tokens are never chosen.
 
-    `prefixes` rows are kept after they are done, for prompts that begin like them.
+    `prefixes` rows are kept after they are done, for prompts that begin like them. With `graphs`
+    tokens are decoded by CUDA graphs.
     """
 
     def __init__(
@@ -103,9 +105,11 @@ class Engine:
         eos_id: int,
         forbidden: Collection[int] = (),
         prefixes: int = 0,
+        graphs: bool = False,
     ) -> None:
         self.model, self.config, self.eos_id = model, config, eos_id
         self.transformer = CachedTransformer(model)
+        self.graphs = DecodingGraphs(self.transformer) if graphs else None
         self.device = self.transformer.device
         self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.long, device=self.device)
         self.store = PrefixStore(prefixes)
@@ -210,7 +214,10 @@ class Engine:
         hidden = embedded
         if hidden is None:
             hidden = self.transformer.receive(len(starts), columns)
-        hidden = self.transformer.forward(hidden, self.cache, first, starts)
+        if self.graphs and first == 0 and columns == 1:
+            hidden = self.graphs.forward(hidden, self.cache, starts)
+        else:
+            hidden = self.transformer.forward(hidden, self.cache, first, starts)
         if self.model.post_process:
             return hidden
         self.transformer.send(hidden)

@@ -182,7 +182,20 @@ class CachedTransformer:
         Row i has `starts[i]` tokens already; for more than one new token all have as many.
         """
         rows, columns, _ = hidden.shape
-        at = _Places(self, first, (rows, columns), starts)
+        alike = min(starts) == max(starts)
+        assert alike or columns == 1, "rows of different lengths are prefilled apart"
+        begin = torch.tensor(starts, device=self.device)[:, None]
+        places = begin + torch.arange(columns, device=self.device)
+        length = max(starts) + columns
+        of_rows = slice(first, first + rows)
+        at = Places(self, of_rows, places, length, starts[0] if alike else None)
+        return self.through_layers(hidden, cache, at)
+
+    def through_layers(
+        self, hidden: torch.Tensor, cache: KeyValueCache, at: Places
+    ) -> torch.Tensor:
+        """(B, S, H) -> (B, S, H), on tensors alone: nothing here depends on their values."""
+        rows, columns, _ = hidden.shape
         few = columns <= FEW_COLUMNS
         attend = _FewTokens(at, cache, self.queries) if few else _ManyTokens(at, cache)
         flat = hidden.reshape(rows * columns, -1).clone()
@@ -234,7 +247,7 @@ class CachedTransformer:
         return self.cos, self.sin
 
     def _query_key_value(
-        self, mixed: torch.Tensor, layer: LayerWeights, at: _Places
+        self, mixed: torch.Tensor, layer: LayerWeights, at: Places
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(N, G * (R + 2) * d) as Megatron mixes it -> (N, G, R, d), and (N, G, d) twice."""
         if layer.qkv_bias is not None:
@@ -260,36 +273,34 @@ class CachedTransformer:
         return self.language.output_layer.weight
 
 
-class _Places:
-    """Where the new tokens of some rows belong: S of each of B rows, from row `first` on.
+class Places:
+    """Where the new tokens of some rows belong: `places` (B, S) of the rows `rows` of the cache.
 
-    `cos` and `sin`, (N, 1, R + 1, d), turn R queries and a key; queries are scaled on the way.
+    The first `length` tokens of a row are read. `start` is the first new one's place in every row,
+    or None where rows differ. `cos` and `sin`, (N, 1, R + 1, d), turn R queries and a key; queries
+    are scaled on the way.
     """
 
     def __init__(
         self,
         transformer: CachedTransformer,
-        first: int,
-        shape: tuple[int, int],
-        starts: Sequence[int],
+        rows: slice,
+        places: torch.Tensor,
+        length: int,
+        start: int | None,
     ) -> None:
-        rows, columns = self.shape = shape
-        self.rows = slice(first, first + rows)
-        self.start, self.length = starts[0], max(starts) + columns
-        self.alike = min(starts) == max(starts)
-        assert self.alike or columns == 1, "rows of different lengths are prefilled apart"
-        begin = torch.tensor(starts, device=transformer.device)[:, None]
-        self.places = begin + torch.arange(columns, device=transformer.device)
-        table = transformer.positions(self.length)
+        self.rows, self.places, self.length, self.start = rows, places, length, start
+        self.shape = places.shape
+        table = transformer.positions(length)
         scale = torch.ones(transformer.queries + 1, 1, device=table[0].device, dtype=table[0].dtype)
         scale[:-1] = transformer.head_size**-0.5
-        self.cos, self.sin = (t[self.places.flatten()][:, None, None] * scale for t in table)
+        self.cos, self.sin = (t[places.flatten()][:, None, None] * scale for t in table)
 
 
 class _ManyTokens:
     """Attention of many tokens of each row, each of which sees those up to itself."""
 
-    def __init__(self, at: _Places, cache: KeyValueCache) -> None:
+    def __init__(self, at: Places, cache: KeyValueCache) -> None:
         self.at, self.cache = at, cache
 
     def __call__(
@@ -297,16 +308,16 @@ class _ManyTokens:
     ) -> torch.Tensor:
         """(N, G, R, d), (N, G, d) twice -> (N, G * R * d), and the cache holds the new ones."""
         at = self.at
-        columns = at.shape[1]
+        columns, start = at.shape[1], at.length - at.shape[1]
         key, value = (t.unflatten(0, at.shape).transpose(1, 2) for t in (key, value))
         keys, values = self.cache.keys[number, at.rows], self.cache.values[number, at.rows]
-        keys[..., at.start : at.length] = key.transpose(-1, -2)
-        values[:, :, at.start : at.length] = value
+        keys[..., start : at.length] = key.transpose(-1, -2)
+        values[:, :, start : at.length] = value
         mask = None
-        if at.start:
+        if start:
             key, value = keys[..., : at.length].transpose(-1, -2), values[:, :, : at.length]
             last = torch.ones(columns, at.length, dtype=torch.bool, device=key.device)
-            mask = last.tril(at.start)
+            mask = last.tril(start)
         context = scaled_dot_product_attention(
             query.unflatten(0, at.shape).permute(0, 2, 3, 1, 4).flatten(1, 2),
             key.contiguous(),
@@ -322,17 +333,18 @@ class _ManyTokens:
 class _FewTokens:
     """Attention of one token of each row, or a few, which see their row up to themselves."""
 
-    def __init__(self, at: _Places, cache: KeyValueCache, queries: int) -> None:
+    def __init__(self, at: Places, cache: KeyValueCache, queries: int) -> None:
         self.at, self.cache = at, cache
         keys, values = cache.keys[:, at.rows], cache.values[:, at.rows]
         # (B * G, d, T) and (B * G, T, d) of each layer, as `bmm` takes them.
         self.keys = keys[..., : at.length].flatten(1, 2).unbind(0)
         self.values = values[:, :, :, : at.length].flatten(1, 2).unbind(0)
-        self.new_keys = keys[..., at.start : at.length].unbind(0)
-        self.new_values = values[:, :, :, at.start : at.length].unbind(0)
+        if at.start is not None:
+            self.new_keys = keys[..., at.start : at.length].unbind(0)
+            self.new_values = values[:, :, :, at.start : at.length].unbind(0)
         self.index = torch.arange(at.rows.start, at.rows.stop, device=at.places.device)
         self.mask = None
-        if not at.alike or at.shape[1] > 1:
+        if at.start is None or at.shape[1] > 1:
             self.mask = self._mask(queries)
 
     def _mask(self, queries: int) -> torch.Tensor:
@@ -361,7 +373,7 @@ class _FewTokens:
 
     def _keep(self, number: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """(B, S, G, d) twice into the cache; one token where rows differ in length."""
-        if self.at.alike:
+        if self.at.start is not None:
             self.new_keys[number].copy_(key.permute(0, 2, 3, 1))
             self.new_values[number].copy_(value.transpose(1, 2))
             return
