@@ -7,13 +7,12 @@ try it is at /. Under torchrun with --tp and --pp rank 0 serves and all ranks an
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,8 @@ from examples.mimo import command
 
 if TYPE_CHECKING:
     import uvicorn
+
+    from examples.mimo.serving.worker import Worker
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -43,7 +44,7 @@ def serve(args: argparse.Namespace) -> None:
     """Load the model on every rank; rank 0 answers HTTP until it is told to end."""
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.inference.answerer import Answerer
-    from examples.mimo.serving.worker import Worker, start_thread
+    from examples.mimo.serving.worker import Worker
 
     serves = os.environ["RANK"] == "0"
     listening = _listen(args.host, args.port) if serves else None
@@ -66,25 +67,29 @@ def serve(args: argparse.Namespace) -> None:
     app = Server(answerer, worker, limits).app()
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
-    # Uvicorn's own handlers raise the signal again, which would end this rank alone.
-    setattr(server, "capture_signals", lambda: _ending_on_signals(server))
-
-    def end() -> None:
-        server.should_exit = True
-
-    thread = start_thread(worker, end)
+    for number in ENDING:
+        signal.signal(number, server.handle_exit)
+    # The model stays in the thread that loaded it, which alone has several processors.
+    speaking = threading.Thread(target=_speak, args=(server, listening, worker))
+    speaking.start()
     print(
         f"{answerer.config.name} at http://{args.host}:{args.port}, "
         f"{'with' if key else 'without'} an API key; Ctrl-C ends",
         file=sys.stderr,
     )
     try:
+        worker.run()
+    finally:
+        server.should_exit = True
+        speaking.join()
+
+
+def _speak(server: uvicorn.Server, listening: socket.socket, worker: Worker) -> None:
+    """Speak HTTP until the server is told to end; then the worker ends too."""
+    try:
         server.run(sockets=[listening])
     finally:
         worker.stop()
-        thread.join()
-    if not worker.ended:
-        raise SystemExit("serve.py: the model failed, as said above")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -96,14 +101,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error.strerror}; name another") from None
     return listening
-
-
-@contextlib.contextmanager
-def _ending_on_signals(server: uvicorn.Server) -> Iterator[None]:
-    """Ctrl-C and SIGTERM let the server finish."""
-    for number in ENDING:
-        signal.signal(number, server.handle_exit)
-    yield
 
 
 def _check(args: argparse.Namespace) -> None:

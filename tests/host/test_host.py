@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -90,18 +89,20 @@ def test_the_host_layer_is_small():
     assert sum(len(file.read_text().splitlines()) for file in files) < 250
 
 
-def test_objects_of_one_rank_are_gathered_without_threads(build_model):
-    large = torch.zeros(1_000_000)
-    wanted = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        torch.ones(1_000_000).add_(1)
-        before = set(os.listdir("/proc/self/task"))
-        everyone, gathered = [None], [None]
-        torch.distributed.all_gather_object(everyone, large)
-        torch.distributed.gather_object(large, gathered)
-        assert set(os.listdir("/proc/self/task")) <= before
-    finally:
-        torch.set_num_threads(wanted)
-    assert everyone[0] is large
-    assert gathered[0] is large
+def test_only_the_thread_that_installs_has_helpers():
+    code = (
+        "import os, threading, torch; torch.set_num_threads(3);"
+        "from examples.mimo import host; host.install();"
+        "threads = lambda: len(os.listdir('/proc/self/task'));"
+        "work = lambda: (torch.ones(10**6).add_(1), torch.ones(500, 500).mm(torch.ones(500, 500)));"
+        "before = threads(); work(); here = threads() - before; seen = [];"
+        "there = lambda: (work(), seen.append((torch.get_num_threads(), threads())));"
+        "other = threading.Thread(target=there); other.start(); other.join();"
+        "print(torch.get_num_threads(), here, *seen[0], before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    number, here, number_there, with_other, before = map(int, done.stdout.split()[-5:])
+    assert (number, here) == (3, 2)
+    # The other thread is the only one more.
+    assert (number_there, with_other) == (1, before + here + 1)

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from examples.mimo.inference.running import Answer, Piece
-from examples.mimo.serving.worker import FullError, Worker, start_thread
+from examples.mimo.serving.worker import FullError, Worker
 
 
 class Counting:
@@ -44,8 +44,16 @@ def worker(build_model):
 
 
 def at_work(worker):
-    ended = threading.Event()
-    return start_thread(worker, ended.set), ended
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    return thread
+
+
+def end(worker, thread):
+    worker.stop()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert worker.num_running == worker.num_waiting == 0
 
 
 def test_so_many_at_once_and_so_many_more_wait(worker):
@@ -53,23 +61,19 @@ def test_so_many_at_once_and_so_many_more_wait(worker):
     numbers = [worker.submit(2, None, heard.append) for _ in range(3)]
     with pytest.raises(FullError):
         worker.submit(2, None, heard.append)
-    thread, ended = at_work(worker)
+    thread = at_work(worker)
     worker.running.gate.release(100)
     while len(heard) < 3:
         pass
     assert [piece.number for piece in heard] == numbers
     assert worker.running.most == 2
-    assert worker.num_running == worker.num_waiting == 0
-    worker.stop()
-    thread.join(timeout=10)
-    assert worker.ended
-    assert ended.is_set()
+    end(worker, thread)
 
 
 def test_who_leaves_is_not_answered(worker):
     heard = []
     numbers = [worker.submit(5, None, heard.append) for _ in range(3)]
-    thread, _ = at_work(worker)
+    thread = at_work(worker)
     while worker.num_running < 2:
         pass
     assert worker.cancel(numbers[0])
@@ -80,16 +84,11 @@ def test_who_leaves_is_not_answered(worker):
         pass
     assert [piece.number for piece in heard] == [numbers[1]]
     assert not worker.cancel(numbers[1])
-    worker.stop()
-    thread.join(timeout=10)
-    assert worker.num_running == worker.num_waiting == 0
+    end(worker, thread)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_model_that_fails_ends_the_server(worker):
+def test_a_model_that_fails_ends_the_loop(worker):
     worker.submit(13, None, lambda piece: None)
-    thread, ended = at_work(worker)
     worker.running.gate.release()
-    thread.join(timeout=10)
-    assert ended.is_set()
-    assert not worker.ended
+    with pytest.raises(RuntimeError, match="a model that fails"):
+        worker.run()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -82,23 +82,6 @@ def _without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, device_ids=None, **kwargs: barrier(*args, **kwargs)
 
 
-def _gather_alone(gather: Callable[..., None], found: str) -> Callable[..., None]:
-    """`gather` of objects into the list `found`; where there is one rank, without gloo's thread.
-
-    That thread would copy large ones with OpenMP threads of its own. As soon as there are more of
-    these than processors, all of them sleep between operations, so each waits until they wake.
-    """
-
-    def gather_objects(*args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(gather).bind(*args, **kwargs).arguments
-        if torch.distributed.get_world_size(given.get("group")) > 1:
-            gather(*args, **kwargs)
-        else:
-            given[found][0] = given["obj"]
-
-    return gather_objects
-
-
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
@@ -119,14 +102,24 @@ def _in_stream(stream: Any) -> Iterator[None]:
     yield
 
 
+def compute_in_this_thread_only() -> None:
+    """Other threads, such as gloo's, run each operation by themselves from here on.
+
+    Else one that copies a large tensor starts OpenMP threads of its own. When all of those are more
+    than the processors, they sleep between operations, and every operation waits until they wake.
+    """
+    torch.get_num_threads()  # this thread's number stands from its first use on
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))
+    other.start()
+    other.join()
+
+
 def torch_stand_ins() -> list[StandIn]:
     """The entries in torch itself; they must stand before Megatron is imported."""
     with torch.device("cpu"):
         torch.empty(0)  # torch now remembers its own factories, for `with torch.device(...)`
     cuda, tensor, comms = torch.cuda, torch.Tensor, torch.distributed
     kinds, barrier = _named_alike(tensor.type), _without_device_ids(comms.barrier)
-    gather = _gather_alone(comms.gather_object, "object_gather_list")
-    gather_all = _gather_alone(comms.all_gather_object, "object_list")
     factories = "training.py, schedules.py, clip_grads.py: device='cuda', pin_memory"
     return [
         StandIn(cuda, "current_device", lambda: CPU, "training.py and 40 more: device= arguments"),
@@ -148,8 +141,6 @@ def torch_stand_ins() -> list[StandIn]:
         StandIn(torch.nn.Module, "cuda", _itself, "training.py get_model"),
         StandIn(tensor, "type", kinds, "optimizer.py, clip_grads.py compare type names"),
         StandIn(comms, "barrier", barrier, "parallel_state.py: gloo takes no device_ids"),
-        StandIn(comms, "gather_object", gather, "state_dict_saver.py: threads slow all"),
-        StandIn(comms, "all_gather_object", gather_all, "validation.py: threads slow all"),
         *(StandIn(torch, name, _on_cpu(getattr(torch, name)), factories) for name in FACTORIES),
     ]
 

@@ -1,4 +1,4 @@
-"""The one thread that works on the model, and what the others ask of it."""
+"""The loop that works on the model, in one thread, and what others ask of it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ class Worker:
         self.cancelled: list[int] = []
         self.hear: dict[int, Callable[[Piece], None]] = {}
         self.ending = False
-        self.ended = False
 
     @property
     def num_running(self) -> int:
@@ -99,7 +98,6 @@ class Worker:
         while True:
             orders = share(self._orders)
             if orders.stop:
-                self.ended = True
                 return
             for number in orders.cancel:
                 self.running.cancel(number)
@@ -129,17 +127,3 @@ class Worker:
                 self.hear.pop(piece.number, None)
         if hear:
             hear(piece)
-
-
-def start_thread(worker: Worker, then: Callable[[], None]) -> threading.Thread:
-    """The worker at work beside the server; `then` follows its end, also where it fails."""
-
-    def work() -> None:
-        try:
-            worker.run()
-        finally:
-            then()
-
-    thread = threading.Thread(target=work, name="worker")
-    thread.start()
-    return thread
