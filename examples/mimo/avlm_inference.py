@@ -95,7 +95,8 @@ def _options(args: argparse.Namespace) -> Options:
     values = vars(args)
     try:
         sampling = Sampling(**{f.name: values[f.name] for f in dataclasses.fields(Sampling)})
-        return Options(args.max_new_tokens, sampling, tuple(args.stop), args.logprobs)
+        logprobs = {"logprobs": args.logprobs, "prompt_logprobs": args.logprobs}
+        return Options(args.max_new_tokens, sampling, tuple(args.stop), **logprobs)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ValueError(f"--{name.replace('_', '-')} {rest}") from None

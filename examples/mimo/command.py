@@ -42,14 +42,20 @@ def run(command: str, main: Callable[[], None]) -> None:
             alone = os.environ.get("WORLD_SIZE", "1") == "1"
             who = f" [rank {rank}]" if _ranks_differ and not alone else ""
             print(f"{command}{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.stderr.flush()
-        sys.stdout.flush()
-        # Other ranks may wait in a collective for this one; a normal exit would wait for them.
-        os._exit(2)
+        _end_now(2)
     except KeyboardInterrupt:
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(130)
+        _end_now(130)
+    except Exception:
+        # The traceback is the report; then this rank ends, as others may wait for it.
+        sys.excepthook(*sys.exc_info())
+        _end_now(1)
+
+
+def _end_now(status: int) -> NoReturn:
+    """Other ranks may wait in a collective for this one; a normal exit would wait for them."""
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def leave_process_group() -> None:

@@ -62,7 +62,7 @@ def serve(args: argparse.Namespace) -> None:
     from examples.mimo.serving.app import Limits, Server
 
     hosts = ("*",) if args.host not in LOOPBACK else (*LOOPBACK, f"[{LOOPBACK[-1]}]")
-    key = os.environ.get(args.api_key_variable)
+    key = os.environ.get(args.api_key_variable) or None
     limits = Limits(int(args.max_body_megabytes * 2**20), key, hosts)
     app = Server(answerer, worker, limits).app()
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
@@ -114,7 +114,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: more than 0")
     if args.prefixes < 0:
         raise ValueError(f"--prefixes {args.prefixes}: 0 or more")
-    if args.host not in LOOPBACK and args.api_key_variable not in os.environ:
+    if args.host not in LOOPBACK and not os.environ.get(args.api_key_variable):
         raise ValueError(
             f"--host {args.host} lets other machines in; put an API key into the environment "
             f"variable {args.api_key_variable}"

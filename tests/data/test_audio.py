@@ -75,6 +75,16 @@ def test_longer_than_the_window_says_how_much_fits(tmp_path):
     assert len(read(path, truncate=True)) == 2 * RATE
 
 
+def test_many_channels_at_a_high_rate_are_refused(tmp_path):
+    silence = np.zeros((100, 255), dtype=np.float32)
+    file = write(tmp_path / "a.ogg", silence, 48_000, format="OGG", subtype="VORBIS")
+    with pytest.raises(ValueError, match="255 channels of 48,000 Hz; mix them down"):
+        read(file)
+    with pytest.raises(ValueError, match="9 channels of 192,000 Hz"):
+        read(write(tmp_path / "b.wav", silence[:, :9], 192_000))
+    assert len(read(write(tmp_path / "c.wav", np.zeros((19_200, 8)), 192_000))) == 1_600
+
+
 @pytest.mark.parametrize("rate", [44_101, 767_999])
 def test_a_rate_without_a_common_divisor_is_refused(tmp_path, rate):
     """The filter between the two rates would take gigabytes."""

@@ -54,9 +54,11 @@ def test_empty_file(tmp_path):
 
 
 def test_not_an_image(tmp_path):
-    (tmp_path / "a.png").write_text("hello")
-    with pytest.raises(ValueError, match="not an image"):
-        read_image(tmp_path / "a.png")
+    # Pillow would give the second one to a program that executes it.
+    for content in ("hello", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"):
+        (tmp_path / "a.png").write_text(content)
+        with pytest.raises(ValueError, match="not an image that Pillow can read as JPEG, PNG"):
+            read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

@@ -40,14 +40,31 @@ if pp == 1:
         modality.register_forward_hook(lambda *_, name=name: encoded.append(name))
 greedy = Options(max_new_tokens=12)
 drawn = Options(12, Sampling(temperature=1.5, top_k=40, repetition_penalty=1.2, seed=7))
-scored = Options(max_new_tokens=12, logprobs=True)
+scored = Options(max_new_tokens=12, logprobs=True, prompt_logprobs=True)
 
 
 def tokens(options, **more):
     return [answer.tokens for answer in answerer.answer(samples, options, **more)]
 
 
+def left_early():
+    """One answer of several, left; and what is met beside a stream, which is left too."""
+    answers = answerer.answers(iter(enumerate(samples)), greedy)
+    number, answer = next(answers)
+    answers.close()
+    pieces = answerer.stream(samples[0], greedy)
+    next(pieces)
+    try:
+        met = len(answerer.answer(samples[:1], greedy))
+    except ValueError as error:
+        met = str(error)
+    pieces.close()
+    return number, answer.tokens, met
+
+
+left = left_early()
 found = {
+    "left early": left,
     "tokens": tokens(greedy),
     "alone": tokens(greedy, batch_size=1),
     "seven": tokens(greedy, batch_size=7),
@@ -73,7 +90,7 @@ def without_a_cache(sample, steps):
 
 def cached(sample, steps):
     engine = Engine(answerer.model, answerer.config, eos_id=-1)
-    reports = engine.start([Job(0, sample, steps, logprobs=True)])
+    reports = engine.start([Job(0, sample, steps, logprobs=True, prompt_logprobs=True)])
     while engine.rows:
         reports += engine.step()
     prompt = reports[0].prompt_logprobs

@@ -55,6 +55,13 @@ def test_the_answers_differ_so_the_comparison_means_something(answers):
     assert len({tuple(tokens) for tokens in answers[1, 1]["tokens"]}) >= 2
 
 
+def test_answers_that_are_left_early_are_out_of_the_way(answers):
+    for found in answers.values():
+        number, tokens, met = found["left early"]
+        assert tokens == found["tokens"][number]
+        assert "other answers are being written" in met
+
+
 def test_a_batch_answers_as_each_alone_and_streamed(answers):
     for found in answers.values():
         assert found["alone"] == found["seven"] == found["streamed"] == found["tokens"]

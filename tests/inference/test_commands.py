@@ -144,6 +144,9 @@ BAD = [
     ('{"conversations": [{"from": "gpt", "value": "a"}]}', "end with a question"),
     ('{"conversations": [{"from": "ghost", "value": "a"}]}', "a turn is from 'ghost'"),
     (b'{"prompt": "\xff"}', "not JSON"),
+    (r'{"prompt": "a \ud800 b"}', r"the text holds '\ud800', which is half a character"),
+    ('{"prompt": "x", "audios": ["' + "a" * 300 + '.wav"]}', "cannot be read (File name too long)"),
+    (r'{"key": "\ud800", "prompt": 5}', "prompt must be text, not 5"),
     ("[" * 100_000, "not JSON"),
     ('{"prompt": "' + "a " * 6_000_000 + '"}', "a line of more than 10,000,000 bytes"),
 ]
@@ -166,6 +169,15 @@ def test_bad_lines_are_answered_with_an_error_and_the_others_in_full(say, tmp_pa
     before = output.read_bytes()
     say(*flags)
     assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["250", '{"a": 1}', '{"line": 1}\n250'])
+def test_a_file_that_is_not_ours_stays_as_it_is(say, tmp_path, content):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": QUESTION}))
+    (tmp_path / "out").write_text(content)
+    with pytest.raises(ValueError, match="no answer of an earlier run"):
+        say("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == content
 
 
 @pytest.fixture(scope="module")

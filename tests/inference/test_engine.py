@@ -5,6 +5,8 @@ from collections import defaultdict
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from examples.mimo.data.conversation import TokenRow
 from examples.mimo.data.samples import Sample
@@ -98,12 +100,35 @@ def test_rows_that_come_later_and_rows_that_are_dropped(model, tiny):
     engine.stop(4)
 
 
+class Recorded(TorchDispatchMode):
+    """The operations of a step, which run again on the same tensors, as a CUDA graph's do."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.calls = []
+        with self:
+            self.hidden = step.run()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, found))
+        return found
+
+    def __call__(self):
+        for func, args, kwargs, found in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(found), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        return self.hidden
+
+
 def test_steps_that_are_replayed_choose_the_same_tokens(model, tiny, monkeypatch):
     captured = []
 
     def capture(step):
         captured.append((len(step.places), step.cache.length))
-        return step.run
+        return Recorded(step)
 
     monkeypatch.setattr(engine_file, "DecodingGraphs", lambda of: DecodingGraphs(of, capture))
     jobs = mixed_jobs(tiny)
@@ -202,6 +227,23 @@ def test_another_picture_is_not_taken_over(model, tiny, monkeypatch):
     assert drain(engine, engine.start([Job(1, other, 6)]))[1] == wanted
     assert watch.encoded == ["images"]
     assert watch.tokens == 16 + 4 + 5
+
+
+def test_a_prompt_that_broke_off_is_not_taken_over(model, tiny, monkeypatch):
+    first, second, _ = questions(tiny)
+    wanted = answer(model, tiny, [Job(1, second, 6)])[1]
+    engine = Engine(model, tiny, eos_id=-1, prefixes=2)
+
+    def broken(*inputs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.transformer, "forward", broken)
+        with pytest.raises(KeyboardInterrupt):
+            engine.start([Job(0, first, 6)])
+    engine.stop(0)
+    assert not engine.rows
+    assert drain(engine, engine.start([Job(1, second, 6)]))[1] == wanted
 
 
 def test_only_whole_items_are_taken_over(tiny):

@@ -110,6 +110,14 @@ def test_rows_are_sampled_each_by_its_own_rule(logits):
     assert together[0] == together[2] == logits.argmax()
 
 
+def test_the_tiniest_temperature_is_greedy(logits):
+    forbidden = logits.clone()
+    forbidden[0, -1] = float("-inf")
+    for temperature in (5e-324, 1e-310, 1e-30):
+        found = choose(forbidden, [Sampling(temperature)], [Draws(0)], [])
+        assert found[0] == forbidden.argmax()
+
+
 def test_a_forbidden_token_is_never_drawn(logits):
     forbidden = logits.clone()
     forbidden[0, [1, 4]] = float("-inf")

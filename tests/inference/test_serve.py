@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import ranks
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -193,6 +193,7 @@ def says(**more):
     return {"messages": [{"role": "user", "content": "hi"}], **more}
 
 
+PICTURE = {"type": "image_url", "image_url": url(b"x")}
 MALFORMED = [
     (b"", "not JSON"),
     (b"{", "not JSON"),
@@ -224,6 +225,12 @@ MALFORMED = [
     (part("image_url", url(png(20_000, 20_000))), "more than 178,956,970 pixels"),
     (part("image_url", url(png(9_000, 90)[:100])), "damaged image"),
     (part("input_audio", {"data": "AAAA"}), "not sound"),
+    (part("image_url", url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), "not an image"),
+    (
+        {"messages": [says()["messages"][0] | {"content": 65 * [PICTURE]}]},
+        "more than 64 pictures and recordings",
+    ),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a character"),
     (part("input_audio", "AAAA"), "must be base64"),
     (says(temperature="hot"), "temperature must be a number"),
     (says(temperature=True), "temperature must be a number"),
@@ -372,6 +379,13 @@ def test_a_port_that_is_taken_ends_with_one_line(checkpoint, served):
     assert done.returncode == 2
     assert f"--port {served.port}: Address already in use; name another" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_empty_api_key_is_none(monkeypatch):
+    monkeypatch.setenv("MIMO_API_KEY", "")
+    done = run_command("serve.py", "--ckpt", "none", "--host", "0.0.0.0")
+    assert done.returncode == 2
+    assert "lets other machines in; put an API key" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The server's worker: what waits, what is cancelled, and what happens when the model fails."""
 
 import threading
+import time
 
 import pytest
 
@@ -49,6 +50,13 @@ def at_work(worker):
     return thread
 
 
+def until(found):
+    deadline = time.monotonic() + 30
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def end(worker, thread):
     worker.stop()
     thread.join(timeout=10)
@@ -63,8 +71,7 @@ def test_so_many_at_once_and_so_many_more_wait(worker):
         worker.submit(2, None, heard.append)
     thread = at_work(worker)
     worker.running.gate.release(100)
-    while len(heard) < 3:
-        pass
+    until(lambda: len(heard) == 3)
     assert [piece.number for piece in heard] == numbers
     assert worker.running.most == 2
     end(worker, thread)
@@ -74,14 +81,15 @@ def test_who_leaves_is_not_answered(worker):
     heard = []
     numbers = [worker.submit(5, None, heard.append) for _ in range(3)]
     thread = at_work(worker)
-    while worker.num_running < 2:
-        pass
+    until(lambda: worker.num_running == 2)
     assert worker.cancel(numbers[0])
     assert worker.cancel(numbers[2])
     assert not worker.cancel(numbers[2])
+    worker.running.gate.release()
+    until(lambda: worker.num_running == 1)
+    assert worker.running.left[numbers[1]] > 1
     worker.running.gate.release(100)
-    while not heard:
-        pass
+    until(lambda: heard)
     assert [piece.number for piece in heard] == [numbers[1]]
     assert not worker.cancel(numbers[1])
     end(worker, thread)

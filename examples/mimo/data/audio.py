@@ -12,9 +12,11 @@ from torchaudio.functional import resample
 
 from examples.mimo.data.sources import Source, open_source
 
-# What fits is read, so a long file costs no memory; the rate is bounded to bound that, and the
-# numbers of the filter that changes it: 44,100 to 16,000 Hz takes 441 times 160.
+# What fits is read, so a long file costs no memory; the rate and the samples of all channels a
+# second are bounded to bound that, and the numbers of the filter that changes the rate: 44,100 to
+# 16,000 Hz takes 441 times 160.
 MAX_SAMPLE_RATE_HZ = 768_000
+MAX_SAMPLES_A_SECOND = 2 * MAX_SAMPLE_RATE_HZ
 MAX_KERNEL = 10_000_000
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
 
@@ -60,6 +62,10 @@ def _check_header(
         raise ValueError(f"{source}: the recording has no samples")
     if sound.samplerate > MAX_SAMPLE_RATE_HZ:
         raise ValueError(f"{source}: {sound.samplerate:,} Hz is not a rate of sound recordings")
+    if sound.samplerate * sound.channels > MAX_SAMPLES_A_SECOND:
+        raise ValueError(
+            f"{source}: {sound.channels} channels of {sound.samplerate:,} Hz; mix them down"
+        )
     common = math.gcd(sound.samplerate, sample_rate_hz)
     if sound.samplerate // common * (sample_rate_hz // common) > MAX_KERNEL:
         raise ValueError(

@@ -14,6 +14,8 @@ MAX_PIXELS = 64_000_000
 # A longer one becomes a huge picture when its short side is scaled to an encoder's.
 MAX_RATIO = 200
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".img")
+# Pillow knows more; some of those formats run programs, and none is common.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 FITS = ("crop", "stretch", "pad")
 
 Colour = tuple[int, ...]
@@ -33,7 +35,7 @@ def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _open(source: Source, max_pixels: int) -> Image.Image:
     try:
-        with open_source(source, "image") as stream, Image.open(stream) as picture:
+        with open_source(source, "image") as stream, Image.open(stream, formats=FORMATS) as picture:
             width, height = picture.size
             if width * height > max_pixels:
                 raise ValueError(
@@ -51,8 +53,9 @@ def _open(source: Source, max_pixels: int) -> Image.Image:
             f"{source}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
         ) from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{source}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError, EOFError) as error:
+        known = ", ".join(FORMATS)
+        raise ValueError(f"{source}: not an image that Pillow can read as {known}") from None
+    except (OSError, SyntaxError, EOFError, NotImplementedError) as error:
         raise ValueError(f"{source}: damaged image ({error})") from None
 
 

@@ -76,24 +76,28 @@ class SampleReader:
     ) -> Sample:
         """The sample of a conversation that is cut into pieces already."""
         check_media(pieces, files, self.config, key)
-        media = {
-            name: [self._inputs(name, file, generator) for file in given]
-            for name, given in files.items()
-            if given
-        }
-        counts = {
-            name: [self.config.modalities[name].encoder.num_tokens(item) for item in items]
-            for name, items in media.items()
-        }
+        media: dict[str, list[EncoderInputs]] = {}
+        counts: dict[str, list[int]] = {}
+        for name, given in files.items():
+            encoder = self.config.modalities[name].encoder
+            for file in given:
+                item = self._inputs(name, file, generator)
+                media.setdefault(name, []).append(item)
+                counts.setdefault(name, []).append(encoder.num_tokens(item))
+                self._check_length(sum(map(sum, counts.values())), counts, key)
         row = tokenise(pieces, counts, self.config, self.tokenizer)
-        if len(row.ids) > self.seq_length:
-            spent = ", ".join(f"{sum(c)} for {name}" for name, c in counts.items()) or "all text"
-            raise ValueError(
-                f"sample {key}: {len(row.ids)} tokens ({spent}) do not fit --seq-length "
-                f"{self.seq_length}; raise it or shorten the conversation"
-            )
+        self._check_length(len(row.ids), counts, key)
         sources = {name: [str(f) for f in files[name]] for name in media}
         return Sample(key, row, media, sources)
+
+    def _check_length(self, tokens: int, counts: Mapping[str, Sequence[int]], key: str) -> None:
+        """After each item, so that no more are decoded than could fit."""
+        if tokens > self.seq_length:
+            spent = ", ".join(f"{sum(c)} for {name}" for name, c in counts.items()) or "all text"
+            raise ValueError(
+                f"sample {key}: {tokens} tokens ({spent}) do not fit --seq-length "
+                f"{self.seq_length}; raise it or shorten the conversation"
+            )
 
     def _inputs(
         self, name: str, file: Source, generator: np.random.Generator | None

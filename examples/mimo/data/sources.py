@@ -32,9 +32,13 @@ def open_source(source: Source, noun: str) -> Iterator[BinaryIO]:
             raise ValueError(f"{source}: the {noun} file is empty")
         yield io.BytesIO(source.data)
         return
-    if not source.is_file():
+    try:
+        stream = source.open("rb") if source.is_file() else None
+    except OSError as error:
+        raise ValueError(f"{source}: the {noun} file cannot be read ({error.strerror})") from None
+    if stream is None:
         raise ValueError(f"{source}: no such {noun} file")
-    if source.stat().st_size == 0:
-        raise ValueError(f"{source}: the {noun} file is empty")
-    with source.open("rb") as stream:
+    with stream:
+        if source.stat().st_size == 0:
+            raise ValueError(f"{source}: the {noun} file is empty")
         yield stream

@@ -35,7 +35,8 @@ class SentencePieceTokenizer:
         self.size = self.model.vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; no begin or end token."""
+        """Ids of `text`; no begin or end token. ValueError for half a character."""
+        _check_whole(text)
         return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
@@ -58,12 +59,22 @@ class HuggingFaceTokenizer:
         self.size = len(self.model)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; no begin or end token."""
+        """Ids of `text`; no begin or end token. ValueError for half a character."""
+        _check_whole(text)
         return self.model.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control tokens vanish."""
         return self.model.decode(ids, skip_special_tokens=True)
+
+
+def _check_whole(text: str) -> None:
+    """JSON can say one half of a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start : error.start + 1]
+        raise ValueError(f"the text holds {half!r}, which is half a character") from None
 
 
 HUGGING_FACE, SENTENCE_PIECE = "tokenizer.json", "tokenizer.model"

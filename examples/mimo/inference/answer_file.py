@@ -22,6 +22,8 @@ from examples.mimo.inference.ranks import share
 from examples.mimo.inference.running import Answer, Options
 
 MAX_LINE_BYTES = 10_000_000
+# Of every line of the output.
+BEGINNING = b'{"line": '
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def _answered(target: Path, file: BinaryIO) -> set[tuple[int, int]]:
     """The answers a file holds; what a killed run left of a line is cut off."""
     done, end = set(), 0
     for number, line in enumerate(iter(file.readline, b""), start=1):
-        if not line.endswith(b"\n"):
+        is_cut = not line.endswith(b"\n")
+        if is_cut and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
             file.truncate(end)
             break
         end += len(line)
@@ -174,7 +177,10 @@ class _Output:
     """The file of answers, which rank 0 writes."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8") if os.environ["RANK"] == "0" else None
+        # A half character, which JSON can say, is written as JSON says it.
+        self.file = None
+        if os.environ["RANK"] == "0":
+            self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def __enter__(self) -> _Output:
         return self

@@ -94,7 +94,9 @@ class Answerer:
         return dataclasses.replace(request, prompt=self._placeholders(request) + request.prompt)
 
     def running(self) -> Running:
-        """Nothing yet: answers are started on it."""
+        """Nothing yet: answers are started on it. One at a time, so ValueError beside another."""
+        if self.engine.rows:
+            raise ValueError("other answers are being written; close or finish them first")
         return Running(self.engine, self.tokenizer, self.config.language.seq_length)
 
     def answer(
@@ -124,19 +126,22 @@ class Answerer:
         """
         running = self.running()
         waiting: list[tuple[int, Sample]] = []
-        while True:
-            while len(waiting) < 4 * batch_size and (one := next(samples, None)) is not None:
-                waiting.append(one)
-            pieces: list[Piece] = []
-            if waiting and 2 * len(running) <= batch_size:
-                waiting.sort(key=lambda pair: len(pair[1].row.ids))
-                count = batch_size - len(running)
-                chosen, waiting = waiting[:count], waiting[count:]
-                pieces = running.start([(n, s, _of(options, n)) for n, s in chosen])
-            elif not len(running):
-                return
-            pieces += running.step()
-            yield from ((p.number, p.answer) for p in pieces if p.answer is not None)
+        try:
+            while True:
+                while len(waiting) < 4 * batch_size and (one := next(samples, None)) is not None:
+                    waiting.append(one)
+                pieces: list[Piece] = []
+                if waiting and 2 * len(running) <= batch_size:
+                    waiting.sort(key=lambda pair: len(pair[1].row.ids))
+                    count = batch_size - len(running)
+                    chosen, waiting = waiting[:count], waiting[count:]
+                    pieces = running.start([(n, s, _of(options, n)) for n, s in chosen])
+                elif not len(running):
+                    return
+                pieces += running.step()
+                yield from ((p.number, p.answer) for p in pieces if p.answer is not None)
+        finally:
+            running.cancel_all()
 
     def stream(self, sample: Sample, options: Options = DEFAULTS) -> Iterator[Piece]:
         """The answer as it comes, in whole characters; the last piece has all of it."""
@@ -146,7 +151,7 @@ class Answerer:
             while len(running):
                 yield from running.step()
         finally:
-            running.cancel(0)
+            running.cancel_all()
 
     def _placeholders(self, request: Request) -> str:
         said = "".join(turn.text for turn in request.history if not turn.is_answer)

@@ -47,6 +47,7 @@ class Job:
     max_new_tokens: int
     sampling: Sampling = GREEDY
     logprobs: bool = False
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class _Row:
 
     @property
     def kept(self) -> list[Unit]:
-        """What the cache holds of the row once its next token has been worked out."""
-        return [*self.prompt.units, *self.tokens[:-1]]
+        """What the cache holds of the row: nothing that counts before its first token is known."""
+        return [*self.prompt.units, *self.tokens[:-1]] if self.tokens else []
 
     @property
     def num_kept(self) -> int:
         """The length of `kept`."""
-        return len(self.prompt.units) + max(len(self.tokens) - 1, 0)
+        return len(self.prompt.units) + len(self.tokens) - 1 if self.tokens else 0
 
     @property
     def needed(self) -> int:
@@ -162,7 +163,7 @@ class Engine:
             fits = (
                 source.length == first[1].length
                 and columns == len(first[0].prompt.units) - source.length
-                and row.job.logprobs == first[0].job.logprobs
+                and row.job.prompt_logprobs == first[0].job.prompt_logprobs
                 and (len(chosen) + 1) * columns <= max(PREFILL_TOKENS, columns)
                 and not self._should_wait(row, source, [other for other, _ in chosen])
             )
@@ -173,7 +174,7 @@ class Engine:
         return chosen, others
 
     def _should_wait(self, row: _Row, source: _Source, before: Sequence[_Row]) -> bool:
-        if not self.store.size or row.job.logprobs:
+        if not self.store.size or row.job.prompt_logprobs:
             return False
         units = row.prompt.units
         shared = (shared_length(units, other.prompt.units) for other in before)
@@ -182,7 +183,7 @@ class Engine:
 
     def _source(self, row: _Row) -> _Source:
         """The longest beginning of a row that the store or another row holds."""
-        if not self.store.size or row.job.logprobs:
+        if not self.store.size or row.job.prompt_logprobs:
             return _Source(0, None, 0)
         length, cache = self.store.find(row.prompt)
         best = _Source(length, cache, 0)
@@ -204,7 +205,7 @@ class Engine:
         if self.model.pre_process:
             embedded = self.model.embed(batch.input_ids, batch.modality_inputs).transpose(0, 1)
         hidden = self._through_stages(embedded, first, batch.num_columns, [start] * len(rows))
-        prompts = self._prompt_logprobs(rows, hidden) if rows[0].job.logprobs else None
+        prompts = self._prompt_logprobs(rows, hidden) if rows[0].job.prompt_logprobs else None
         return self._take(rows, None if hidden is None else hidden[:, -1], prompts)
 
     def _through_stages(
@@ -233,8 +234,8 @@ class Engine:
         found = torch.zeros(len(rows), 2, dtype=torch.float64, device=self.device)
         if hidden is not None:
             logits = self.transformer.logits(hidden).float()
-            logits.index_fill_(1, self.forbidden, float("-inf"))
-            found[:, 0] = self._choose(logits, rows)
+            allowed = logits.index_fill(1, self.forbidden, float("-inf"))
+            found[:, 0] = self._choose(allowed, rows)
             if any(row.job.logprobs for row in rows):
                 chosen = found[:, :1].long()
                 found[:, 1] = logits.log_softmax(dim=-1).gather(1, chosen)[:, 0]
@@ -271,7 +272,7 @@ class Engine:
     def _remove(self, place: int) -> None:
         """Free a row's place: the last row moves there."""
         row = self.rows[place]
-        if self.store.size:
+        if self.store.size and row.tokens:
             self.store.add(row.kept, self.cache.copy_of(place, row.num_kept))
         last = self.rows.pop()
         if last is not row:
@@ -302,7 +303,10 @@ class Engine:
         ]
 
     def _tell(self, found: torch.Tensor) -> None:
-        """What the last stage found reaches all stages."""
+        """What one rank of the last stage found reaches all; another one could draw otherwise."""
+        group = self.transformer.tp_group
+        if group.size() > 1 and self.model.post_process:
+            dist.broadcast(found, group_src=0, group=group)
         group = mpu.get_pipeline_model_parallel_group()
         if group.size() > 1:
             dist.broadcast(found, group_src=group.size() - 1, group=group)

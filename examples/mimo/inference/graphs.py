@@ -39,6 +39,25 @@ class DecodingStep:
         return self.transformer.through_layers(self.hidden, self.cache, at)
 
 
+def capture_on_cuda(step: DecodingStep) -> Replay:
+    """Run it a few times, as kernels are chosen and workspaces made then; then record it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            step.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hidden = step.run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return hidden
+
+    return replay
+
+
 class DecodingGraphs:
     """A graph for each number of rows, captured when it is first needed.
 
@@ -48,10 +67,9 @@ class DecodingGraphs:
     def __init__(
         self,
         transformer: CachedTransformer,
-        capture: Callable[[DecodingStep], Replay] | None = None,
+        capture: Callable[[DecodingStep], Replay] = capture_on_cuda,
     ) -> None:
-        self.transformer = transformer
-        self.capture = capture or CudaCapture()
+        self.transformer, self.capture = transformer, capture
         self.captured: dict[int, tuple[DecodingStep, Replay]] = {}
         self.keys: torch.Tensor | None = None
 
@@ -72,28 +90,3 @@ class DecodingGraphs:
             self.captured[rows] = step, self.capture(step)
             replay = self.captured[rows][1]
         return replay()
-
-
-class CudaCapture:
-    """Captures steps as CUDA graphs; they share memory, as one runs at a time."""
-
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, step: DecodingStep) -> Replay:
-        """Run it a few times, as kernels are chosen and workspaces made then; then record it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                step.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            hidden = step.run()
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return hidden
-
-        return replay

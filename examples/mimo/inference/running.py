@@ -22,6 +22,7 @@ class Options:
     sampling: Sampling = GREEDY
     stops: tuple[str, ...] = ()
     logprobs: bool = False
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -89,7 +90,8 @@ class Running:
                 pieces.append(Piece(number, "", Answer("", [], LENGTH)))
                 continue
             self.writing[number] = _Writing(TextStream(self.tokenizer, options.stops), options, [])
-            jobs.append(Job(number, sample, budget, options.sampling, options.logprobs))
+            wanted = options.logprobs, options.prompt_logprobs
+            jobs.append(Job(number, sample, budget, options.sampling, *wanted))
         return pieces + self._pieces(self.engine.start(jobs))
 
     def step(self) -> list[Piece]:
@@ -100,6 +102,11 @@ class Running:
         """Nobody waits for this answer any more."""
         if self.writing.pop(number, None):
             self.engine.stop(number)
+
+    def cancel_all(self) -> None:
+        """Leave the engine empty."""
+        for number in list(self.writing):
+            self.cancel(number)
 
     def _pieces(self, reports: Sequence[Report]) -> list[Piece]:
         return [self._piece(report) for report in reports]

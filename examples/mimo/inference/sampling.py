@@ -82,7 +82,9 @@ def probabilities(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.
         values = [getattr(s, name) for s in samplings]
         return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
 
-    logits = logits.double() / column("temperature")
+    # The largest becomes 0 first, lest a tiny temperature makes it infinite.
+    logits = logits.double()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / column("temperature")
     if any(s.top_k for s in samplings):
         logits = _keep_top_k(logits, [s.top_k for s in samplings])
     weights = logits.softmax(dim=-1)

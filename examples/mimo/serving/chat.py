@@ -19,7 +19,7 @@ from examples.mimo.inference.answerer import Request
 from examples.mimo.inference.running import Answer, Options
 from examples.mimo.inference.sampling import Sampling
 
-MAX_MESSAGES, MAX_CHOICES, MAX_TEXT = 256, 16, 1_000_000
+MAX_MESSAGES, MAX_CHOICES, MAX_TEXT, MAX_ITEMS = 256, 16, 1_000_000, 64
 # Where a body does not say how many.
 MAX_TOKENS = 256
 ROLES = ("system", "developer", "user", "assistant")
@@ -154,6 +154,8 @@ def _text(
             raise ValueError(f"{at}.text must be text")
         elif isinstance(kind, str) and kind in kinds and files is not None:
             name = kinds[kind]
+            if sum(map(len, files.values())) >= MAX_ITEMS:
+                raise ValueError(f"more than {MAX_ITEMS} pictures and recordings")
             files.setdefault(name, []).append(Blob(at, _bytes(part.get(kind), kind, at)))
             text += config.modalities[name].placeholder
         else:
