@@ -45,10 +45,6 @@ def run(command: str, main: Callable[[], None]) -> None:
         _end_now(2)
     except KeyboardInterrupt:
         _end_now(130)
-    except Exception:
-        # The traceback is the report; then this rank ends, as others may wait for it.
-        sys.excepthook(*sys.exc_info())
-        _end_now(1)
 
 
 def _end_now(status: int) -> NoReturn:

@@ -8,6 +8,13 @@ from examples.mimo.training.adam import GroupStepAdam
 from tests.conftest import ROOT
 
 
+def run_code(code):
+    """What a new process prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_every_stand_in_is_in_place_and_says_who_needs_it():
     found = host.install()
     assert len(found) >= 30
@@ -38,10 +45,9 @@ def test_nothing_of_torch_changes_where_cuda_is_available():
         "assert not hasattr(i.initialize_megatron, 'func');"
         "print(sorted({s.attribute for s in found}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "compile_helpers" in done.stdout
-    assert "current_device" not in done.stdout
+    said = run_code(code)
+    assert "compile_helpers" in said
+    assert "current_device" not in said
 
 
 def test_a_tensors_type_equals_both_names():
@@ -100,9 +106,7 @@ def test_only_the_thread_that_installs_has_helpers():
         "other = threading.Thread(target=there); other.start(); other.join();"
         "print(torch.get_num_threads(), here, *seen[0], before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    number, here, number_there, with_other, before = map(int, done.stdout.split()[-5:])
+    number, here, number_there, with_other, before = map(int, run_code(code).split()[-5:])
     assert (number, here) == (3, 2)
     # The other thread is the only one more.
     assert (number_there, with_other) == (1, before + here + 1)

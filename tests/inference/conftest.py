@@ -9,6 +9,7 @@ from PIL import Image
 
 from examples.mimo import avlm_inference
 from tests.conftest import run_train
+from tests.inference.served import Served
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +47,22 @@ def ask(monkeypatch, build_model):
         avlm_inference.main()
 
     return main
+
+
+@pytest.fixture
+def command(ask, checkpoint, capsys):
+    def said(*flags):
+        ask("--ckpt", str(checkpoint), *flags)
+        return capsys.readouterr().out.rstrip("\n")
+
+    return said
+
+
+@pytest.fixture(scope="session")
+def served(checkpoint):
+    pytest.importorskip("starlette")
+    server = Served(checkpoint)
+    yield server
+    said = server.end()
+    assert said.count("\n") == 1, said
+    assert "with an API key" in said

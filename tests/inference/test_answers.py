@@ -62,6 +62,11 @@ def test_answers_that_are_left_early_are_out_of_the_way(answers):
         assert "other answers are being written" in met
 
 
+def test_one_tensor_parallel_rank_chooses_for_all(answers):
+    for found in answers.values():
+        assert found["one rank chooses"] == found["tokens"]
+
+
 def test_a_batch_answers_as_each_alone_and_streamed(answers):
     for found in answers.values():
         assert found["alone"] == found["seven"] == found["streamed"] == found["tokens"]

@@ -171,7 +171,7 @@ def test_bad_lines_are_answered_with_an_error_and_the_others_in_full(say, tmp_pa
     assert output.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["250", '{"a": 1}', '{"line": 1}\n250'])
+@pytest.mark.parametrize("content", ["250", '{"a": 1}\n', '{"line":1}', '{"line": 1}\n2'])
 def test_a_file_that_is_not_ours_stays_as_it_is(say, tmp_path, content):
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": QUESTION}))
     (tmp_path / "out").write_text(content)

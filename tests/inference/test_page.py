@@ -8,18 +8,11 @@ import pytest
 import soundfile
 from PIL import Image
 
-from tests.inference.test_serve import KEY, QUESTION, Served, answer_of, user
+from tests.inference.served import KEY, QUESTION, answer_of, user
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
-
-
-@pytest.fixture(scope="module")
-def served(checkpoint):
-    server = Served(checkpoint)
-    yield server
-    server.end()
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """The server's worker: what waits, what is cancelled, and what happens when the model fails."""
 
 import threading
-import time
 
 import pytest
 
 from examples.mimo.inference.running import Answer, Piece
 from examples.mimo.serving.worker import FullError, Worker
+from tests.inference.served import until
 
 
 class Counting:
@@ -48,13 +48,6 @@ def at_work(worker):
     thread = threading.Thread(target=worker.run)
     thread.start()
     return thread
-
-
-def until(found):
-    deadline = time.monotonic() + 30
-    while not found():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def end(worker, thread):

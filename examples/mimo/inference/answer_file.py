@@ -158,12 +158,14 @@ def _answered(target: Path, file: BinaryIO) -> set[tuple[int, int]]:
     """The answers a file holds; what a killed run left of a line is cut off."""
     done, end = set(), 0
     for number, line in enumerate(iter(file.readline, b""), start=1):
-        is_cut = not line.endswith(b"\n")
-        if is_cut and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+        is_whole = line.endswith(b"\n")
+        if not is_whole and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
             file.truncate(end)
             break
         end += len(line)
         try:
+            if not is_whole:
+                raise ValueError
             found = json.loads(line)
             done.add((int(found["line"]), int(found.get("sample", 0))))
         except (ValueError, TypeError, KeyError):

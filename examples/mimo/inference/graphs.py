@@ -81,12 +81,10 @@ class DecodingGraphs:
             self.captured.clear()
             self.keys = cache.keys
         rows = len(starts)
-        if rows in self.captured:
-            step, replay = self.captured[rows]
-            step.fill(hidden, starts)
-        else:
+        if rows not in self.captured:
             step = DecodingStep(self.transformer, cache, rows)
             step.fill(hidden, starts)
             self.captured[rows] = step, self.capture(step)
-            replay = self.captured[rows][1]
+        step, replay = self.captured[rows]
+        step.fill(hidden, starts)
         return replay()

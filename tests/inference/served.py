@@ -1,0 +1,109 @@
+"""A server process, and what is sent to it."""
+
+import base64
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from benchmarks import ranks
+from tests.conftest import ROOT
+
+QUESTION = "Digit eight. Which digit is this?"
+KEY = "let me in"
+
+
+class Served:
+    """A server process."""
+
+    def __init__(self, checkpoint, *flags, processes=0, key=KEY):
+        self.port = ranks._free_port()
+        launch = [sys.executable]
+        if processes:
+            launch += ["-m", "torch.distributed.run", "--standalone"]
+            launch += ["--nproc-per-node", str(processes)]
+        launch += [str(ROOT / "examples/mimo/serve.py"), "--ckpt", str(checkpoint)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MIMO_API_KEY": key}
+        self.process = subprocess.Popen(
+            [*launch, "--port", str(self.port), *flags], env=environment, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.process.stderr.read()
+            try:
+                assert self.get("/health")[0] == 200
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise TimeoutError("the server does not answer")
+
+    def send(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {"Authorization": f"Bearer {KEY}", **headers}
+        connection.request(method, path, body, headers)
+        reply = connection.getresponse()
+        found = reply.status, reply.read()
+        connection.close()
+        return found
+
+    def get(self, path, **headers):
+        return self.send("GET", path, **headers)
+
+    def ask(self, body, **headers):
+        """Status and JSON of a chat completion; `body` is sent as it is, or as JSON."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", **headers}
+        status, reply = self.send("POST", "/v1/chat/completions", data, **headers)
+        return status, json.loads(reply)
+
+    def metric(self, name):
+        found = re.search(rf"^{name} (\S+)$", self.get("/metrics")[1].decode(), re.MULTILINE)
+        return float(found[1])
+
+    def client(self):
+        import openai
+
+        return openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0
+        )
+
+    def end(self):
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(timeout=30) == 0
+        return self.process.stderr.read().decode()
+
+
+def encoded(file):
+    return base64.b64encode(file.read_bytes()).decode()
+
+
+def user(text, media=None, items="ia"):
+    """A message with a picture, a recording, and text."""
+    parts = []
+    if media and "i" in items:
+        url = f"data:image/png;base64,{encoded(media / 'white.png')}"
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    if media and "a" in items:
+        sound = {"data": encoded(media / "second.wav"), "format": "wav"}
+        parts.append({"type": "input_audio", "input_audio": sound})
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def answer_of(reply):
+    return reply["choices"][0]["message"]["content"]
+
+
+def says(**more):
+    return {"messages": [{"role": "user", "content": "hi"}], **more}
+
+
+def until(found):
+    """Wait for it, but not for ever."""
+    deadline = time.monotonic() + 30
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
