@@ -110,3 +110,24 @@ def test_only_the_thread_that_installs_has_helpers():
     assert (number, here) == (3, 2)
     # The other thread is the only one more.
     assert (number_there, with_other) == (1, before + here + 1)
+
+
+FORK_AND_TRAIN = """
+import os, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from examples.mimo import host
+
+def train():
+    torch.ones(2, requires_grad=True).sum().backward()
+    os._exit(len(os.listdir("/proc/self/task")))
+
+host.install()
+with FakeTensorMode():  # from here on the first backward pass of a process starts eight threads
+    torch.ones(1)
+print({os.waitpid(os.fork() or train(), 0)[1] for _ in range(60)})
+"""
+
+
+def test_a_forked_process_can_start_many_threads_at_once():
+    nine_threads = 9 << 8
+    assert run_code(FORK_AND_TRAIN).strip() == f"{{{nine_threads}}}"

@@ -24,6 +24,7 @@ def install() -> list[StandIn]:
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         cpu.compute_in_this_thread_only()
+        os.register_at_fork(after_in_child=cpu.compute_in_this_thread_only)
         stand_ins += _place(cpu.torch_stand_ins())
         stand_ins += _place(cpu.megatron_stand_ins())
     return stand_ins + _place(wheel.stand_ins())

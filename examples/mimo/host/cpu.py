@@ -108,6 +108,9 @@ def compute_in_this_thread_only() -> None:
     Else one that copies a large tensor starts OpenMP threads of its own. When all of those are more
     than the processors, they sleep between operations, and every operation waits until they wake.
     A later `torch.set_num_threads` gives threads that start after it their helpers back.
+
+    A forked process says it again before it has other threads: torch then replaces the thread pool
+    it took over, and two threads that do so at once end the process ("Invalid thread pool!").
     """
     torch.get_num_threads()  # this thread's number stands from its first use on
     other = threading.Thread(target=torch.set_num_threads, args=(1,))
