@@ -270,6 +270,7 @@ def test_the_store_keeps_the_rows_used_last():
     assert store.find(Units([1, 2, 9])) == (2, "b")
     store.add([7, 8], "d")
     assert store.find(Units([5, 6, 7])) == (0, None)
+    store.add([], "e")
     assert store.find(Units([1, 2, 3, 4, 5])) == (4, "b")
     store = PrefixStore(0)
     store.add([1], "a")

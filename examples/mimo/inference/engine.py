@@ -272,7 +272,7 @@ class Engine:
     def _remove(self, place: int) -> None:
         """Free a row's place: the last row moves there."""
         row = self.rows[place]
-        if self.store.size and row.tokens:
+        if self.store.size:
             self.store.add(row.kept, self.cache.copy_of(place, row.num_kept))
         last = self.rows.pop()
         if last is not row:

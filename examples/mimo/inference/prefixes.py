@@ -77,7 +77,9 @@ class PrefixStore:
         self.count = 0
 
     def add(self, units: list[Unit], cache: KeyValueCache) -> None:
-        """Keep a row; rows that are its beginning leave."""
+        """Keep a row that holds something; rows that are its beginning leave."""
+        if not units:
+            return
         for number, (other, _) in list(self.rows.items()):
             if shared_length(other, units) == len(other):
                 del self.rows[number]
