@@ -41,10 +41,16 @@ def run(command: str, main: Callable[[], None]) -> None:
         if rank == 0 or _ranks_differ:
             alone = os.environ.get("WORLD_SIZE", "1") == "1"
             who = f" [rank {rank}]" if _ranks_differ and not alone else ""
-            print(f"{command}{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            say(f"{command}{who}: error: {' '.join(str(error).split())}")
         _end_now(2)
     except KeyboardInterrupt:
         _end_now(130)
+
+
+def say(line: str) -> None:
+    """A line on stderr, in one write: `print` under torchrun takes two, and ranks share a line."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _end_now(status: int) -> NoReturn:

@@ -10,13 +10,14 @@ import argparse
 import functools
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from megatron.training import get_args
 from megatron.training import training as megatron_training
+
+from examples.mimo import command
 
 # Functions of Megatron's training loop, and what a rank is doing while in them.
 PHASES = {
@@ -91,5 +92,5 @@ def _watch(pipe: int) -> None:
     while signal.SIGTERM not in os.read(pipe, 1):
         pass
     rank = os.environ.get("RANK", "0")
-    print(f"train.py [rank {rank}]: ended from outside in: {_phase}", file=sys.stderr, flush=True)
+    command.say(f"train.py [rank {rank}]: ended from outside in: {_phase}")
     os._exit(128 + signal.SIGTERM)
