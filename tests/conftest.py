@@ -1,10 +1,12 @@
 """Shared by all tests: the host layer, a small data folder, a process group of one."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from examples.mimo import command
@@ -39,6 +41,17 @@ def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.Comp
 def run_train(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
     """`train.py` on ranks that need not import Megatron first; comparisons of runs use it."""
     return ranks.run("examples/mimo/train.py", *flags, processes=processes)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and its ranks, whose helpers must end by themselves."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    ranks_of_it = [member for member in below if member.ppid() == process.pid]
+    for member in [process, *ranks_of_it]:
+        os.kill(member.pid, signal.SIGKILL)
+    process.wait()
+    assert len(below) > len(ranks_of_it)
+    assert not psutil.wait_procs(below, timeout=10)[1]
 
 
 @pytest.fixture(scope="session")

@@ -42,14 +42,12 @@ def main() -> None:
 
 def train(argv: list[str]) -> None:
     """One run of `pretrain()` with the package's providers."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-        get_write_results_queue,
-    )
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
+    from examples.mimo.checkpoint import results_queue
     from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
     from examples.mimo.checkpoint.resuming import schedule_mismatch
     from examples.mimo.training import adam, own_ranks, phase, progress
@@ -76,8 +74,7 @@ def train(argv: list[str]) -> None:
         sources = open_checkpoint(start).sources if start and known else {}
         save_description(Path(args.save), config, tokenizer_path(args), sources)
     if args.save:
-        # A fork, while there are no threads; else the first save starts an interpreter a rank.
-        get_write_results_queue(mp_mode="fork")
+        results_queue.install()
     adam.install()
     progress.install(config)
     phase.install(args)

@@ -17,10 +17,8 @@ host.install()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # noqa: E402
-    get_write_results_queue,
-)
 
+from examples.mimo.checkpoint import results_queue  # noqa: E402
 from examples.mimo.checkpoint.description import open_checkpoint, save_description  # noqa: E402
 from examples.mimo.checkpoint.loading import load_model  # noqa: E402
 from examples.mimo.models.mimo import ENCODER  # noqa: E402
@@ -51,8 +49,7 @@ def logits(model, ids):
 
 def main():
     work, tp, pp = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    # As train.py does: saving would start an interpreter on every rank.
-    get_write_results_queue(mp_mode="fork")
+    results_queue.install()
     for name, case in CASES.items():
         if pp > 1 and case.part != "language" and tp == 1:
             continue

@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
-from tests.conftest import ROOT, run_command, run_train
+from tests.conftest import ROOT, kill_all, run_command, run_train
 
 ITERATIONS, EVERY = 14, 4
 TP2 = ("--tensor-model-parallel-size", "2")
@@ -35,14 +33,6 @@ def read(work):
     lines = file.read_text().splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return {row["iteration"]: row for row in rows}
-
-
-def kill_all(process):
-    """SIGKILL to the launcher and every process below it."""
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        os.kill(member.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture(scope="module")

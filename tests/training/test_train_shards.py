@@ -6,20 +6,18 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
 import time
 
 import numpy as np
-import psutil
 import pytest
 import soundfile
 from PIL import Image
 
 from examples.mimo.data.prepare_shards import index_shards
-from tests.conftest import ROOT, run_command, run_train
+from tests.conftest import ROOT, kill_all, run_command, run_train
 from tests.data import broken
 from tests.data.megatron_example import write_megatron_example
 from tests.data.videos import write_video
@@ -213,13 +211,6 @@ def test_videos_in_the_layout_of_megatrons_example_train(data_folder, tmp_path):
     )  # fmt: skip
     assert [row["items"] for row in found.values()] == [{"videos": 4}] * 3
     assert all(len(row["keys"]) == 4 for row in found.values())
-
-
-def kill_all(process):
-    """SIGKILL to the launcher and every process below it."""
-    for member in [process, *psutil.Process(process.pid).children(recursive=True)]:
-        os.kill(member.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.mark.slow
