@@ -61,18 +61,23 @@ def count(shards):
     return json.loads((shards / "about.json").read_text())["samples"]["train"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def read(tiny, tokenizer, shards):
     """Batches of one data-parallel rank."""
     reader = SampleReader(tiny, tokenizer, 128)
+    started = []
 
     def start(rank=0, ranks=1, workers=0, path=shards, packing=None, max_bad=100, seed=1, size=4):
         packed = functools.partial(collate_packed, multiple=ROW)
         encoder = ConversationEncoder(reader, packed if packing else collate, max_bad, packing)
         places = worker_config(rank, ranks, workers, seed)
-        return ShardBatches([training_loader(path, "train", encoder, places, size, 20)])
+        loader = training_loader(path, "train", encoder, places, size, 20)
+        started.append(ShardBatches([loader]))
+        return started[-1]
 
-    return start
+    yield start
+    for batches in started:
+        batches.close()
 
 
 def keys(batches, number):
