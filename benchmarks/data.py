@@ -17,25 +17,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.mimo import command
+from examples.mimo.cli import command
 
 command.prepare_environment()
 
-from examples.mimo import host  # noqa: E402
+from examples.mimo import compat
 
-host.install()
+compat.install()
 
-import soundfile  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import soundfile
+import torch
+from PIL import Image
 
-from benchmarks import spoken_shapes  # noqa: E402
-from examples.mimo.configs import get_model_config  # noqa: E402
-from examples.mimo.data.audio import AUDIO_SUFFIXES  # noqa: E402
-from examples.mimo.data.conversation import parse_turns, to_pieces, tokenise  # noqa: E402
-from examples.mimo.data.packing import pack  # noqa: E402
-from examples.mimo.data.samples import Inside, SampleReader  # noqa: E402
-from examples.mimo.data.tokenizer import load_tokenizer  # noqa: E402
+from benchmarks import spoken_shapes
+from examples.mimo.configs import get_model_config
+from examples.mimo.data.conversation import Inside, SampleReader, parse_turns, to_pieces, tokenise
+from examples.mimo.data.tokenizer import load_tokenizer
+from examples.mimo.modalities.audio import AUDIO_SUFFIXES
+from examples.mimo.shards.read import pack
 
 SAMPLES, ROUNDS = 200, 5
 ROW, BUFFER = 4096, 200

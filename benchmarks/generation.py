@@ -18,29 +18,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.mimo import command
+from examples.mimo.cli import command
 
 command.prepare_environment()
 command.alone_unless_launched()
 
-from examples.mimo import host  # noqa: E402
+from examples.mimo import compat
 
-host.install()
+compat.install()
 
-import torch  # noqa: E402
-import transformers as hf  # noqa: E402
+import torch
+import transformers as hf
 
-from examples.mimo.checkpoint import building, from_hf  # noqa: E402
-from examples.mimo.checkpoint.description import open_checkpoint  # noqa: E402
-from examples.mimo.checkpoint.families import family_for_export  # noqa: E402
-from examples.mimo.checkpoint.folder import Folder  # noqa: E402
-from examples.mimo.checkpoint.loading import load_model  # noqa: E402
-from examples.mimo.configs import get_model_config  # noqa: E402
-from examples.mimo.configs.schema import LanguageConfig, MimoConfig  # noqa: E402
-from examples.mimo.data.batch import collate, to_device  # noqa: E402
-from examples.mimo.data.conversation import TokenRow  # noqa: E402
-from examples.mimo.data.samples import Sample  # noqa: E402
-from examples.mimo.inference.engine import Engine, Job  # noqa: E402
+from examples.mimo.checkpoint.description import open_checkpoint
+from examples.mimo.checkpoint.loading import load_model
+from examples.mimo.configs import get_model_config
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.data.batch import collate, to_device
+from examples.mimo.data.conversation import Sample, TokenRow
+from examples.mimo.generation.engine import Engine, Job
+from examples.mimo.hf import convert
+from examples.mimo.hf.families import family_for_export
+from examples.mimo.hf.io import Folder
 
 PROMPT, NEW, BATCHES = 600, 64, (1, 4, 16)
 UNCACHED = 4
@@ -102,7 +101,7 @@ class Pair:
         self.theirs.generation_config.eos_token_id = None
         self.theirs.save_pretrained(folder / "theirs")
         parts = {"language": Folder(folder / "theirs")}
-        from_hf.convert(self.config, parts, folder / "ours", lambda text: None)
+        convert.from_hf(self.config, parts, folder / "ours", lambda text: None)
         self.ours = load_model(open_checkpoint(folder / "ours"))
         self.theirs.to(self.ours.language_model.decoder.layers[0].mlp.linear_fc1.weight)
 
@@ -224,7 +223,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     args = parser.parse_args()
-    building.start_alone(seed=0)
+    convert.start_alone(seed=0)
     page, passed = measure(args.models, args.batches, args.rounds)
     print(page)
     if args.output:

@@ -124,7 +124,7 @@ def iteration_flops(case: Case, iterations: int) -> list[int]:
     from examples.mimo.configs import get_model_config
     from examples.mimo.data.batch import collate
     from examples.mimo.data.datasets import MockDataset
-    from examples.mimo.models.flops import training_flops
+    from examples.mimo.planner.flops import training_flops
 
     config, size = get_model_config(case.model), case.micro_batch_size
     dataset = MockDataset(config, config.language.seq_length, iterations * size, seed=1)
@@ -156,15 +156,16 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
 
     With CUDA also those of CUDA graphs.
     """
-    from examples.mimo import command, host
+    from examples.mimo import compat
+    from examples.mimo.cli import command
 
     command.prepare_environment()
     command.alone_unless_launched()
-    host.install()
+    compat.install()
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.checkpoint.loading import load_model
     from examples.mimo.data.datasets import MockDataset
-    from examples.mimo.inference.engine import Engine, Job
+    from examples.mimo.generation.engine import Engine, Job
 
     with command.stdout_to(os.devnull):
         opened = open_checkpoint(checkpoint)

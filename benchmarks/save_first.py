@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from examples.mimo import command, host
+from examples.mimo import compat
+from examples.mimo.cli import command
 
 command.prepare_environment()
-host.install()
+compat.install()
 
-from megatron.training import training  # noqa: E402
+from megatron.training import training
 
-from examples.mimo.train import main  # noqa: E402
+from examples.mimo.train import main
 
 save = training.save_checkpoint_and_time
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from examples.mimo.data.speech import Synthesiser
-from examples.mimo.data.spoken_questions import train_tokenizer
+from demos.digits.speech import Synthesiser
+from demos.digits.spoken_questions import train_tokenizer
 
 SAMPLE_RATE_HZ = 16_000
 MAX_SECONDS = 2.3

@@ -5,20 +5,21 @@ from __future__ import annotations
 import importlib
 import os
 
-from examples.mimo import command, host
+from examples.mimo import compat
+from examples.mimo.cli import command
 
 # One thread, or a fork would lose the others.
 os.environ["OMP_NUM_THREADS"] = "1"
 command.prepare_environment()
-host.install()
+compat.install()
 for module in (
     "megatron.training",
     "megatron.training.argument_utils",
     "megatron.core.tokenizers.text",
-    "examples.mimo.training.dry_run",
-    "examples.mimo.training.progress",
+    "examples.mimo.planner.dry_run",
+    "examples.mimo.cli.observer",
     "examples.mimo.training.step",
-    "examples.mimo.training.adam",
-    "examples.mimo.training.phase",
+    "examples.mimo.compat.megatron",
+    "examples.mimo.cli.observer",
 ):
     importlib.import_module(module)

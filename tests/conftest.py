@@ -9,15 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from examples.mimo import command
+from examples.mimo.cli import command
 
 command.prepare_environment()
 
-from examples.mimo import host  # noqa: E402
+from examples.mimo import compat
 
-host.install()
+compat.install()
 
-from benchmarks import ranks  # noqa: E402
+from benchmarks import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,8 +85,8 @@ def build_model():
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from examples.mimo.models.mimo import build_mimo_model
-    from examples.mimo.training.arguments import parse_with_preset
+    from examples.mimo.cli.arguments import parse_with_preset
+    from examples.mimo.model.mimo import build_mimo_model
     from examples.mimo.training.providers import transformer_config
 
     store = torch.distributed.HashStore()

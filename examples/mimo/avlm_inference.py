@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from examples.mimo import command
+from examples.mimo.cli import command
 
 if TYPE_CHECKING:
     from examples.mimo.configs.schema import MimoConfig
-    from examples.mimo.inference.answerer import Answerer
-    from examples.mimo.inference.running import Options
+    from examples.mimo.generation.api import Answerer
+    from examples.mimo.generation.scheduler import Options
 
 
 def main() -> None:
@@ -27,9 +27,9 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     command.prepare_environment()
     command.alone_unless_launched()
-    from examples.mimo import host
+    from examples.mimo import compat
 
-    host.install()
+    compat.install()
     terminal = sys.stdout
     with command.stdout_to(os.devnull):
         answer(args, rest, parser, terminal)
@@ -40,7 +40,7 @@ def answer(
 ) -> None:
     """Load the model, and answer what the flags ask, on `terminal` or in a file."""
     from examples.mimo.checkpoint.description import open_checkpoint
-    from examples.mimo.inference.answerer import Answerer
+    from examples.mimo.generation.api import Answerer
 
     checkpoint = open_checkpoint(args.ckpt)
     files, config = _media_flags(checkpoint.config, rest, parser)
@@ -49,11 +49,11 @@ def answer(
     checkpoint = dataclasses.replace(checkpoint, config=config)
     answerer = Answerer(checkpoint, args.tp, args.pp, graphs=args.cuda_graphs)
     if args.interactive:
-        from examples.mimo.inference.interactive import Talk
+        from examples.mimo.generation.chat import Talk
 
         Talk(answerer, options, terminal).run(sys.stdin)
     elif args.input:
-        from examples.mimo.inference.answer_file import answer_file
+        from examples.mimo.generation.batch_file import answer_file
 
         answer_file(answerer, args.input, args.output, options, args.samples, args.batch_size)
     else:
@@ -68,9 +68,8 @@ def _answer_once(
     args: argparse.Namespace,
     terminal: TextIO,
 ) -> None:
-    from examples.mimo.inference.answer_file import answer_fields
-    from examples.mimo.inference.answerer import Request
-    from examples.mimo.inference.ranks import share
+    from examples.mimo.generation.api import Request, share
+    from examples.mimo.generation.batch_file import answer_fields
 
     sample = share(lambda: answerer.read(Request(prompt, files)))
     speaks = os.environ["RANK"] == "0"
@@ -89,8 +88,8 @@ def _answer_once(
 
 
 def _options(args: argparse.Namespace) -> Options:
-    from examples.mimo.inference.running import Options
-    from examples.mimo.inference.sampling import Sampling
+    from examples.mimo.generation.sampling import Sampling
+    from examples.mimo.generation.scheduler import Options
 
     values = vars(args)
     try:

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from examples.mimo import command
+from examples.mimo.cli import command
 from examples.mimo.configs import MODEL_PROVIDERS
 
 
@@ -22,20 +22,20 @@ def main() -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     command.prepare_environment()
     command.alone_unless_launched()
-    from examples.mimo import host
+    from examples.mimo import compat
 
-    host.install()
+    compat.install()
     with command.stdout_to(os.devnull):
         from_hf(args, rest) if args.command == "from-hf" else to_hf(args)
 
 
 def from_hf(args: argparse.Namespace, rest: list[str]) -> None:
     """A flag for each modality of the config names the folder of its encoder."""
-    from examples.mimo.checkpoint import from_hf as importing
-    from examples.mimo.checkpoint.building import start_alone
-    from examples.mimo.checkpoint.folder import Folder
     from examples.mimo.configs import get_model_config
     from examples.mimo.configs.schema import MimoConfig, with_fields
+    from examples.mimo.hf import convert as importing
+    from examples.mimo.hf.convert import start_alone
+    from examples.mimo.hf.io import Folder
 
     config: MimoConfig = with_fields(get_model_config(args.model_provider), args.set)
     modalities = command.Parser(prog="convert.py from-hf", allow_abbrev=False)
@@ -53,15 +53,15 @@ def from_hf(args: argparse.Namespace, rest: list[str]) -> None:
     if not folders:
         raise ValueError("nothing to convert: name --language-model, a modality or --llava")
     start_alone(args.seed)
-    importing.convert(config, folders, args.save, _say)
+    importing.from_hf(config, folders, args.save, _say)
 
 
 def to_hf(args: argparse.Namespace) -> None:
     """A folder for each part."""
-    from examples.mimo.checkpoint import to_hf as exporting
     from examples.mimo.checkpoint.description import open_checkpoint
+    from examples.mimo.hf import convert as exporting
 
-    exporting.convert(open_checkpoint(args.load), args.save, _say)
+    exporting.to_hf(open_checkpoint(args.load), args.save, _say)
 
 
 def _say(text: str) -> None:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from examples.mimo import command
+from examples.mimo.cli import command
 
 if TYPE_CHECKING:
-    from examples.mimo.inference.answerer import Answerer
+    from examples.mimo.generation.api import Answerer
 
 BOOTSTRAP_DRAWS = 2_000
 
@@ -31,9 +31,9 @@ def main() -> None:
     args = _parser().parse_args()
     command.prepare_environment()
     command.alone_unless_launched()
-    from examples.mimo import host
+    from examples.mimo import compat
 
-    host.install()
+    compat.install()
     with command.stdout_to(os.devnull):
         scores = evaluate(args)
     if int(os.environ["RANK"]) == 0:
@@ -46,7 +46,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Exact match per split, and on the first split with each modality blanked."""
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.data.datasets import read_records
-    from examples.mimo.inference.answerer import Answerer
+    from examples.mimo.generation.api import Answerer
 
     checkpoint = open_checkpoint(args.ckpt)
     if not args.data.is_dir():
@@ -76,9 +76,9 @@ def _score(
     title: str,
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
-    from examples.mimo.data.samples import Inside
-    from examples.mimo.inference.clock import Clock
-    from examples.mimo.inference.running import Options
+    from examples.mimo.cli.command import Clock
+    from examples.mimo.data.conversation import Inside
+    from examples.mimo.generation.scheduler import Options
 
     reader = answerer.reader(blank or [])
     samples = [

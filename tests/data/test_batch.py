@@ -1,8 +1,8 @@
 import torch
 
 from examples.mimo.data.batch import collate, collate_packed
+from examples.mimo.data.conversation import SampleReader
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
-from examples.mimo.data.samples import SampleReader
 
 
 def test_rows_are_padded_without_loss_and_media_kept_in_order(tiny):

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from examples.mimo.data.conversation import Inside, SampleReader
 from examples.mimo.data.datasets import ConversationDataset, read_records
-from examples.mimo.data.samples import Inside, SampleReader
 
 
 @pytest.fixture

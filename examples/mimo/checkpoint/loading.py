@@ -11,9 +11,9 @@ from megatron.training.checkpointing import _build_sharded_state_dict_metadata
 from megatron.training.global_vars import set_global_variables
 
 from examples.mimo.checkpoint.description import Checkpoint
-from examples.mimo.checkpoint.errors import CHECKPOINT_ERRORS, reason
-from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
-from examples.mimo.training.arguments import check_layout, parse_with_preset
+from examples.mimo.checkpoint.resuming import CHECKPOINT_ERRORS, reason
+from examples.mimo.cli.arguments import check_layout, parse_with_preset
+from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.training.providers import device, transformer_config
 
 # What a training checkpoint holds beside the model.

@@ -1,13 +1,30 @@
-"""What a run must share with the checkpoint whose training it goes on with."""
+"""What goes wrong when weights load, in one line.
+
+What a run must share with the checkpoint whose training it goes on with.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from examples.mimo.checkpoint.description import latest_weights
+
+# torch's is a BaseException: a plain `except Exception` lets it pass.
+CHECKPOINT_ERRORS = (CheckpointingException, CheckpointException)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
 
 OPTIMIZER_STATE = "optimizer.state."
 # Only the distributed optimizer saves weights of its own in this place.

@@ -14,7 +14,7 @@ MODEL_PROVIDERS = {
     "llava_avlm_tuned": "examples.mimo.configs.llava",
     "qwen3_avlm": "examples.mimo.configs.qwen3",
     "smollm2_avlm": "examples.mimo.configs.smollm2",
-    "scale_1b_avlm": "examples.mimo.configs.scale_1b",
+    "scale_1b_avlm": "examples.mimo.configs.llava",
 }
 
 

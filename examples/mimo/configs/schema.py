@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from examples.mimo.data.sources import Source
-    from examples.mimo.models.flops import Flops
+    from examples.mimo.modalities.base import Source
+    from examples.mimo.planner.flops import Flops
 
 
 class EncoderConfig(Protocol):

@@ -9,8 +9,8 @@ from examples.mimo.configs.schema import (
     ModalityConfig,
     ProjectorConfig,
 )
-from examples.mimo.models.vit import VitConfig
-from examples.mimo.models.whisper import WhisperConfig
+from examples.mimo.modalities.audio import WhisperConfig
+from examples.mimo.modalities.image import VitConfig
 
 
 def smollm2_avlm() -> MimoConfig:

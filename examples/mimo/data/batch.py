@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from examples.mimo.data.samples import Sample
+from examples.mimo.data.conversation import Sample
 
 
 @dataclass

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import TokenRow
-from examples.mimo.data.samples import Inside, Sample, SampleReader
+from examples.mimo.data.conversation import Inside, Sample, SampleReader, TokenRow
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""The HTTP side: checks what comes, hands it to the worker, and sends back what it says."""
+"""What the server counts, for Prometheus.
+
+The HTTP side: checks what comes, hands it to the worker, and sends back what it says.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -21,13 +25,54 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from examples.mimo.data.samples import Sample
-from examples.mimo.inference.answerer import Answerer
-from examples.mimo.inference.running import Answer, Piece
-from examples.mimo.inference.sampling import numbered
-from examples.mimo.serving.chat import Chat, Reply, parse
-from examples.mimo.serving.metrics import Metrics
+from examples.mimo.data.conversation import Sample
+from examples.mimo.generation.api import Answerer
+from examples.mimo.generation.sampling import numbered
+from examples.mimo.generation.scheduler import Answer, Piece
+from examples.mimo.serving.openai import Chat, Reply, parse
 from examples.mimo.serving.worker import FullError, Worker
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "mimo_requests", "Requests by their HTTP status.", ["status"], registry=self.registry
+        )
+        self.prompt_tokens = Counter(
+            "mimo_prompt_tokens", "Tokens of prompts.", registry=self.registry
+        )
+        self.answer_tokens = Counter(
+            "mimo_answer_tokens", "Tokens of answers.", registry=self.registry
+        )
+        self.left = Counter(
+            "mimo_left", "Answers whose client left before their end.", registry=self.registry
+        )
+        self.first_token = Histogram(
+            "mimo_first_token_seconds",
+            "From a request to its first token.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.whole = Histogram(
+            "mimo_answer_seconds",
+            "From a request to the end of its answer.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        running = Gauge("mimo_running", "Answers that are worked on.", registry=self.registry)
+        running.set_function(lambda: worker.num_running)
+        waiting = Gauge("mimo_waiting", "Answers that wait for a place.", registry=self.registry)
+        waiting.set_function(lambda: worker.num_waiting)
+
+    def page(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)
+
 
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = {

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from examples.mimo.data.samples import Sample
-from examples.mimo.inference.answerer import Answerer
-from examples.mimo.inference.ranks import share
-from examples.mimo.inference.running import Options, Piece
+from examples.mimo.data.conversation import Sample
+from examples.mimo.generation.api import Answerer, share
+from examples.mimo.generation.scheduler import Options, Piece
 
 # An idle server speaks to its other ranks so often, lest they take it for dead.
 HEARTBEAT_SECONDS = 5.0

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from examples.mimo.models.placement import (
+from examples.mimo.parallel.placement import (
     LANGUAGE,
     Placement,
     encoder_placements,

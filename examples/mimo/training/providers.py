@@ -21,24 +21,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
 from examples.mimo.checkpoint.resuming import check_same_optimizer, has_random_states
+from examples.mimo.cli.flags import SHARDED
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
+from examples.mimo.data.conversation import Sample, SampleReader
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
-from examples.mimo.data.mixtures import read_mixture
-from examples.mimo.data.samples import Sample, SampleReader
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
-from examples.mimo.models.encoder_groups import EncoderGroups, encoder_groups
-from examples.mimo.models.mimo import StageMimoModel, build_mimo_model
-from examples.mimo.models.own_ranks import build_own_ranks_model
-from examples.mimo.training.flags import SHARDED
-from examples.mimo.training.freezing import freeze_parts
+from examples.mimo.model.mimo import StageMimoModel, build_mimo_model, freeze_parts
+from examples.mimo.parallel.noncolocated import build_own_ranks_model, finalize_on_own_ranks
+from examples.mimo.parallel.replicas import EncoderGroups, encoder_groups
+from examples.mimo.shards.mixtures import read_mixture
 from examples.mimo.training.layout import (
     placements,
     row_multiple,
     sequence_multiple,
     shared_encoder_size,
 )
-from examples.mimo.training.own_ranks import finalize_on_own_ranks
 
 
 def transformer_config(args: argparse.Namespace) -> Any:
@@ -210,7 +208,7 @@ def is_sharded(args: argparse.Namespace) -> bool:
 def _shards(args: argparse.Namespace, mimo: MimoConfig) -> tuple[Any, SampleReader]:
     """`training/shards.py`, which needs energon, and what reads its samples."""
     try:
-        module = importlib.import_module("examples.mimo.training.shards")
+        module = importlib.import_module("examples.mimo.shards.resume")
     except ImportError as error:
         raise ValueError(
             f"--dataset-provider {args.dataset_provider} needs megatron-energon ({error}): "

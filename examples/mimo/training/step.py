@@ -13,12 +13,11 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
+from examples.mimo.cli import observer
+from examples.mimo.cli.observer import BAD_SAMPLES, COUNTERS
 from examples.mimo.data.batch import Batch, Needs, share_batch
-from examples.mimo.models.context_parallel import shard_sequence
-from examples.mimo.models.mimo import MediaCountError, StageMimoModel
-from examples.mimo.training import phase
-from examples.mimo.training.bad_samples import BAD_SAMPLES
-from examples.mimo.training.progress import COUNTERS
+from examples.mimo.model.mimo import MediaCountError, StageMimoModel
+from examples.mimo.parallel.context import shard_sequence
 from examples.mimo.training.providers import device
 
 Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
@@ -33,9 +32,9 @@ def forward_step(
     """
     stage: StageMimoModel = unwrap_model(model)
     where = "iteration {iteration}" if model.training else "evaluation after iteration {iteration}"
-    phase.enter(f"{where}, reading a batch")
+    observer.enter(f"{where}, reading a batch")
     batch = shard_targets(next_batch(data_iterator, stage))
-    phase.enter(f"{where}, computing")
+    observer.enter(f"{where}, computing")
     try:
         output = model(
             input_ids=batch.input_ids,

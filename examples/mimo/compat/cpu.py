@@ -1,0 +1,165 @@
+"""What Megatron asks of CUDA, answered by the CPU.
+
+Every entry names the code in Megatron that needs it. `torch.cuda.is_available()` stays False:
+code that asks it already has a CPU path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from examples.mimo.compat.stand_in import StandIn
+
+CPU = torch.device("cpu")
+PROPERTIES = SimpleNamespace(name="CPU", major=0, minor=0, multi_processor_count=1, total_memory=0)
+FACTORIES = (
+    *("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "linspace", "as_tensor", "eye"),
+)
+
+
+class DoneOnCpu:
+    """A CUDA stream or event on which everything has already happened."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def record_event(self, event: Any = None) -> DoneOnCpu:
+        """An event that has already been reached."""
+        return DoneOnCpu()
+
+    def query(self) -> bool:
+        """Whether it is done: always."""
+        return True
+
+
+class TensorType(str):
+    """A tensor type's name that equals its CUDA spelling: `torch.FloatTensor` and the other."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str(self) == other.replace("torch.cuda.", "torch.")
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`factory` with `device="cuda"` read as the CPU and pinned memory as plain memory."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _named_alike(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
+    def type_or_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = tensor_type(self, *args, **kwargs)
+        return TensorType(found) if isinstance(found, str) else found
+
+    return type_or_name
+
+
+def _without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, device_ids=None, **kwargs: barrier(*args, **kwargs)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _itself(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self
+
+
+def _rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _in_stream(stream: Any) -> Iterator[None]:
+    yield
+
+
+def compute_in_this_thread_only() -> None:
+    """Other threads, such as gloo's, run each operation by themselves from here on.
+
+    Else one that copies a large tensor starts OpenMP threads of its own. When all of those are more
+    than the processors, they sleep between operations, and every operation waits until they wake.
+    A later `torch.set_num_threads` gives threads that start after it their helpers back.
+
+    A forked process says it again before it has other threads: torch then replaces the thread pool
+    it took over, and two threads that do so at once end the process ("Invalid thread pool!").
+    """
+    torch.get_num_threads()  # this thread's number stands from its first use on
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))
+    other.start()
+    other.join()
+
+
+def torch_stand_ins() -> list[StandIn]:
+    """The entries in torch itself; they must stand before Megatron is imported."""
+    with torch.device("cpu"):
+        torch.empty(0)  # torch now remembers its own factories, for `with torch.device(...)`
+    cuda, tensor, comms = torch.cuda, torch.Tensor, torch.distributed
+    kinds, barrier = _named_alike(tensor.type), _without_device_ids(comms.barrier)
+    factories = "training.py, schedules.py, clip_grads.py: device='cuda', pin_memory"
+    return [
+        StandIn(cuda, "current_device", lambda: CPU, "training.py and 40 more: device= arguments"),
+        StandIn(cuda, "device_count", lambda: 1, "initialize.py _set_random_seed"),
+        StandIn(cuda, "set_device", _nothing, "initialize.py _initialize_distributed"),
+        StandIn(cuda, "get_device_properties", lambda *_: PROPERTIES, "common_utils.py arch"),
+        StandIn(cuda, "get_device_capability", lambda *_: (0, 0), "core/utils.py"),
+        StandIn(cuda, "synchronize", _nothing, "timers.py, p2p_communication.py"),
+        StandIn(cuda, "empty_cache", _nothing, "training.py train_step"),
+        StandIn(cuda, "Stream", DoneOnCpu, "training.py get_model"),
+        StandIn(cuda, "Event", DoneOnCpu, "param_and_grad_buffer.py"),
+        StandIn(cuda, "current_stream", DoneOnCpu, "training.py get_model"),
+        StandIn(cuda, "stream", _in_stream, "training.py get_model"),
+        StandIn(cuda, "get_rng_state", _rng_state, "checkpointing.py get_rng_state"),
+        StandIn(cuda.random, "get_rng_state", _rng_state, "random.py _get_cuda_rng_state"),
+        StandIn(cuda, "set_rng_state", _set_rng_state, "checkpointing.py load_checkpoint"),
+        StandIn(cuda, "manual_seed", torch.manual_seed, "tensor_parallel/random.py"),
+        StandIn(tensor, "cuda", _itself, "clip_vit_model.py position_ids"),
+        StandIn(torch.nn.Module, "cuda", _itself, "training.py get_model"),
+        StandIn(tensor, "type", kinds, "optimizer.py, clip_grads.py compare type names"),
+        StandIn(comms, "barrier", barrier, "parallel_state.py: gloo takes no device_ids"),
+        *(StandIn(torch, name, _on_cpu(getattr(torch, name)), factories) for name in FACTORIES),
+    ]
+
+
+def megatron_stand_ins() -> list[StandIn]:
+    """The entries in Megatron; importing it is slow, so a command does this once."""
+    import megatron.core.tensor_parallel.random as random
+    import megatron.training.initialize as initialize
+    import megatron.training.training as training
+
+    start = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    return [
+        StandIn(training, "initialize_megatron", start, "training.py pretrain asserts CUDA"),
+        StandIn(initialize, "initialize_megatron", start, "initialize.py asserts CUDA"),
+        StandIn(training, "set_jit_fusion_options", _nothing, "training.py warms up CUDA kernels"),
+        StandIn(training, "report_memory", _nothing, "training.py reads CUDA's allocator"),
+        StandIn(random, "_set_cuda_rng_state", _set_rng_state, "random.py waits for CUDA's start"),
+    ]

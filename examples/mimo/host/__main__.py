@@ -1,8 +1,0 @@
-"""`python -m examples.mimo.host`: what is replaced on this machine, and for which Megatron code."""
-
-from examples.mimo.host import install
-
-rows = [(stand_in.name, stand_in.needed_by) for stand_in in install()]
-width = max(len(name) for name, _ in rows)
-for name, needed_by in rows:
-    print(f"{name:{width}}  {needed_by}")

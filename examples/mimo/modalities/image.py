@@ -1,0 +1,433 @@
+"""Pictures from files nobody has checked.
+
+Activations that Megatron-Core does not name.
+
+The eye: vision transformers (arXiv:2010.11929) from Megatron-Core blocks.
+
+CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343) and DINOv2 (arXiv:2304.07193) differ by the
+entries of `FAMILIES` alone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from PIL import Image, ImageOps
+from torch.nn import functional
+
+from examples.mimo.modalities.base import Source, open_source
+from examples.mimo.model.encoder import encoder_transformer_config
+from examples.mimo.model.layers import Norm, block_submodules
+from examples.mimo.planner.flops import Flops, encoder_layer_flops
+
+MAX_PIXELS = 64_000_000
+# A longer one becomes a huge picture when its short side is scaled to an encoder's.
+MAX_RATIO = 200
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".img")
+# Pillow knows more; some of those formats run programs, and none is common.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FITS = ("crop", "stretch", "pad")
+
+Colour = tuple[int, ...]
+
+
+def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in RGB: upright as its EXIF says, 16 bits scaled to 8, black behind alpha.
+
+    Raises ValueError, one line, when the file is missing, empty, truncated, not a picture, or
+    holds more than `max_pixels` or is a mere line (checked before any pixel is decoded).
+    """
+    with warnings.catch_warnings():
+        # The limit below is checked, and named, by this function.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return _open(source, max_pixels)
+
+
+def _open(source: Source, max_pixels: int) -> Image.Image:
+    try:
+        with open_source(source, "image") as stream, Image.open(stream, formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise ValueError(
+                    f"{source}: {width} x {height} is {width * height:,} pixels, more than "
+                    f"{max_pixels:,}; scale the picture down"
+                )
+            if max(width, height) > MAX_RATIO * min(width, height):
+                raise ValueError(
+                    f"{source}: {width} x {height} is more than {MAX_RATIO} times as long as wide"
+                )
+            picture.load()
+            return _to_rgb(ImageOps.exif_transpose(picture))
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"{source}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
+        ) from None
+    except Image.UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise ValueError(f"{source}: not an image that Pillow can read as {known}") from None
+    except (OSError, SyntaxError, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{source}: damaged image ({error})") from None
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return _wide_to_rgb(np.asarray(picture, dtype=np.float32))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _wide_to_rgb(values: np.ndarray) -> Image.Image:
+    """Grey values of more than 8 bits; Pillow's own conversion would clip them at 255."""
+    if values.max(initial=0) > 255:
+        values = values / 257.0
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def fit_picture(
+    picture: Image.Image, size: tuple[int, int], fit: str, colour: Colour
+) -> Image.Image:
+    """`picture` at (width, height) `size`: its centre, all of it stretched, or padded.
+
+    Scaled bicubically; `colour` fills what a padded picture leaves empty.
+    """
+    if fit == "stretch":
+        return _resize(picture, size)
+    ratios = [wanted / side for wanted, side in zip(size, picture.size, strict=True)]
+    scale = max(ratios) if fit == "crop" else min(ratios)
+    scaled = _resize(picture, tuple(max(1, round(side * scale)) for side in picture.size))
+    left, top = ((have - want) // 2 for have, want in zip(scaled.size, size, strict=True))
+    if fit == "crop":
+        return scaled.crop((left, top, left + size[0], top + size[1]))
+    if scaled.size == size:
+        return scaled
+    padded = Image.new("RGB", size, colour)
+    padded.paste(scaled, (-left, -top))
+    return padded
+
+
+def _resize(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
+    if picture.size == size:
+        return picture
+    return picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+
+
+def grid_of_tiles(size: tuple[int, int], side: int, max_tiles: int) -> tuple[int, int]:
+    """(columns, rows) of square tiles for a picture of (width, height) `size`; (0, 0) for none.
+
+    As LLaVA-NeXT chooses: of the grids of at most `max_tiles` the one that keeps the most of the
+    picture's pixels, of several the one with the least left empty.
+    """
+    if max_tiles < 1 or max(size) <= side:
+        return 0, 0
+    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
+
+    def worth(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(side * count / length for count, length in zip(grid, size, strict=True))
+        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return kept, kept - grid[0] * grid[1] * side * side
+
+    return max(grids, key=worth)
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def tanh_gelu(values: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation (arXiv:1606.08415), as SigLIP was trained."""
+    return functional.gelu(values, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class VitFamily:
+    """What sets one kind of ViT apart; `megatron` is its name in Megatron's CLIPViTModel."""
+
+    megatron: str
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    norm_epsilon: float
+    class_token: bool
+    final_norm: bool
+    layer_scale: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+FAMILIES = {
+    "clip": VitFamily(
+        megatron="clip",
+        activation=quick_gelu,
+        norm_epsilon=1e-5,
+        class_token=True,
+        final_norm=False,
+        layer_scale=False,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+    ),
+    "siglip": VitFamily(
+        megatron="siglip",
+        activation=tanh_gelu,
+        norm_epsilon=1e-6,
+        class_token=False,
+        final_norm=True,
+        layer_scale=False,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
+    "dinov2": VitFamily(
+        megatron="internvit",
+        activation=functional.gelu,
+        norm_epsilon=1e-6,
+        class_token=True,
+        final_norm=True,
+        layer_scale=True,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """A ViT over square pictures of `image_size` pixels in patches of `patch_size`.
+
+    `family` is one of `FAMILIES`. `feature_layer` counts from the end as in Hugging Face: -1 is
+    the last layer's output, behind the final norm if the family has one; -2 the layer before it
+    (LLaVA's choice), without. Layers behind it are not built.
+    `fit` says how a picture of another shape becomes square: `crop` cuts the centre out, `stretch`
+    scales the sides apart, `pad` fills the shorter side up with the family's mean colour.
+    A picture that is larger than the input becomes the fitted picture and up to `max_tiles` tiles
+    of it in more detail, row by row; their tokens follow one another.
+    `augment_shift`, `augment_degrees` and `augment_scale` bound the random changes in training:
+    shift and scale as parts of the picture's side, rotation in degrees.
+    """
+
+    image_size: int
+    patch_size: int
+    num_layers: int
+    width: int
+    num_heads: int
+    ffn_hidden_size: int
+    family: str = "clip"
+    feature_layer: int = -1
+    patches_per_token: int = 1
+    fit: str = "crop"
+    max_tiles: int = 0
+    augment_shift: float = 0.0
+    augment_degrees: float = 0.0
+    augment_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"no ViT family {self.family!r}; there are {', '.join(FAMILIES)}")
+        if self.fit not in FITS:
+            raise ValueError(f"fit is {self.fit!r}; choose one of {', '.join(FITS)}")
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} must hold a patch of {self.patch_size} pixels"
+            )
+        if not -self.num_layers <= self.feature_layer <= -1:
+            raise ValueError(
+                f"feature_layer {self.feature_layer} must lie in -{self.num_layers}..-1"
+            )
+        side = self.token_side
+        if side**2 != self.patches_per_token or not side or self.patches_per_side % side:
+            raise ValueError(
+                f"patches_per_token {self.patches_per_token} must be the square of a number that "
+                f"divides the {self.patches_per_side} patches of a side"
+            )
+
+    @property
+    def max_inputs(self) -> int:
+        """The picture, and its tiles."""
+        return 1 + self.max_tiles
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Names that pictures have; their content decides."""
+        return IMAGE_SUFFIXES
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of a token's features: its patches' side by side."""
+        return self.width * self.patches_per_token
+
+    @property
+    def token_side(self) -> int:
+        """Patches along the side of the square that becomes a token."""
+        return math.isqrt(self.patches_per_token)
+
+    @property
+    def patches_per_side(self) -> int:
+        """Whole patches along a side; pixels that fill no patch are not seen."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in a picture."""
+        return self.patches_per_side**2
+
+    @property
+    def built_layers(self) -> int:
+        """The layers up to the one whose output is used."""
+        return self.num_layers + self.feature_layer + 1
+
+    @property
+    def max_tokens(self) -> int:
+        """An input's tokens: `patches_per_token` patches make one; the class token is dropped."""
+        return self.num_patches // self.patches_per_token
+
+    def read(self, source: Source) -> Image.Image:
+        """The picture in RGB, upright, on black where it was transparent."""
+        return read_image(source)
+
+    def augment(self, raw: Image.Image, generator: np.random.Generator) -> Image.Image:
+        """A random small rotation, scaling and shift; the upper left pixel fills what comes in."""
+        degrees, scale = generator.uniform(-1, 1, 2) * (self.augment_degrees, self.augment_scale)
+        dx, dy = generator.uniform(-1, 1, 2) * self.augment_shift * raw.width
+        radians = np.deg2rad(degrees)
+        cos, sin = np.cos(radians) / (1 + scale), np.sin(radians) / (1 + scale)
+        x, y = raw.width / 2, raw.height / 2
+        upper = (cos, sin, x - cos * (x + dx) - sin * (y + dy))
+        lower = (-sin, cos, y + sin * (x + dx) - cos * (y + dy))
+        matrix = (*upper, *lower)
+        return raw.transform(
+            raw.size,
+            Image.Transform.AFFINE,
+            matrix,
+            Image.Resampling.BILINEAR,
+            fillcolor=raw.getpixel((0, 0)),
+        )
+
+    def describe(self, raw: Image.Image) -> str:
+        """Its size."""
+        return f"{raw.width} x {raw.height}"
+
+    def preview(self, raw: Image.Image) -> list[tuple[str, bytes]]:
+        """A PNG of each input, as bright as it was before it was normalised."""
+        family = FAMILIES[self.family]
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (family.mean, family.std))
+        pixels = self.preprocess(raw)["pixel_values"] * std + mean
+        bytes_ = (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return [("image/png", to_png(Image.fromarray(picture))) for picture in bytes_]
+
+    def blank(self, raw: Image.Image) -> Image.Image:
+        """A black picture of the same size."""
+        return Image.new("RGB", raw.size)
+
+    def preprocess(self, raw: Image.Image) -> dict[str, torch.Tensor]:
+        """`pixel_values` (T, 3, image_size, image_size): the fitted picture, then its tiles."""
+        family, size = FAMILIES[self.family], self.image_size
+        mean_colour = tuple(round(255 * part) for part in family.mean)
+        pictures = [fit_picture(raw, (size, size), self.fit, mean_colour)]
+        columns, rows = grid_of_tiles(raw.size, size, self.max_tiles)
+        if columns * rows:
+            whole = fit_picture(raw, (columns * size, rows * size), "pad", mean_colour)
+            corners = [(size * x, size * y) for y in range(rows) for x in range(columns)]
+            pictures += [whole.crop((x, y, x + size, y + size)) for x, y in corners]
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        # (byte / 255 - mean) / std in one pass over the pixels.
+        scale = 1 / (255 * torch.tensor(family.std))
+        shift = -torch.tensor(family.mean) / torch.tensor(family.std)
+        values = torch.addcmul(shift.view(3, 1, 1), pixels.permute(0, 3, 1, 2), scale.view(3, 1, 1))
+        return {"pixel_values": values.contiguous()}
+
+    def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Every input takes the same: the picture, and each of its tiles."""
+        return len(inputs["pixel_values"]) * self.max_tokens
+
+    def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Noise of the shape `preprocess` makes of a picture without tiles."""
+        size = (1, 3, self.image_size, self.image_size)
+        return {"pixel_values": torch.randn(size, generator=generator)}
+
+    def flops(self) -> Flops:
+        """One input through the patch embedding and the layers that are kept."""
+        embed = 2 * self.num_patches * 3 * self.patch_size**2 * self.width
+        rows = self.num_patches + FAMILIES[self.family].class_token
+        layer = encoder_layer_flops(rows, self.width, self.ffn_hidden_size)
+        return Flops(embed) + layer * self.built_layers
+
+    def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:
+        """`VitEncoder` as a module spec."""
+        return ModuleSpec(
+            module=VitEncoder,
+            params={"vit": self, "language": language, "pg_collection": pg_collection},
+        )
+
+
+class VitEncoder(CLIPViTModel):
+    """A ViT that returns its patches' features, those of a token side by side."""
+
+    def __init__(self, vit: VitConfig, language: TransformerConfig, pg_collection: Any) -> None:
+        family = FAMILIES[vit.family]
+        config = encoder_transformer_config(
+            language,
+            num_layers=vit.built_layers,
+            hidden_size=vit.width,
+            num_attention_heads=vit.num_heads,
+            ffn_hidden_size=vit.ffn_hidden_size,
+            activation_func=family.activation,
+            layernorm_epsilon=family.norm_epsilon,
+        )
+        layers = block_submodules(
+            config.transformer_impl,
+            AttnMaskType.no_mask,
+            vit.built_layers,
+            layer_scale=family.layer_scale,
+        )
+        super().__init__(
+            config,
+            layers,
+            ln_pre_impl=Norm,
+            ln_post_impl=Norm,
+            add_class_token=family.class_token,
+            class_token_len=int(family.class_token),
+            patch_dim=vit.patch_size,
+            # Megatron wants whole patches; the convolution leaves what is over unseen.
+            img_h=vit.patches_per_side * vit.patch_size,
+            img_w=vit.patches_per_side * vit.patch_size,
+            model_subtype=family.megatron,
+            pg_collection=pg_collection,
+        )
+        self.patches_per_side, self.token_side = vit.patches_per_side, vit.token_side
+        self._choose_final_norm(family.final_norm and vit.feature_layer == -1)
+        with torch.no_grad():
+            config.init_method(self.position_embeddings.weight)
+            if family.class_token:
+                config.init_method(self.class_token)
+
+    def _choose_final_norm(self, wanted: bool) -> None:
+        """Megatron's SigLIP always has one, and its InternViT, which DINOv2 resembles, never."""
+        if not wanted:
+            self.ln_post: torch.nn.Module | None = None
+        elif self.ln_post is None:
+            self.ln_post = Norm(self.config, self.visual_hidden_size, self.config.layernorm_epsilon)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """(N, 3, H, W) -> (N * P, width * patches_per_token); the inputs' order kept."""
+        pixel_values = pixel_values.to(self.conv1.weight.dtype)
+        return self._join_patches(super().forward(pixel_values)[:, self.class_token_len :])
+
+    def _join_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """(N, rows * columns, H) -> (N * P, k * k * H): squares of k by k, row by row."""
+        side = (self.patches_per_side // self.token_side, self.token_side)
+        squares = patches.unflatten(1, (*side, *side)).transpose(2, 3)
+        return squares.flatten(3).flatten(0, 2)

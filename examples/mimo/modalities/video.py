@@ -1,0 +1,169 @@
+"""Frames from videos that nobody has checked.
+
+The eye on moving pictures: a ViT that sees frame after frame.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from examples.mimo.modalities.base import Source, open_source
+from examples.mimo.modalities.image import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from examples.mimo.modalities.image import VitConfig
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
+MAX_SECONDS = 2 * 3600.0
+# Containers of pictures and sound; a playlist would name other files and addresses.
+OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
+    "protocol_whitelist": "",
+}
+
+
+def read_frames(
+    source: Source, frames_per_second: float, max_frames: int, max_pixels: int = MAX_PIXELS
+) -> list[Image.Image]:
+    """RGB frames, `frames_per_second` of them, spread further apart if there were too many.
+
+    Raises ValueError, one line, when the file is missing, empty, damaged, no video, longer than
+    two hours, or has frames of more than `max_pixels` (checked before any is decoded).
+    """
+    try:
+        import av
+    except ImportError:
+        raise ValueError(f"{source}: videos need PyAV: pip install 'mimo-examples[data]'") from None
+    try:
+        with (
+            open_source(source, "video") as stream,
+            av.open(stream, mode="r", options=OPTIONS) as container,
+        ):
+            seconds = _check(container, source, max_pixels)
+            step = max(1 / frames_per_second, seconds / max_frames)
+            # Decoding ends early where the container does not know how long it is.
+            wanted = itertools.islice(_every(container, step, source, max_pixels), max_frames)
+            frames = [frame.to_image() for frame in wanted]
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{source}: not a video that can be read ({error.strerror})") from None
+    expected = max(1, min(max_frames, int(seconds / step)))
+    if len(frames) < expected:
+        raise ValueError(f"{source}: damaged video, {len(frames)} of {expected} frames can be read")
+    return frames
+
+
+def _check(container: InputContainer, source: Source, max_pixels: int) -> float:
+    """The seconds of pictures that the header speaks of."""
+    if not container.streams.video:
+        raise ValueError(f"{source}: no pictures in this file")
+    video = container.streams.video[0]
+    pixels = video.width * video.height
+    if not 0 < pixels <= max_pixels:
+        raise ValueError(
+            f"{source}: frames of {video.width} x {video.height}, {pixels:,} pixels; from 1 to "
+            f"{max_pixels:,} can be read"
+        )
+    seconds = (container.duration or 0) / 1e6
+    if video.duration and video.time_base:
+        seconds = float(video.duration * video.time_base)
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"{source}: {seconds:,.0f} seconds of video, but {MAX_SECONDS:,.0f} fit")
+    return seconds
+
+
+def _every(
+    container: InputContainer, step: float, source: Source, max_pixels: int
+) -> Iterator[VideoFrame]:
+    """What is on the screen 0, `step`, 2 `step` ... seconds after the first frame."""
+    start: Any = None
+    passed, wanted = 0.0, 0
+    shown: VideoFrame | None = None
+    for frame in container.decode(video=0):
+        if frame.time is None:
+            continue
+        start = frame.time if start is None else start
+        passed = frame.time - start
+        if passed > MAX_SECONDS:
+            return
+        if frame.width * frame.height > max_pixels:
+            raise ValueError(f"{source}: a frame of {frame.width} x {frame.height} is too large")
+        # Times are rounded to the container's clock.
+        while shown is not None and passed > wanted * step + 1e-3:
+            wanted += 1
+            yield shown
+        shown = frame
+    if shown is not None and passed + 1e-3 >= wanted * step:
+        yield shown
+
+
+@dataclass(frozen=True)
+class VideoConfig(VitConfig):
+    """Frames of a video through a ViT; their tokens follow one another.
+
+    `frames_per_second` are taken, and of a longer video `max_frames` spread over all of it.
+    """
+
+    frames_per_second: float = 1.0
+    max_frames: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frames_per_second <= 0 or self.max_frames < 1:
+            raise ValueError(
+                f"frames_per_second {self.frames_per_second} and max_frames {self.max_frames} must "
+                "be above 0"
+            )
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Names that videos have; their content decides."""
+        return VIDEO_SUFFIXES
+
+    @property
+    def max_inputs(self) -> int:
+        """Frames, each with its tiles."""
+        return self.max_frames * super().max_inputs
+
+    def read(self, source: Source) -> Any:
+        """A list of RGB frames."""
+        return read_frames(source, self.frames_per_second, self.max_frames)
+
+    def augment(self, raw: Any, generator: np.random.Generator) -> Any:
+        """The frames, all moved alike."""
+        seed = int(generator.integers(2**32))
+        return [super(VideoConfig, self).augment(f, np.random.default_rng(seed)) for f in raw]
+
+    def describe(self, raw: Any) -> str:
+        """Its frames and their size."""
+        return f"{len(raw)} frames of {super().describe(raw[0])}"
+
+    def preview(self, raw: Any) -> list[tuple[str, bytes]]:
+        """A PNG of each frame."""
+        return [view for frame in raw for view in super(VideoConfig, self).preview(frame)]
+
+    def blank(self, raw: Any) -> Any:
+        """As many black frames."""
+        return [super(VideoConfig, self).blank(frame) for frame in raw]
+
+    def preprocess(self, raw: Any) -> dict[str, torch.Tensor]:
+        """`pixel_values` (T, 3, image_size, image_size): the frames, each with its tiles."""
+        frames = [super(VideoConfig, self).preprocess(frame)["pixel_values"] for frame in raw]
+        return {"pixel_values": torch.cat(frames)}
+
+    def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Noise of the shape of `max_frames` frames."""
+        size = (self.max_frames, 3, self.image_size, self.image_size)
+        return {"pixel_values": torch.randn(size, generator=generator)}

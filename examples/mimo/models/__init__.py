@@ -1,1 +1,0 @@
-"""How a model is built from Megatron-Core's parallel blocks."""

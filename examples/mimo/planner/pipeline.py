@@ -1,0 +1,218 @@
+"""Megatron's pipeline schedules on a clock: 1F1B and, with several chunks a rank, interleaved.
+
+A step starts when its rank is free and its input is there; sending takes no time. The orders of
+steps are those of arXiv:2104.04473, section 2.2, as megatron.core.pipeline_parallel runs them.
+
+Which stage gets how many layers, when the first also holds encoders and the last the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One micro-batch through something, forward and backward, in any one unit."""
+
+    forward: float
+    backward: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.forward * times, self.backward * times)
+
+    @property
+    def both(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch through one chunk; chunks are numbered along the model."""
+
+    micro_batch: int
+    chunk: int
+    forward: bool
+    start: float = 0.0
+    end: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The steps of each rank of a pipeline, in the order they run."""
+
+    ranks: list[list[Step]]
+
+    @property
+    def seconds(self) -> float:
+        """From the first step to the end of the last one, in the unit of the costs."""
+        return max(step.end for steps in self.ranks for step in steps)
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time in which they wait."""
+        busy = sum(step.end - step.start for steps in self.ranks for step in steps)
+        return 1 - busy / (self.seconds * len(self.ranks)) if self.seconds else 0.0
+
+    def in_flight(self, rank: int, chunk: int) -> int:
+        """The most micro-batches of a chunk that a rank holds for their backward pass."""
+        held = most = 0
+        for step in self.ranks[rank]:
+            if step.chunk == chunk:
+                held += 1 if step.forward else -1
+                most = max(most, held)
+        return most
+
+    def draw(self, width: int = 96) -> list[str]:
+        """A line a rank: a digit is a micro-batch's forward pass, a letter its backward pass."""
+        return [self._draw_rank(steps, width) for steps in self.ranks]
+
+    def _draw_rank(self, steps: list[Step], width: int) -> str:
+        cells = ["."] * width
+        for step in steps:
+            begin = round(step.start / self.seconds * width)
+            end = round(step.end / self.seconds * width)
+            mark = str(step.micro_batch % 10) if step.forward else chr(97 + step.micro_batch % 26)
+            cells[begin:end] = mark * (end - begin)
+        return "".join(cells)
+
+
+def simulate(chunks: Sequence[Cost], num_stages: int, num_micro_batches: int) -> Timeline:
+    """`chunks` in the model's order; chunk i lives on rank i % num_stages."""
+    chunks_per_rank = len(chunks) // num_stages
+    waiting = [
+        rank_order(rank, num_stages, chunks_per_rank, num_micro_batches)[::-1]
+        for rank in range(num_stages)
+    ]
+    done: dict[tuple[int, int, bool], float] = {}
+    ranks: list[list[Step]] = [[] for _ in range(num_stages)]
+    while any(waiting):
+        before = len(done)
+        for steps, finished in zip(waiting, ranks, strict=True):
+            while steps and (ready := _ready(steps[-1], done, len(chunks))) is not None:
+                step = steps.pop()
+                cost = chunks[step.chunk]
+                start = max(ready, finished[-1].end if finished else 0.0)
+                end = start + (cost.forward if step.forward else cost.backward)
+                finished.append(Step(step.micro_batch, step.chunk, step.forward, start, end))
+                done[step.micro_batch, step.chunk, step.forward] = end
+        assert len(done) > before, "the schedule waits for itself"
+    return Timeline(ranks)
+
+
+def rank_order(
+    rank: int, num_stages: int, chunks_per_rank: int, num_micro_batches: int
+) -> list[Step]:
+    """A rank's steps: forward passes to warm up, then one forward, one backward, then the rest."""
+    forward, backward = [], []
+    for group in range(0, num_micro_batches, num_stages):
+        micro_batches = range(group, min(group + num_stages, num_micro_batches))
+        for number in range(chunks_per_rank):
+            there, back = number, chunks_per_rank - 1 - number
+            forward += [Step(m, there * num_stages + rank, True) for m in micro_batches]
+            backward += [Step(m, back * num_stages + rank, False) for m in micro_batches]
+    warmup = num_stages - rank - 1
+    if chunks_per_rank > 1:
+        warmup = 2 * warmup + (chunks_per_rank - 1) * num_stages
+    steady = [step for pair in zip(forward[warmup:], backward, strict=False) for step in pair]
+    return forward[:warmup] + steady + backward[len(steady) // 2 :]
+
+
+def _ready(step: Step, done: dict[tuple[int, int, bool], float], num_chunks: int) -> float | None:
+    """When a step's input is there; None while it is not."""
+    if step.forward:
+        return done.get((step.micro_batch, step.chunk - 1, True)) if step.chunk else 0.0
+    if step.chunk == num_chunks - 1:
+        return done.get((step.micro_batch, step.chunk, True))
+    return done.get((step.micro_batch, step.chunk + 1, False))
+
+
+# A long run of micro-batches favours the split that its first rounds favour.
+SIMULATED_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """One micro-batch through a layer of the language model, and through what is not a layer.
+
+    `first` is what the first chunk holds besides layers, `last` what the last one does.
+    `ahead` are modules on ranks of their own, which run side by side before the first chunk.
+    """
+
+    layer: Cost
+    first: Cost
+    last: Cost
+    ahead: Mapping[str, Cost] = field(default_factory=dict)
+
+    def chunks(self, layers: tuple[int, ...]) -> list[Cost]:
+        """The cost of each chunk, which holds so many layers, after the slowest module ahead."""
+        costs = [self.layer * count for count in layers]
+        costs[0] += self.first
+        costs[-1] += self.last
+        slowest = sorted(self.ahead.values(), key=lambda cost: cost.both)[-1:]
+        return slowest + costs
+
+
+@dataclass(frozen=True)
+class Split:
+    """Layers per chunk, and the pipeline they are predicted to make."""
+
+    cost: ModelCost
+    layers: tuple[int, ...]
+    num_stages: int
+    num_micro_batches: int
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The steps of an iteration; modules that run ahead are its first rank."""
+        stages = self.num_stages + bool(self.cost.ahead)
+        return simulate(self.cost.chunks(self.layers), stages, self.num_micro_batches)
+
+    def shortened(self, num_micro_batches: int) -> Split:
+        """The same with no more micro-batches than these."""
+        return replace(self, num_micro_batches=min(self.num_micro_batches, num_micro_batches))
+
+    @property
+    def flag(self) -> str:
+        """The split as Megatron's --pipeline-model-parallel-layout takes it."""
+        stages = ["t" * count for count in self.layers]
+        stages[0] = "E" + stages[0]
+        stages[-1] += "L"
+        return "|".join(stages)
+
+
+def best_split(
+    cost: ModelCost, num_layers: int, num_stages: int, num_chunks: int, num_micro_batches: int
+) -> Split:
+    """The split with the shortest iteration; among equals the one nearest to even."""
+    candidates = [
+        Split(cost, layers, num_stages, num_micro_batches).shortened(SIMULATED_ROUNDS * num_stages)
+        for layers in _splits(num_layers, num_chunks)
+    ]
+    shortest = min(split.timeline.seconds for split in candidates)
+    best = min(
+        (split for split in candidates if split.timeline.seconds <= shortest * (1 + 1e-9)),
+        key=lambda split: max(split.layers) - min(split.layers),
+    )
+    return replace(best, num_micro_batches=num_micro_batches)
+
+
+def _splits(num_layers: int, num_chunks: int) -> list[tuple[int, ...]]:
+    """Any number of layers on the first and the last chunk, the rest as even as they go."""
+    middle = num_chunks - 2
+    splits = []
+    for first in range(num_layers + 1):
+        lasts = range(num_layers - first + 1) if middle else [num_layers - first]
+        for last in lasts:
+            rest = num_layers - first - last
+            if rest < middle:
+                continue
+            between = [(rest + i) // middle for i in range(middle)]
+            splits.append((first, *between, last))
+    return splits

@@ -1,1 +1,0 @@
-"""Answers over HTTP, in the shape of OpenAI's chat completions."""

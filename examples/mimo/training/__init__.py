@@ -1,1 +1,0 @@
-"""Flags, providers, forward step, loss and progress around `megatron.training.pretrain`."""

@@ -1,0 +1,133 @@
+import subprocess
+import sys
+
+import torch
+
+from examples.mimo import compat
+from examples.mimo.compat.megatron import GroupStepAdam
+from tests.conftest import ROOT
+
+
+def run_code(code):
+    """What a new process prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_stand_in_is_in_place_and_says_who_needs_it():
+    found = compat.install()
+    assert len(found) >= 30
+    for stand_in in found:
+        assert ".py" in stand_in.needed_by, stand_in.name
+
+
+def test_the_table_is_printed():
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.mimo.compat"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "torch.cuda.current_device" in done.stdout
+
+
+def test_nothing_of_torch_changes_where_cuda_is_available():
+    code = (
+        "import torch; torch.cuda.is_available = lambda: True;"
+        "before = {n: getattr(torch.cuda, n) for n in dir(torch.cuda)};"
+        "factories = {n: getattr(torch, n) for n in ('empty', 'zeros', 'tensor')};"
+        "tensor = torch.Tensor.cuda, torch.Tensor.type, torch.distributed.barrier;"
+        "from examples.mimo import host; found = compat.install();"
+        "assert all(getattr(torch.cuda, n) is v for n, v in before.items());"
+        "assert all(getattr(torch, n) is v for n, v in factories.items());"
+        "assert tensor == (torch.Tensor.cuda, torch.Tensor.type, torch.distributed.barrier);"
+        "import megatron.training.initialize as i, megatron.training.training as t;"
+        "assert t.initialize_megatron is i.initialize_megatron;"
+        "assert not hasattr(i.initialize_megatron, 'func');"
+        "print(sorted({s.attribute for s in found}))"
+    )
+    said = run_code(code)
+    assert "compile_helpers" in said
+    assert "current_device" not in said
+
+
+def test_a_tensors_type_equals_both_names():
+    name = torch.zeros(1).type()
+    assert name == "torch.FloatTensor"
+    assert name == "torch.cuda.FloatTensor"
+    assert name != "torch.cuda.HalfTensor"
+
+
+def test_factories_read_cuda_as_the_cpu():
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert not torch.empty(2, pin_memory=True).is_pinned()
+
+
+def test_a_device_context_still_holds():
+    with torch.device("meta"):
+        made = [torch.arange(3), torch.empty(2), torch.ones(2), torch.tensor([1.0])]
+    assert all(tensor.is_meta for tensor in made)
+    assert not torch.empty(2).is_meta
+
+
+def test_adam_is_torchs_adamw():
+    def train(build):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(5, 3))
+        optimizer = build([weight])
+        for _ in range(7):
+            optimizer.zero_grad()
+            (weight * torch.randn(5, 3)).pow(2).sum().backward()
+            optimizer.step()
+        return weight.detach()
+
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    for build, own in (
+        (torch.optim.AdamW, {"adam_w_mode": True}),
+        (torch.optim.Adam, {"adam_w_mode": False}),
+    ):
+        wanted = train(lambda p, build=build: build(p, **settings))
+        got = train(lambda p, own=own: GroupStepAdam(p, **settings, **own))
+        assert (got - wanted).abs().max() < 1e-6
+
+
+def test_the_host_layer_is_small():
+    files = (ROOT / "examples/mimo/host").glob("*.py")
+    assert sum(len(file.read_text().splitlines()) for file in files) < 250
+
+
+def test_only_the_thread_that_installs_has_helpers():
+    code = (
+        "import os, threading, torch; torch.set_num_threads(3);"
+        "from examples.mimo import host; compat.install();"
+        "threads = lambda: len(os.listdir('/proc/self/task'));"
+        "work = lambda: (torch.ones(10**6).add_(1), torch.ones(500, 500).mm(torch.ones(500, 500)));"
+        "before = threads(); work(); here = threads() - before; seen = [];"
+        "there = lambda: (work(), seen.append((torch.get_num_threads(), threads())));"
+        "other = threading.Thread(target=there); other.start(); other.join();"
+        "print(torch.get_num_threads(), here, *seen[0], before)"
+    )
+    number, here, number_there, with_other, before = map(int, run_code(code).split()[-5:])
+    assert (number, here) == (3, 2)
+    # The other thread is the only one more.
+    assert (number_there, with_other) == (1, before + here + 1)
+
+
+FORK_AND_TRAIN = """
+import os, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from examples.mimo import compat
+
+def train():
+    torch.ones(2, requires_grad=True).sum().backward()
+    os._exit(len(os.listdir("/proc/self/task")))
+
+compat.install()
+with FakeTensorMode():  # from here on the first backward pass of a process starts eight threads
+    torch.ones(1)
+print({os.waitpid(os.fork() or train(), 0)[1] for _ in range(60)})
+"""
+
+
+def test_a_forked_process_can_start_many_threads_at_once():
+    nine_threads = 9 << 8
+    assert run_code(FORK_AND_TRAIN).strip() == f"{{{nine_threads}}}"

@@ -1,0 +1,138 @@
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import soundfile
+
+from demos.digits.questions import HELD_OUT_PAIRS, KINDS, best_blind_guess, question_pairs
+from demos.digits.speech import Synthesiser
+from tests.conftest import run_command
+
+
+def records(folder, split):
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_answers_checked_by_hand():
+    answers = {kind.name: kind.answer for kind in KINDS}
+    checked = [
+        ("digit", 0, "zero"),
+        ("next", 9, "ten"),
+        ("previous", 0, "minus one"),
+        ("plus_three", 9, "twelve"),
+        ("double", 8, "sixteen"),
+        ("to_ten", 0, "ten"),
+        ("even", 0, "yes"),
+        ("even", 7, "no"),
+        ("larger", 5, "no"),
+        ("larger", 6, "yes"),
+        ("first_letter", 8, "e"),
+        ("last_letter", 8, "t"),
+        ("spelling", 1, "o n e"),
+        ("ordinal", 5, "fifth"),
+        ("french", 0, "zéro"),
+        ("german", 5, "fünf"),
+        ("spanish", 9, "nueve"),
+        ("roman", 9, "IX"),
+        ("roman", 4, "IV"),
+    ]
+    assert [answers[kind](digit) for kind, digit, _ in checked] == [a for *_, a in checked]
+
+
+def test_at_least_twelve_kinds_and_a_tenth_of_the_pairs_held_out():
+    assert len(KINDS) >= 12
+    assert len({kind.wording for kind in KINDS}) == len(KINDS)
+    assert 0.08 <= len(HELD_OUT_PAIRS) / (10 * len(KINDS)) <= 0.12
+
+
+def test_neither_input_alone_is_enough():
+    assert max(best_blind_guess(question_pairs(held_out=False)).values()) <= 0.2
+
+
+def test_splits_share_no_picture_no_voice_and_no_pair(data_folder):
+    train = [*records(data_folder, "align"), *records(data_folder, "train")]
+    heldout = [*records(data_folder, "heldout"), *records(data_folder, "heldout_pairs")]
+
+    def pictures(found):
+        return {file.split("/")[-1] for record in found for file in record["images"]}
+
+    def voices(found):
+        return {file.split("-")[1] for record in found for file in record["audios"]}
+
+    assert not pictures(train) & pictures(heldout)
+    assert not voices(train) & voices(heldout)
+
+    def pairs(found):
+        return {(r["kind"], r["digit"]) for r in found if r["task"] in ("spoken", "written")}
+
+    assert not pairs(train) & HELD_OUT_PAIRS
+    assert not pairs(records(data_folder, "heldout")) & HELD_OUT_PAIRS
+    assert pairs(records(data_folder, "heldout_pairs")) == HELD_OUT_PAIRS
+
+
+def test_every_file_is_there_and_fits_the_window(data_folder, tiny):
+    window = tiny.modalities["audios"].encoder.clip_seconds
+    for split in ("align", "train", "heldout", "heldout_pairs"):
+        for record in records(data_folder, split):
+            for file in record["images"] + record["audios"]:
+                assert (data_folder / file).is_file()
+    for file in (data_folder / "audios").rglob("*.flac"):
+        assert soundfile.info(file).duration <= window
+
+
+def test_every_answer_matches_its_kind_and_digit(data_folder):
+    answers = {kind.name: kind.answer for kind in KINDS}
+    for record in records(data_folder, "train"):
+        if record["task"] in ("spoken", "written", "words"):
+            wanted = answers[record["kind"]](record["digit"])
+            assert record["conversations"][-1]["value"] == wanted
+
+
+def test_speech_is_sound_and_voices_differ():
+    synthesiser = Synthesiser()
+    first, other = (synthesiser.say("Which digit is this?", v) for v in ("f3", "m1"))
+    assert 0.5 < len(first) / 16_000 < 2.5
+    assert np.abs(first).max() > 0.1
+    assert len(first) != len(other)
+    with pytest.raises(ValueError, match="no voice"):
+        synthesiser.say("hello", "nobody")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--samples", "0"), "--samples 0"), (("--voices", "1"), "--voices 1")],
+)
+def test_wrong_sizes_end_with_one_line(tmp_path, flags, message):
+    done = run_command(
+        "prepare_data.py", "spoken-questions", "--output", str(tmp_path / "d"), *flags
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    done = run_command("prepare_data.py", "spoken-questions", "--output", str(tmp_path))
+    assert done.returncode == 2
+    assert "holds something else" in done.stderr
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_killed_preparation_leaves_no_folder_behind(tmp_path):
+    import sys
+
+    from tests.conftest import ROOT
+
+    target = tmp_path / "d"
+    script = ROOT / "examples/mimo/prepare_data.py"
+    process = subprocess.Popen(
+        [sys.executable, str(script), "spoken-questions", "--output", str(target)],
+        stderr=subprocess.DEVNULL,
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=4)
+    process.kill()
+    process.wait()
+    assert not target.exists()

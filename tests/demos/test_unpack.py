@@ -1,0 +1,120 @@
+import struct
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from demos.animals.weights import package_file
+from demos.animals.weights.ctranslate2 import read_variables, write_whisper
+from demos.animals.weights.onnx_vit import resize_positions
+from examples.mimo.hf.io import Folder
+from tests.conftest import run_command
+
+WIDTH, INNER, MELS, FRAMES = 16, 32, 8, 12
+
+
+def ctranslate2_file(path, variables, version=6):
+    def name(text):
+        data = text.encode() + b"\0"
+        return struct.pack("<H", len(data)) + data
+
+    body = struct.pack("<I", version) + name("WhisperSpec") + struct.pack("<II", 3, len(variables))
+    for key, values in variables.items():
+        kind = {"float16": 4, "int8": 1}[values.dtype.name]
+        body += name(key) + struct.pack("<B", values.ndim)
+        body += struct.pack(f"<{values.ndim}I", *values.shape)
+        body += struct.pack("<BI", kind, values.nbytes) + values.tobytes()
+    path.write_bytes(body)
+    return path
+
+
+@pytest.fixture
+def variables():
+    numbers = np.random.default_rng(0)
+
+    def some(*shape):
+        return numbers.normal(size=shape).astype(np.float16)
+
+    found = {
+        "decoder/embeddings/weight": some(5, WIDTH),
+        "encoder/num_heads": np.array(2, np.int8),
+        "encoder/conv1/weight": some(WIDTH, MELS, 3),
+        "encoder/conv1/bias": some(WIDTH),
+        "encoder/conv2/weight": some(WIDTH, WIDTH, 3),
+        "encoder/conv2/bias": some(WIDTH),
+        "encoder/position_encodings/encodings": some(FRAMES, WIDTH),
+        "encoder/layer_norm/gamma": some(WIDTH),
+        "encoder/layer_norm/beta": some(WIDTH),
+    }
+    for layer in range(2):
+        root = f"encoder/layer_{layer}/"
+        for norm in ("self_attention/layer_norm", "ffn/layer_norm"):
+            found |= {f"{root}{norm}/gamma": some(WIDTH), f"{root}{norm}/beta": some(WIDTH)}
+        sizes = {
+            "self_attention/linear_0": (3 * WIDTH, WIDTH),
+            "self_attention/linear_1": (WIDTH, WIDTH),
+            "ffn/linear_0": (INNER, WIDTH),
+            "ffn/linear_1": (WIDTH, INNER),
+        }
+        for linear, shape in sizes.items():
+            found |= {
+                f"{root}{linear}/weight": some(*shape),
+                f"{root}{linear}/bias": some(shape[0]),
+            }
+    return found
+
+
+def test_a_whisper_that_transformers_loads_whole(tmp_path, variables):
+    file = ctranslate2_file(tmp_path / "model.bin", variables)
+    write_whisper(file, tmp_path / "whisper")
+    config = hf.WhisperConfig.from_pretrained(tmp_path / "whisper")
+    assert (config.d_model, config.encoder_layers, config.num_mel_bins) == (WIDTH, 2, MELS)
+    assert (config.encoder_ffn_dim, config.encoder_attention_heads) == (INNER, 2)
+    assert config.max_source_positions == FRAMES
+    folder = Folder(tmp_path / "whisper")
+    encoder = hf.WhisperModel(config).encoder
+    found = {n: folder.tensor(f"model.encoder.{n}") for n in encoder.state_dict()}
+    encoder.load_state_dict(found, strict=True)
+    value = torch.from_numpy(variables["encoder/layer_1/self_attention/linear_0/weight"]).float()
+    assert torch.equal(encoder.layers[1].self_attn.v_proj.weight, value[2 * WIDTH :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "damaged"),
+        (lambda data: b"", "ends too soon"),
+        (lambda data: struct.pack("<I", 99) + data[4:], "format 99; 6 is read"),
+        (lambda data: data[:4] + b"\xff\xff" + data[6:], "damaged"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, variables, damage, message):
+    file = ctranslate2_file(tmp_path / "model.bin", variables)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        read_variables(file, "encoder/")
+
+
+def test_positions_are_resized_as_transformers_resizes_them():
+    config = hf.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=70, patch_size=14
+    )
+    embeddings = hf.Dinov2Model(config).embeddings
+    table = torch.randn(1, 26, 16)
+    embeddings.position_embeddings.data = table
+    wanted = embeddings.interpolate_pos_encoding(torch.zeros(1, 10, 16), 42, 42)
+    assert (resize_positions(table, 3) - wanted).abs().max() < 1e-6
+    assert torch.equal(resize_positions(table, 5)[:, :1], table[:, :1])
+
+
+def test_a_missing_package_says_how_to_install_it():
+    with pytest.raises(ValueError, match="not_a_package is not installed; make weights"):
+        package_file("not_a_package", "model.bin")
+
+
+def test_the_command_does_not_overwrite(tmp_path):
+    (tmp_path / "mine").touch()
+    done = run_command("prepare_data.py", "real-weights", "--output", str(tmp_path))
+    assert done.returncode == 2
+    assert "not empty" in done.stderr

@@ -1,0 +1,229 @@
+"""One checkpoint, trained at TP 2, answers alike everywhere; wrong questions end with one line."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import ranks
+from examples.mimo.generation.api import forbidden_tokens
+from tests.conftest import run_command, run_train
+
+SAMPLES = 20
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoint, data_folder):
+    found = {}
+    for tp, pp in LAYOUTS:
+        flags = (str(checkpoint), str(data_folder), str(tp), str(pp), str(SAMPLES))
+        done = ranks.run("tests/generation/answer_many.py", *flags, processes=tp * pp)
+        assert done.returncode == 0, done.stderr
+        found[tp, pp] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS[1:])
+def test_the_same_tokens_at_every_layout(answers, tp, pp):
+    assert len(answers[1, 1]["tokens"]) == SAMPLES
+    for name in ("tokens", "drawn"):
+        assert answers[tp, pp][name] == answers[1, 1][name]
+    for name in ("logprobs", "prompt logprobs"):
+        for found, wanted in zip(answers[tp, pp][name], answers[1, 1][name], strict=True):
+            assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_saved_by_encoders_on_ranks_of_their_own_it_answers_the_same(
+    checkpoint, answers, data_folder, tmp_path
+):
+    done = run_train(
+        *("--encoder-ranks", "images=0", "audios=1", "--load", str(checkpoint), "--finetune"),
+        *("--dataset-provider", "spoken_questions", "--data-path", str(data_folder)),
+        *("--train-iters", "1", "--lr", "0", "--save", str(tmp_path), "--save-interval", "1"),
+        processes=3,
+    )
+    assert done.returncode == 0, done.stderr
+    flags = (str(tmp_path), str(data_folder), "1", "1", str(SAMPLES))
+    again = ranks.run("tests/generation/answer_many.py", *flags)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1])["tokens"] == answers[1, 1]["tokens"]
+
+
+def test_the_answers_differ_so_the_comparison_means_something(answers):
+    assert len({tuple(tokens) for tokens in answers[1, 1]["tokens"]}) >= 2
+
+
+def test_answers_that_are_left_early_are_out_of_the_way(answers):
+    for found in answers.values():
+        number, tokens, met = found["left early"]
+        assert tokens == found["tokens"][number]
+        assert "other answers are being written" in met
+
+
+def test_one_tensor_parallel_rank_chooses_for_all(answers):
+    for found in answers.values():
+        assert found["one rank chooses"] == found["tokens"]
+
+
+def test_a_batch_answers_as_each_alone_and_streamed(answers):
+    for found in answers.values():
+        assert found["alone"] == found["seven"] == found["streamed"] == found["tokens"]
+        assert found["drawn alone"] == found["drawn"] != found["tokens"]
+
+
+def test_the_cache_changes_nothing_and_media_are_encoded_once(answers):
+    assert max(answers[1, 1]["errors"]) <= 1e-4
+    assert answers[1, 1]["encoded"] == ["images", "audios"]
+
+
+def run_alone(*flags):
+    """The command in a process that need not import Megatron first."""
+    return ranks.run("examples/mimo/avlm_inference.py", *flags)
+
+
+def test_json_is_all_that_is_printed(checkpoint, media):
+    done = run_command(
+        "avlm_inference.py",
+        *("--ckpt", str(checkpoint), "--json", "--max-new-tokens", "4"),
+        *("--image-path", str(media / "white.png"), "--audio-path", str(media / "second.wav")),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["images"] == [str(media / "white.png")]
+    assert found["prompt"] == "Answer the question."
+    assert len(found["tokens"]) <= 4
+    assert done.stderr == ""
+
+
+def test_several_pictures_without_sound(checkpoint, media):
+    picture = ("--image-path", str(media / "white.png"))
+    prompt = ("--prompt", "<image>Name it. <image>")
+    done = run_alone("--ckpt", str(checkpoint), *picture, *picture, *prompt)
+    assert done.returncode == 0, done.stderr
+
+
+def test_overflow_truncates_when_told(checkpoint, media):
+    sound = ("--audio-path", str(media / "long.flac"))
+    flags = (*sound, "--audio-overflow", "truncate")
+    done = run_alone("--ckpt", str(checkpoint), *flags)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--image-path", "none.png"), "none.png: no such image file"),
+        (("--image-path", "empty.png"), "empty.png: "),
+        (("--image-path", "second.wav"), "second.wav: "),
+        (("--audio-path", "white.png"), "white.png: "),
+        (("--audio-path", "long.flac"), "5.00 seconds of sound, but 2.4 fit"),
+        (("--image-path", "white.png", "--prompt", "<image><image>?"), "2 "),
+        (("--image-path", "white.png", "--prompt", "<audio>?"), "1 "),
+        (("--prompt", " "), "nothing to answer"),
+        (("--max-new-tokens", "0"), "--max-new-tokens 0"),
+        (("--tp", "2"), "--nproc-per-node 2"),
+        (("--imag-path", "white.png"), "did you mean --image-path?"),
+    ],
+)
+def test_wrong_questions_are_refused(ask, checkpoint, media, flags, message):
+    flags = [str(media / f) if f.endswith((".png", ".wav", ".flac")) else f for f in flags]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        ask("--ckpt", str(checkpoint), *flags)
+    assert message in str(error.value)
+
+
+def test_a_wrong_question_ends_with_one_line(checkpoint, media):
+    long = ("--audio-path", str(media / "long.flac"))
+    done = run_alone("--ckpt", str(checkpoint), *long)
+    assert done.returncode == 2
+    assert "5.00 seconds of sound, but 2.4 fit" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+
+
+def damage_description(folder):
+    (folder / "mimo.json").write_text('{"format": 1')
+
+
+def other_sizes(folder):
+    saved = json.loads((folder / "mimo.json").read_text())
+    saved["config"]["language"]["num_layers"] = 6
+    (folder / "mimo.json").write_text(json.dumps(saved))
+
+
+def other_width(folder):
+    saved = json.loads((folder / "mimo.json").read_text())
+    saved["config"]["language"]["ffn_hidden_size"] = 256
+    (folder / "mimo.json").write_text(json.dumps(saved))
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer/tokenizer.model").unlink()
+
+
+def no_weights(folder):
+    for file in folder.glob("iter_*/*.distcp"):
+        file.unlink()
+
+
+def truncated_weights(folder):
+    for file in folder.glob("iter_*/*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+
+
+def nothing_saved_yet(folder):
+    (folder / "latest_checkpointed_iteration.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_description,
+        other_sizes,
+        other_width,
+        no_tokenizer,
+        no_weights,
+        truncated_weights,
+        nothing_saved_yet,
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(ask, checkpoint, tmp_path, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    damage(copy)
+    with pytest.raises(ValueError, match=str(copy)):
+        ask("--ckpt", str(copy), "--prompt", "hello")
+
+
+def test_a_damaged_checkpoint_ends_with_one_line(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    truncated_weights(copy)
+    done = run_alone("--ckpt", str(copy), "--prompt", "hello")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "the weights do not load" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
+    output = tmp_path / "eval.json"
+    flags = ("--ckpt", str(checkpoint), "--data", str(data_folder), "--samples", "12")
+    done = run_command("evaluate.py", *flags, "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(output.read_text())["scores"]
+    assert set(scores) == {
+        *("heldout", "heldout_pairs", "heldout, image blanked", "heldout, audio blanked")
+    }
+    assert all(score["samples"] == 12 for score in scores.values())
+    low, high = scores["heldout"]["interval_95"]
+    assert 0 <= low <= scores["heldout"]["exact_match"] <= high <= 1
+    assert "95 % interval" in done.stdout
+
+
+@pytest.mark.parametrize(("pad", "eos"), [(0, 3), (3, 3)])
+def test_what_may_not_be_said(tiny, pad, eos):
+    tokenizer = SimpleNamespace(size=500, pad_id=pad, eos_id=eos)
+    forbidden = forbidden_tokens(tokenizer, tiny)
+    assert forbidden == {4, 5, *range(500, 512)} | ({0} if pad == 0 else set())

@@ -1,0 +1,276 @@
+"""Rows join and leave, and beginnings that are known are taken over; tokens stay the same."""
+
+import dataclasses
+from collections import defaultdict
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from examples.mimo.data.conversation import Sample, TokenRow
+from examples.mimo.generation import engine as engine_file
+from examples.mimo.generation.cuda_graphs import DecodingGraphs
+from examples.mimo.generation.engine import Engine, Job
+from examples.mimo.generation.prefix_cache import PrefixStore, units_of, usable_length
+from examples.mimo.generation.sampling import Sampling
+
+PICTURE, SOUND = 4, 5
+HOT = Sampling(temperature=2.0, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model(tiny, build_model):
+    torch.manual_seed(1)
+    return build_model(tiny).eval()
+
+
+def words(count, seed):
+    return torch.randint(6, 400, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def sample(config, parts, name="s"):
+    """A prompt of parts: words, or (modality, seed) for an item."""
+    ids, media = [], defaultdict(list)
+    for part in parts:
+        if isinstance(part, list):
+            ids += part
+            continue
+        modality, seed = part
+        encoder = config.modalities[modality].encoder
+        item = encoder.mock_inputs(torch.Generator().manual_seed(seed))
+        media[modality].append(item)
+        ids += [config.modalities[modality].token_id] * encoder.num_tokens(item)
+    row = TokenRow(ids, [0] * len(ids), [0] * len(ids))
+    return Sample(name, row, dict(media), {key: ["drawn"] * len(of) for key, of in media.items()})
+
+
+def drain(engine, reports):
+    found = defaultdict(list)
+    while True:
+        for report in reports:
+            found[report.number].append(report.token)
+        if not engine.rows:
+            return dict(found)
+        reports = engine.step()
+
+
+def answer(model, config, jobs, **more):
+    engine = Engine(model, config, eos_id=-1, **more)
+    return drain(engine, engine.start(jobs))
+
+
+def mixed_jobs(config):
+    parts = [
+        [words(9, 1)],
+        [("images", 1), words(9, 2)],
+        [words(3, 3), ("audios", 2), words(30, 4), ("images", 3)],
+        [words(9, 5)],
+        [("images", 1), ("images", 2), words(60, 6)],
+        [words(1, 7)],
+    ]
+    samples = [sample(config, of) for of in parts]
+    return [
+        Job(n, s, 5 + 3 * n, dataclasses.replace(HOT, seed=n) if n % 2 else Sampling())
+        for n, s in enumerate(samples)
+    ]
+
+
+def test_answers_together_are_those_of_each_alone(model, tiny):
+    jobs = mixed_jobs(tiny)
+    together = answer(model, tiny, jobs)
+    alone = {job.number: answer(model, tiny, [job])[job.number] for job in jobs}
+    assert together == alone
+    assert [len(together[n]) for n in range(6)] == [5, 8, 11, 14, 17, 20]
+
+
+def test_rows_that_come_later_and_rows_that_are_dropped(model, tiny):
+    jobs = mixed_jobs(tiny)
+    whole = answer(model, tiny, jobs)
+    engine = Engine(model, tiny, eos_id=-1)
+    reports = engine.start(jobs[3:])
+    reports += engine.step()
+    engine.stop(4)
+    assert [row.job.number for row in engine.rows] == [3, 5]
+    reports += engine.start(jobs[:3])
+    found = drain(engine, reports)
+    assert found.pop(4) == whole.pop(4)[:2]
+    assert found == whole
+    engine.stop(4)
+
+
+class Recorded(TorchDispatchMode):
+    """The operations of a step, which run again on the same tensors, as a CUDA graph's do."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.calls = []
+        with self:
+            self.hidden = step.run()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, found))
+        return found
+
+    def __call__(self):
+        for func, args, kwargs, found in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(found), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        return self.hidden
+
+
+def test_steps_that_are_replayed_choose_the_same_tokens(model, tiny, monkeypatch):
+    captured = []
+
+    def capture(step):
+        captured.append((len(step.places), step.cache.length))
+        return Recorded(step)
+
+    monkeypatch.setattr(engine_file, "DecodingGraphs", lambda of: DecodingGraphs(of, capture))
+    jobs = mixed_jobs(tiny)
+    wanted = answer(model, tiny, jobs[:3])
+    engine = Engine(model, tiny, eos_id=-1, graphs=True)
+    found = drain(engine, engine.start(jobs[:3]))
+    assert found == wanted
+    # Rows of 5, 8 and 11 tokens: three rows decode, then two, then one, each captured once.
+    length = engine.cache.length
+    assert captured == [(3, length), (2, length), (1, length)]
+    assert drain(engine, engine.start(jobs[:3])) == wanted
+    assert len(captured) == 3
+    longer = dataclasses.replace(jobs[0], max_new_tokens=length)
+    assert drain(engine, engine.start([longer])) == answer(model, tiny, [longer])
+    assert captured[3:] == [(1, engine.cache.length)]
+
+
+def test_the_end_token_ends_a_row(model, tiny):
+    jobs = mixed_jobs(tiny)[:4]
+    whole = answer(model, tiny, jobs)
+    eos = whole[3][6]
+    engine = Engine(model, tiny, eos_id=eos)
+    found = drain(engine, engine.start(jobs))
+    cut = {n: of[: of.index(eos) + 1] if eos in of else of for n, of in whole.items()}
+    assert found == cut
+    assert len(found[3]) <= 7
+
+
+class Watch:
+    """How many tokens went through the layers, and what was encoded."""
+
+    def __init__(self, engine, monkeypatch):
+        self.tokens, self.encoded = 0, []
+        forward = engine.transformer.forward
+
+        def counted(hidden, *more):
+            self.tokens += hidden.shape[0] * hidden.shape[1]
+            return forward(hidden, *more)
+
+        monkeypatch.setattr(engine.transformer, "forward", counted)
+        encode = engine.model._run_encoder
+
+        def noted(name, inputs):
+            self.encoded.append(name)
+            return encode(name, inputs)
+
+        monkeypatch.setattr(engine.model, "_run_encoder", noted)
+
+
+def questions(config):
+    media = [("images", 1), words(20, 1), ("audios", 2)]
+    return [sample(config, [*media, words(8, seed)]) for seed in (11, 12, 13)]
+
+
+def test_a_second_question_about_the_same_media_takes_them_over(model, tiny, monkeypatch):
+    first, second, _ = questions(tiny)
+    wanted = answer(model, tiny, [Job(1, second, 6)])[1]
+    engine = Engine(model, tiny, eos_id=-1, prefixes=2)
+    drain(engine, engine.start([Job(0, first, 6)]))
+    watch = Watch(engine, monkeypatch)
+    # Log-probabilities of the answer are no reason to work through the prompt.
+    assert drain(engine, engine.start([Job(1, second, 6, logprobs=True)]))[1] == wanted
+    assert watch.encoded == []
+    assert watch.tokens == 8 + 5
+
+
+def test_questions_asked_together_share_the_media(model, tiny, monkeypatch):
+    jobs = [Job(n, s, 6) for n, s in enumerate(questions(tiny))]
+    wanted = answer(model, tiny, jobs)
+    engine = Engine(model, tiny, eos_id=-1, prefixes=2)
+    watch = Watch(engine, monkeypatch)
+    assert drain(engine, engine.start(jobs)) == wanted
+    assert watch.encoded == ["images", "audios"]
+    length = len(jobs[0].sample.row.ids)
+    assert watch.tokens == length + 2 * 8 + 3 * 5
+
+
+def test_a_conversation_goes_on_from_what_was_said(model, tiny, monkeypatch):
+    first = sample(tiny, [("images", 1), words(30, 1)])
+    engine = Engine(model, tiny, eos_id=-1, prefixes=1)
+    said = drain(engine, engine.start([Job(0, first, 6)]))[0]
+    second = sample(tiny, [("images", 1), words(30, 1) + said + words(4, 9)])
+    wanted = answer(model, tiny, [Job(1, second, 6)])[1]
+    watch = Watch(engine, monkeypatch)
+    assert drain(engine, engine.start([Job(1, second, 6)]))[1] == wanted
+    assert watch.encoded == []
+    # The answer's last token was never worked through.
+    assert watch.tokens == 1 + 4 + 5
+
+
+def test_another_picture_is_not_taken_over(model, tiny, monkeypatch):
+    engine = Engine(model, tiny, eos_id=-1, prefixes=2)
+    drain(engine, engine.start([Job(0, sample(tiny, [words(40, 1), ("images", 1)]), 3)]))
+    other = sample(tiny, [words(40, 1), ("images", 2), words(4, 2)])
+    wanted = answer(model, tiny, [Job(1, other, 6)])[1]
+    watch = Watch(engine, monkeypatch)
+    assert drain(engine, engine.start([Job(1, other, 6)]))[1] == wanted
+    assert watch.encoded == ["images"]
+    assert watch.tokens == 16 + 4 + 5
+
+
+def test_a_prompt_that_broke_off_is_not_taken_over(model, tiny, monkeypatch):
+    first, second, _ = questions(tiny)
+    wanted = answer(model, tiny, [Job(1, second, 6)])[1]
+    engine = Engine(model, tiny, eos_id=-1, prefixes=2)
+
+    def broken(*inputs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.transformer, "forward", broken)
+        with pytest.raises(KeyboardInterrupt):
+            engine.start([Job(0, first, 6)])
+    engine.stop(0)
+    assert not engine.rows
+    assert drain(engine, engine.start([Job(1, second, 6)]))[1] == wanted
+
+
+def test_only_whole_items_are_taken_over(tiny):
+    prompt = units_of(sample(tiny, [words(3, 1), ("images", 1), words(2, 2)]), tiny)
+    assert prompt.items == [("images", 0, 3, 19)]
+    assert [usable_length(n, prompt) for n in (0, 2, 3, 4, 18, 19, 20, 21)] == [
+        *(0, 2, 3, 3, 3, 19, 20, 20)
+    ]
+
+
+def test_the_store_keeps_the_rows_used_last():
+    class Units:
+        items = ()
+
+        def __init__(self, units):
+            self.units = units
+
+    store = PrefixStore(2)
+    store.add([1, 2, 3], "a")
+    store.add([1, 2, 3, 4], "b")
+    assert [cache for _, cache in store.rows.values()] == ["b"]
+    store.add([5, 6], "c")
+    assert store.find(Units([1, 2, 9])) == (2, "b")
+    store.add([7, 8], "d")
+    assert store.find(Units([5, 6, 7])) == (0, None)
+    store.add([], "e")
+    assert store.find(Units([1, 2, 3, 4, 5])) == (4, "b")
+    store = PrefixStore(0)
+    store.add([1], "a")
+    assert not store.rows

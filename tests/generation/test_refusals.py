@@ -1,0 +1,163 @@
+"""What the server refuses, with one sentence, and that it goes on after that."""
+
+import base64
+import http.client
+import io
+
+import pytest
+from PIL import Image
+
+from benchmarks import ranks
+from tests.conftest import run_command
+from tests.generation.served import KEY, QUESTION, Served, answer_of, says, user
+
+pytest.importorskip("starlette")
+
+
+def png(width, height):
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def part(kind, value):
+    return {"messages": [{"role": "user", "content": [{"type": kind, kind: value}]}]}
+
+
+def url(data, kind="image/png"):
+    return {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}
+
+
+PICTURE = {"type": "image_url", "image_url": url(b"x")}
+MALFORMED = [
+    (b"", "not JSON"),
+    (b"{", "not JSON"),
+    (b'{"messages": "\xff"}', "not JSON"),
+    (b"[" * 200_000, "not JSON"),
+    (b"[]", "a JSON object"),
+    ({}, "messages must be a list"),
+    ({"messages": []}, "messages must be a list"),
+    ({"messages": [says()["messages"][0]] * 300}, "300 messages"),
+    ({"messages": ["hi"]}, "its role must be one of"),
+    ({"messages": [{"role": "ghost", "content": "hi"}]}, "its role must be one of"),
+    ({"messages": [{"role": ["user"], "content": "hi"}]}, "its role must be one of"),
+    ({"messages": [{"role": "user", "content": 5}]}, "content must be text"),
+    ({"messages": [{"role": "user", "content": [5]}]}, "must be an object"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "must be text"),
+    ({"messages": [{"role": "user", "content": ""}]}, "says and shows nothing"),
+    ({"messages": [{"role": "assistant", "content": "hi"}]}, "must be the user's"),
+    ({"messages": [{"role": "user", "content": "<image>"}]}, "0 image files"),
+    ({"messages": [{"role": "user", "content": "word " * 1_000}]}, "do not fit"),
+    ({"messages": [{"role": "user", "content": "x" * 1_000_001}]}, "more than 1,000,000"),
+    (part("video_url", url(b"")), "its type must be one of text, image_url, audio_url"),
+    (part("image_url", {"url": "http://127.0.0.1/a.png"}), "nothing is fetched"),
+    (part("image_url", {"url": "file:///etc/passwd"}), "nothing is fetched"),
+    (part("image_url", {"url": "data:image/png,abc"}), "must be ;base64"),
+    (part("image_url", {"url": "data:image/png;base64,###"}), "damaged base64"),
+    (part("image_url", url(b"no picture")), "not an image"),
+    (part("image_url", url(b"")), "is empty"),
+    (part("image_url", url(png(9_000, 9_000))), "more than 64,000,000"),
+    (part("image_url", url(png(20_000, 20_000))), "more than 178,956,970 pixels"),
+    (part("image_url", url(png(9_000, 90)[:100])), "damaged image"),
+    (part("input_audio", {"data": "AAAA"}), "not sound"),
+    (part("image_url", url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), "not an image"),
+    (
+        {"messages": [says()["messages"][0] | {"content": 65 * [PICTURE]}]},
+        "more than 64 pictures and recordings",
+    ),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a character"),
+    (part("input_audio", "AAAA"), "must be base64"),
+    (says(temperature="hot"), "temperature must be a number"),
+    (says(temperature=True), "temperature must be a number"),
+    (says(temperature=-1), "temperature -1"),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "top_p": NaN}', "top_p nan"),
+    (says(max_tokens=0), "max_new_tokens 0: at least 1"),
+    (says(max_tokens=1.5), "whole number"),
+    (says(temperature=10**400), "temperature 1000"),
+    (says(top_k=-1), "top_k -1"),
+    (b'{"messages": 1' + b"0" * 5_000 + b"}", "integer string conversion"),
+    (says(n=1_000), "n 1000: from 1 to 16"),
+    (says(stop=[1]), "stop must be text"),
+    (says(stop=["a"] * 17), "17 strings"),
+    (says(stream="yes"), "stream must be true or false"),
+    (says(tools=[{"type": "function"}]), "tools is not offered"),
+    (says(response_format={"type": "json_object"}), "response_format is not offered"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), MALFORMED)
+def test_malformed_requests_get_one_sentence(served, body, message):
+    status, reply = served.ask(body)
+    assert status == 400
+    said = reply["error"]["message"]
+    assert message in said
+    assert "\n" not in said
+    assert len(said) < 400
+
+
+def test_after_them_the_next_request_is_answered(served, command):
+    status, reply = served.ask({"messages": [user(QUESTION)]})
+    assert status == 200
+    assert answer_of(reply) == command("--prompt", QUESTION)
+
+
+def test_other_refusals(served):
+    assert served.ask(says(), Authorization="Bearer wrong")[0] == 401
+    assert served.get("/v1/models", Authorization="")[0] == 401
+    assert served.get("/v1/models", Host="evil.example")[0] == 400
+    assert served.send("POST", "/v1/chat/completions", b"{}")[0] == 415
+    assert served.get("/v1/chat/completions")[0] == 405
+    assert served.get("/nothing")[0] == 404
+    huge = b"x" * 100
+    status, _ = served.ask(huge, **{"Content-Length": str(10**12)})
+    assert status == 413
+
+
+def test_too_large_a_body_is_refused_before_it_is_read(checkpoint):
+    small = ("--max-body-megabytes", "0.1", "--max-batch", "1", "--max-waiting", "2")
+    server = Served(checkpoint, *small)
+    status, reply = server.ask(says(padding="x" * 200_000))
+    assert (status, "more than 104,857" in reply["error"]["message"]) == (413, True)
+    # Chunked, without a length that could be checked first.
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    connection.request(
+        "POST", "/v1/chat/completions", iter([b"x" * 50_000] * 3), headers, encode_chunked=True
+    )
+    assert connection.getresponse().status == 413
+    connection.close()
+    # One is worked on and two wait; sixteen at once are too many.
+    status, reply = server.ask(says(n=16, temperature=3))
+    assert (status, "too many requests" in reply["error"]["message"]) == (503, True)
+    assert server.ask(says())[0] == 200
+    server.end()
+
+
+def test_a_port_that_is_taken_ends_with_one_line(checkpoint, served):
+    flags = ("--ckpt", str(checkpoint), "--port", str(served.port))
+    done = ranks.run("examples/mimo/serve.py", *flags)
+    assert done.returncode == 2
+    assert f"--port {served.port}: Address already in use; name another" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_empty_api_key_is_none(monkeypatch):
+    monkeypatch.setenv("MIMO_API_KEY", "")
+    done = run_command("serve.py", "--ckpt", "none", "--host", "0.0.0.0")
+    assert done.returncode == 2
+    assert "lets other machines in; put an API key" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--host", "0.0.0.0"), "lets other machines in; put an API key"),
+        (("--port", "0"), "--port 0: from 1 to 65535"),
+        (("--max-batch", "0"), "--max-batch 0: more than 0"),
+        (("--prefixes", "-1"), "--prefixes -1: 0 or more"),
+    ],
+)
+def test_flags_that_cannot_be(flags, message):
+    done = ranks.run("examples/mimo/serve.py", "--ckpt", "none", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -1,0 +1,103 @@
+"""The forward pass for answering computes what Megatron's modules compute."""
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+
+from examples.mimo.generation.transformer import CachedTransformer, layer_weights
+
+ROWS, LENGTH = 3, 90
+
+
+def with_everything(tiny):
+    """What Qwen2, Qwen3 and Llama 3 add, and one table for input and output less or more."""
+    language = dataclasses.replace(
+        tiny.language,
+        qkv_bias=True,
+        qk_norm=True,
+        tie_embeddings=not tiny.language.tie_embeddings,
+        rope_scaling_factor=8.0,
+    )
+    return dataclasses.replace(tiny, language=language)
+
+
+@pytest.fixture(scope="module", params=["tiny", "with everything"])
+def case(request, tiny, build_model):
+    """A model with norms and biases that do something, its transformer, embeddings and logits."""
+    torch.manual_seed(0)
+    model = build_model(tiny if request.param == "tiny" else with_everything(tiny)).eval()
+    ids = torch.randint(6, 400, (ROWS, LENGTH))
+    with torch.no_grad():
+        for name, parameter in model.language_model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+        return CachedTransformer(model), model.embed(ids, {}).transpose(0, 1), model(ids)
+
+
+def room(transformer, rows, length):
+    cache = transformer.new_cache()
+    cache.reserve(rows, length)
+    return cache
+
+
+def assert_logits(transformer, hidden, wanted):
+    found = transformer.logits(hidden.flatten(0, -2)).view(wanted.shape)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [(70, 80), (8, 81), (75,), (3, 30, 85)])
+def test_a_prompt_in_parts_and_then_token_by_token(case, cuts):
+    transformer, embedded, wanted = case
+    cache = room(transformer, ROWS + 1, LENGTH)
+    ends = [*cuts, *range(cuts[-1] + 1, LENGTH + 1)]
+    parts = [slice(start, end) for start, end in pairwise([0, *ends])]
+    hidden = [transformer.forward(embedded[:, p], cache, 1, [p.start] * ROWS) for p in parts]
+    assert_logits(transformer, torch.cat(hidden, dim=1), wanted)
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_take_a_token_each(case):
+    transformer, embedded, wanted = case
+    cache = room(transformer, ROWS, LENGTH)
+    transformer.forward(embedded[:, :-1], cache, 0, [0] * ROWS)
+    starts = [7, 89, 32]
+    tokens = torch.stack([row[start, None] for row, start in zip(embedded, starts, strict=True)])
+    hidden = transformer.forward(tokens, cache, 0, starts)
+    at = torch.stack([row[start, None] for row, start in zip(wanted, starts, strict=True)])
+    assert_logits(transformer, hidden, at)
+
+
+@torch.no_grad()
+def test_many_rows_compute_what_few_do(case):
+    transformer, embedded, wanted = case
+    many, copies = embedded.repeat(6, 1, 1), 6 * ROWS
+    cache = room(transformer, copies, LENGTH)
+    transformer.forward(many[:, :-1], cache, 0, [0] * copies)
+    hidden = transformer.forward(many[:, -1:], cache, 0, [LENGTH - 1] * copies)
+    assert_logits(transformer, hidden, wanted[:, -1:].repeat(6, 1, 1))
+
+
+@torch.no_grad()
+def test_rows_move_and_the_cache_grows(case):
+    transformer, embedded, wanted = case
+    cache = room(transformer, ROWS, LENGTH)
+    transformer.forward(embedded[:, :11], cache, 0, [0] * ROWS)
+    apart = cache.copy_of(2, 11)
+    cache.reserve(5, 300)
+    assert (cache.num_rows, cache.length) == (5, 384)
+    cache.put(3, cache, 1, 11)
+    cache.put(4, apart, 0, 11)
+    hidden = transformer.forward(embedded[1:, 11:], cache, 3, [11, 11])
+    assert_logits(transformer, hidden, wanted[1:, 11:])
+
+
+def test_a_parameter_that_nobody_knows_is_refused(case):
+    transformer, *_ = case
+    layer = transformer.language.decoder.layers[0]
+    layer.register_parameter("gamma", torch.nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match="does not know the parameter gamma of a language layer"):
+        layer_weights(layer, 1e-5)
+    del layer.gamma

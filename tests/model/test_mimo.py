@@ -1,0 +1,119 @@
+import dataclasses
+
+import pytest
+import torch
+
+from examples.mimo.data.batch import collate
+from examples.mimo.data.conversation import Sample, TokenRow
+from examples.mimo.data.datasets import MockDataset
+from examples.mimo.model.mimo import MediaCountError, freeze_parts, part_names, parts
+
+
+@pytest.fixture(scope="module")
+def model(tiny, build_model):
+    torch.manual_seed(0)
+    return build_model(tiny)
+
+
+def batch_of(tiny, media, seed=0):
+    """Four mock samples that hold exactly these modalities."""
+    dataset = MockDataset(tiny, 128, 400, seed=seed)
+    samples = (dataset[i] for i in range(400))
+    chosen = [sample for sample in samples if set(sample.media) == set(media)]
+    return collate(chosen[:4])
+
+
+def losses_of(model, batch):
+    return model(batch.input_ids, batch.labels, batch.modality_inputs) * batch.loss_mask
+
+
+def test_media_embeddings_stand_where_their_placeholders_are(tiny, model):
+    batch = batch_of(tiny, {"images", "audios"})
+    with torch.no_grad():
+        sequence = model.embed(batch.input_ids, batch.modality_inputs).transpose(0, 1)
+        for name, modality in tiny.modalities.items():
+            rows = model._encode(name, batch.modality_inputs[name])
+            assert torch.equal(sequence[batch.input_ids == modality.token_id], rows)
+        text = sum(batch.input_ids == m.token_id for m in tiny.modalities.values()) == 0
+        words = model.language_model.embedding.word_embeddings.weight[batch.input_ids[text]]
+    assert torch.equal(sequence[text], words)
+
+
+def test_a_later_token_changes_no_earlier_loss(tiny, model):
+    batch = batch_of(tiny, {"images"})
+    with torch.no_grad():
+        before = model(batch.input_ids, batch.labels, batch.modality_inputs)
+        changed = batch.input_ids.clone()
+        changed[:, 40] = (changed[:, 40] + 7) % 400 + 50
+        kept = (batch.input_ids[:, 40] != 4) & (changed[:, 40] != 4)
+        changed[:, 40] = torch.where(kept, changed[:, 40], batch.input_ids[:, 40])
+        after = model(changed, batch.labels, batch.modality_inputs)
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert not torch.equal(before[kept][:, 40:], after[kept][:, 40:])
+
+
+@pytest.mark.parametrize("media", [(), ("images",), ("audios",)])
+def test_parts_without_input_get_zero_gradients(tiny, model, media):
+    model.zero_grad(set_to_none=True)
+    losses_of(model, batch_of(tiny, media)).sum().backward()
+    for name, module in parts(model).items():
+        modality = name.split(".")[0]
+        gradients = [parameter.grad for parameter in module.parameters()]
+        assert all(gradient is not None for gradient in gradients), name
+        used = modality in media or name == "language"
+        assert all(bool(gradient.any()) == used for gradient in gradients if gradient.ndim > 1)
+
+
+def test_gradients_flow_through_frozen_parts(tiny, model, build_model):
+    frozen = build_model(tiny)
+    frozen.load_state_dict(model.state_dict())
+    freeze_parts(frozen, ["language", "images.encoder"])
+    batch = batch_of(tiny, {"images", "audios"})
+    model.zero_grad(set_to_none=True)
+    losses_of(model, batch).sum().backward()
+    losses_of(frozen, batch).sum().backward()
+    for name in part_names(tiny):
+        wanted, found = parts(model)[name].parameters(), parts(frozen)[name].parameters()
+        for free, held in zip(wanted, found, strict=True):
+            if name in ("language", "images.encoder"):
+                assert held.grad is None
+            else:
+                assert torch.equal(free.grad, held.grad), name
+
+
+def test_a_wrong_count_names_sample_file_and_both_numbers(tiny, model):
+    batch = batch_of(tiny, {"images"})
+    sample = MockDataset(tiny, 128, 400, seed=0)[0]
+    short = [i for i in batch.input_ids[0].tolist() if i != 4]
+    short += [4] * 15
+    row = TokenRow(short, [*short[1:], 0], [0] * len(short))
+    pixels = {"pixel_values": torch.zeros(1, 3, 32, 32)}
+    sample = Sample("cat-7", row, {"images": [pixels]}, {"images": ["photos/cat.png"]})
+    batch = collate([sample])
+    with pytest.raises(MediaCountError) as error:
+        losses_of(model, batch)
+    text = error.value.explain(batch.items)
+    for part in ("images", "15 placeholder", "16 rows", "cat-7", "photos/cat.png", "num_tokens"):
+        assert part in text
+
+
+def test_evaluation_runs_no_encoder_without_input(tiny, model):
+    calls = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, module in model.modality_submodules.items()
+    ]
+    model.eval()
+    with torch.no_grad():
+        losses_of(model, batch_of(tiny, {"audios"}))
+    model.train()
+    for handle in handles:
+        handle.remove()
+    assert calls == ["audios"]
+
+
+def test_a_model_of_text_alone_is_a_gpt(tiny, build_model):
+    text_only = build_model(dataclasses.replace(tiny, modalities={}))
+    assert set(parts(text_only)) == {"language"}
+    batch = batch_of(tiny, ())
+    assert losses_of(text_only, batch).sum() > 0

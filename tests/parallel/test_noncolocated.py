@@ -1,0 +1,80 @@
+"""Encoders on ranks of their own: what the table of layouts does not compare."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import layouts
+from examples.mimo.data.batch import collate, collate_packed, share_of, take_share
+from examples.mimo.data.datasets import MockDataset
+from examples.mimo.parallel.noncolocated import count_by_sample
+from examples.mimo.parallel.placement import Placement
+from tests.conftest import run_train
+
+EVALUATE = ("--train-iters", "1", "--lr", "0", "--eval-interval", "1", "--eval-iters", "3")
+LAYOUTS = {
+    "one process": layouts.ONE,
+    "encoders serve two": layouts.Layout("", 6, layouts.OWN + layouts.PP2),
+    "encoders share": layouts.Layout("", 6, layouts.OWN_DP2 + layouts.TP2),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return layouts.start_checkpoint(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def scores(start, tmp_path_factory):
+    """A function from a layout's name to its held-out scores."""
+    folder = tmp_path_factory.mktemp("scores")
+
+    def score(name):
+        layout, file = LAYOUTS[name], folder / name
+        load = ("--load", str(start), "--finetune", "--metrics-file", str(file))
+        flags = (*layouts.COMMON, *layout.flags, *EVALUATE, *load)
+        done = run_train(*flags, processes=layout.processes)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return next(row["validation"] for row in rows if "validation" in row)
+
+    return score
+
+
+def test_held_out_scores_are_one_processs(scores):
+    wanted = scores("one process")
+    assert wanted["lm loss"] > 0
+    for name in ("encoders serve two", "encoders share"):
+        assert scores(name) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_shares_are_all_items_once_and_nearly_equal():
+    for count in range(9):
+        shares = [range(count)[share_of(count, number, 3)] for number in range(3)]
+        assert [item for share in shares for item in share] == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_share_of_a_batch_keeps_its_rows(tiny):
+    batch = collate([MockDataset(tiny, 128, 8, seed=0)[i] for i in range(8)])
+    parts = [take_share(batch, number, 2) for number in range(2)]
+    for name, inputs in batch.modality_inputs.items():
+        for key, whole in inputs.items():
+            halves = [part.modality_inputs[name][key] for part in parts]
+            assert torch.equal(torch.cat(halves), whole)
+    assert all(torch.equal(part.input_ids, batch.input_ids) for part in parts)
+
+
+def test_rows_are_counted_by_sample_whether_packed_or_not(tiny):
+    samples = [MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6)]
+    for modality in tiny.modalities.values():
+        wanted = [sample.row.ids.count(modality.token_id) for sample in samples]
+        assert sum(wanted) > 0
+        for batch in (collate(samples), collate_packed(samples)):
+            assert count_by_sample(batch.input_ids, modality.token_id, batch.bounds) == wanted
+
+
+def test_a_placement_counts_its_copies():
+    placement = Placement("language", range(4, 16), tp=2, cp=1, pp=3)
+    assert placement.dp == 2

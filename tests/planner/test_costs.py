@@ -1,0 +1,53 @@
+"""What a plan counts for a rank, against counts by hand."""
+
+import pytest
+
+from examples.mimo.cli.arguments import parse_arguments
+from examples.mimo.planner.costs import Workload, model_cost
+from examples.mimo.planner.flops import language_layer_flops
+from examples.mimo.training.layout import placements
+
+WORK = Workload(
+    num_rows=2,
+    num_columns=100,
+    inputs={"images": 4, "audios": 4},
+    media_tokens={"images": 64, "audios": 40},
+)
+OWN = ("--encoder-ranks", "images=0", "audios=1")
+
+
+@pytest.fixture
+def count(monkeypatch):
+    def counted(processes, *flags):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        args, config = parse_arguments(flags)
+        return model_cost(config, args, WORK, placements(args))
+
+    return counted
+
+
+def test_a_layers_attention_skips_what_the_mask_hides(count, tiny):
+    whole = language_layer_flops(tiny.language, WORK.num_columns)
+    wanted = WORK.num_rows * (whole.weights + whole.attention / 2)
+    assert count(1).layer.forward == wanted
+    assert count(1).layer.both == 3 * wanted
+    assert count(2, "--context-parallel-size", "2").layer.forward == wanted / 2
+
+
+def test_encoders_on_ranks_of_their_own_run_ahead_of_the_first_stage(count):
+    shared, own = count(1), count(3, *OWN)
+    assert shared.ahead == {}
+    assert own.first.both == 0
+    assert sum(cost.both for cost in own.ahead.values()) == pytest.approx(shared.first.both)
+    slowest = max(cost.both for cost in own.ahead.values())
+    first, *others = own.chunks((1, 1))
+    assert first.both == slowest
+    assert len(others) == len(shared.chunks((1, 1)))
+
+
+def test_copies_of_an_encoder_share_the_work_of_the_language_models_copies(count):
+    one = count(3, *OWN).ahead["images"].both
+    two_language_models = count(4, *OWN).ahead["images"].both
+    two_encoders = count(4, "--encoder-ranks", "images=0-1", "audios=2").ahead["images"].both
+    assert two_language_models == pytest.approx(2 * one)
+    assert two_encoders == pytest.approx(one / 2)

@@ -1,0 +1,61 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from examples.mimo.data.batch import collate, collate_packed
+from examples.mimo.data.conversation import SampleReader
+from examples.mimo.data.datasets import ConversationDataset
+from examples.mimo.shards.read import pack
+
+
+def test_every_sample_is_in_one_row_whole():
+    lengths = np.random.default_rng(0).integers(1, 101, 500).tolist()
+    rows = pack(lengths, 128)
+    assert sorted(index for row in rows for index in row) == list(range(500))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= 128
+    assert len(rows) == -(-sum(lengths) // 128)
+
+
+def test_the_fullest_row_is_found():
+    assert pack([5, 3, 4, 2, 6], 10) == [[0, 1, 3], [2, 4]]
+    # The best fit, the longest first, would put 5 with 4 and need three rows.
+    assert pack([5, 4, 3, 3, 3, 2], 10) == [[0, 2, 5], [1, 3, 4]]
+    assert pack([], 10) == []
+
+
+def test_rows_are_not_sorted_by_length():
+    lengths = [10, 90, 20, 80] * 50
+    rows = pack(lengths, 100)
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+
+
+def test_a_sample_longer_than_a_row():
+    with pytest.raises(ValueError, match="101 tokens does not fit a row of 100"):
+        pack([7, 101], 100)
+
+
+def losses(model, batch):
+    """(B, S) losses of the tokens that carry one."""
+    with torch.no_grad():
+        found = model(batch.input_ids, batch.labels, batch.modality_inputs, bounds=batch.bounds)
+    return found * batch.loss_mask
+
+
+def test_a_sample_has_the_same_loss_in_a_packed_row(tiny, tokenizer, data_folder, build_model):
+    reader = SampleReader(tiny, tokenizer, 128)
+    dataset = ConversationDataset(data_folder, "train", reader)
+    samples = [dataset[index] for index in range(24)]
+    model = build_model(tiny).eval()
+    alone = [float(losses(model, collate([sample])).sum()) for sample in samples]
+    lengths = [len(sample.row.ids) for sample in samples]
+    rows = pack(lengths, 256)
+    assert any(len(row) > 2 for row in rows)
+    for row in rows:
+        packed = collate_packed([samples[index] for index in row], multiple=256)
+        assert packed.num_columns == 256
+        found = losses(model, packed)[0]
+        for index, (start, end) in zip(row, pairwise(packed.bounds), strict=True):
+            assert float(found[start:end].sum()) == pytest.approx(alone[index], rel=1e-5)

@@ -1,0 +1,229 @@
+"""From a manifest to shards: checked, split, whole, and the same after a kill."""
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+from examples.mimo.shards.manifest import Entry
+from examples.mimo.shards.write import Item, Options, Shard, prepare, split_of
+from tests.conftest import ROOT, run_command
+from tests.shards import broken
+from tests.shards.megatron_example import write_megatron_example
+
+pytest.importorskip("megatron.energon")
+
+
+def options(manifest, output, **fields):
+    chosen = {"splits": {"train": 0.9, "val": 0.1}, "shard_bytes": 10**6, "shard_samples": 40}
+    chosen |= {"media": manifest if manifest.is_dir() else manifest.parent, "num_workers": 2}
+    return Options(manifest=manifest, output=output, **(chosen | fields))
+
+
+def samples(folder):
+    """Key -> part -> content, and the split of each key."""
+    found, splits = collections.defaultdict(dict), {}
+    for tar in sorted(folder.glob("*.tar")):
+        with tarfile.open(tar) as members:
+            for member in members:
+                key, _, part = member.name.partition(".")
+                found[key][part] = members.extractfile(member).read()
+                splits[key] = tar.name.rpartition("-")[0]
+    return dict(found), splits
+
+
+def rejected(folder):
+    lines = (folder / "rejected.jsonl").read_text().splitlines()
+    return {row["key"] or row["place"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def test_a_manifest_becomes_shards(data_folder, tiny, tmp_path):
+    about = prepare(options(data_folder / "train.jsonl", tmp_path / "out"), tiny)
+    found, splits = samples(tmp_path / "out")
+    records = list(map(json.loads, (data_folder / "train.jsonl").read_text().splitlines()))
+    keys = [record["key"] for record in records]
+    assert list(found) == sorted(keys, key=lambda key: splits[key])
+    for record in records:
+        parts = dict(found[record["key"]])
+        written = json.loads(parts.pop("json"))
+        assert written["conversations"] == record["conversations"]
+        for name in ("images", "audios"):
+            contents = [(data_folder / file).read_bytes() for file in record.get(name, [])]
+            assert [parts.pop(part) for part in written.get(name, [])] == contents
+        assert not parts
+        assert splits[record["key"]] == split_of(record["key"], {"train": 0.9, "val": 0.1})
+    counts = collections.Counter(splits.values())
+    assert about["samples"] == counts
+    assert 5 <= counts["val"] <= 40
+    assert about["shards"] == len(list((tmp_path / "out").glob("*.tar"))) >= 5
+    assert (tmp_path / "out/rejected.jsonl").read_text() == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_split_is_for_ever():
+    halves = {"train": 0.5, "val": 0.5}
+    found = [split_of(f"key-{n}", halves) == "train" for n in range(8)]
+    assert found == [False, False, True, False, False, True, False, True]
+    shares = collections.Counter(split_of(str(n), {"a": 8, "b": 1, "c": 1}) for n in range(10_000))
+    assert shares["a"] / 10_000 == pytest.approx(0.8, abs=0.02)
+    assert shares["b"] / 10_000 == pytest.approx(0.1, abs=0.02)
+
+
+def write_broken(folder):
+    for name, content in broken.GOOD.items():
+        (folder / name).write_bytes(content)
+    lines, wanted = [], {}
+    for number, (key, record, files, words) in enumerate(broken.cases(), start=1):
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        if isinstance(record, bytes):
+            wanted[f"line {2 * number}"] = words
+            lines += [b"", record]
+        else:
+            wanted[key] = words
+            lines += [b"", json.dumps({"key": key, **record}).encode()]
+    good = {"images": ["good.png"], "audios": ["good.flac"]}
+    for number in range(20):
+        record = {"key": f"good-{number}", **good, "conversations": broken.turns("<image><audio>")}
+        lines.append(json.dumps(record).encode())
+    lines.append(json.dumps({"key": "good-3", "conversations": broken.turns("again")}).encode())
+    wanted["good-3"] = "was used before"
+    (folder / "manifest.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return wanted
+
+
+def test_sixty_broken_samples_are_refused_each_for_its_reason(tiny, tmp_path):
+    (tmp_path / "in").mkdir()
+    wanted = write_broken(tmp_path / "in")
+    assert len(wanted) >= 60
+    about = prepare(options(tmp_path / "in/manifest.jsonl", tmp_path / "out"), tiny)
+    found, reasons = samples(tmp_path / "out")[0], rejected(tmp_path / "out")
+    assert set(found) == {f"good-{number}" for number in range(20)}
+    assert about["rejected"] == len(reasons) == len(wanted)
+    for key, words in wanted.items():
+        assert re.search(words, reasons[key]), (key, reasons[key])
+        assert "\n" not in reasons[key]
+
+
+def test_a_manifest_without_a_usable_sample(tiny, tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"key": "a"}\n')
+    with pytest.raises(ValueError, match=r"no sample could be used; the first: conversations must"):
+        prepare(options(tmp_path / "m.jsonl", tmp_path / "out"), tiny)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.jsonl", "out.rejected.jsonl"]
+
+
+def test_a_llava_list_is_taken_as_it_is(tiny, tmp_path):
+    (tmp_path / "a.png").write_bytes(broken.GOOD["good.png"])
+    items = [
+        {"id": "000/1.x", "image": "a.png", "conversations": broken.turns("<image>\nwhat?")},
+        {"id": "000/1.x", "image": "a.png", "conversations": broken.turns("<image>\nwho?")},
+        {"id": 7, "conversations": broken.turns("hello")},
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(items))
+    about = prepare(options(tmp_path / "llava.json", tmp_path / "out", splits={"train": 1.0}), tiny)
+    found, _ = samples(tmp_path / "out")
+    first, second, third = found
+    assert third == "7"
+    assert first != second
+    for name, question in ((first, "what?"), (second, "who?")):
+        assert re.fullmatch(r"000_1_x-[0-9a-f]{12}", name)
+        record = json.loads(found[name]["json"])
+        assert (record["key"], record["images"]) == ("000/1.x", ["images.0.png"])
+        assert record["conversations"][0]["value"] == f"<image>\n{question}"
+    assert about["rejected"] == 0
+
+
+def test_keys_that_no_file_can_have_stay_apart(tiny, tmp_path):
+    keys = ["a/b", "a_b", "a/b", "x" * 300 + "1", "x" * 300 + "2", "\udcff", 5, "5"]
+    lines = [json.dumps({"key": key, "conversations": broken.turns("q")}) for key in keys]
+    lines.append('{"key": ' + "9" * 5_000 + "}")
+    lines.append(json.dumps({"key": "t", "tags": ["x"], "conversations": broken.turns("q")}))
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    prepare(options(tmp_path / "m.jsonl", tmp_path / "out", splits={"train": 1.0}), tiny)
+    found, _ = samples(tmp_path / "out")
+    kept = [json.loads(parts["json"])["key"] for parts in found.values()]
+    assert kept == ["a/b", "a_b", "x" * 300 + "1", "x" * 300 + "2", "5"]
+    reasons = rejected(tmp_path / "out")
+    assert "was used before" in reasons["a/b"]
+    assert "was used before" in reasons["5"]
+    assert "is no name" in reasons["line 6"]
+    assert "not JSON" in reasons["line 9"]
+    assert "holds tags" in reasons["t"]
+
+
+def test_another_model_checks_again(tiny, tmp_path):
+    """What an interrupted run found is no longer true where the options differ."""
+    entry = Entry("line 1", {"key": "a", "conversations": broken.turns("q")})
+    shard = Shard("train-0.tar", [Item("a", entry)])
+    other = dataclasses.replace(tiny, prompt="another")
+    assert shard.digest(tiny) == shard.digest(tiny) != shard.digest(other)
+
+
+def test_shards_of_megatrons_example_are_taken_as_they_are(tiny, tmp_path):
+    source = write_megatron_example(tmp_path / "in")
+    about = prepare(options(source, tmp_path / "out", splits={"train": 1.0}), tiny)
+    found, _ = samples(tmp_path / "out")
+    assert about["samples"] == {"train": 12}
+    record = json.loads(found["s3_100"]["json"])
+    assert record["audios"] == ["audios.0.flac", "audios.1.flac"]
+    assert found["s3_100"]["images.0.img"] == broken.GOOD["good.png"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_was(data_folder, tmp_path):
+    flags = ["--manifest", str(data_folder / "train.jsonl"), "--shard-samples", "20"]
+    whole = run_command("prepare_data.py", "webdataset", *flags, "--output", str(tmp_path / "a"))
+    assert whole.returncode == 0, whole.stderr
+    assert re.search(r"a: train 19\d, val \d+ samples in \d+ shards", whole.stderr)
+    command = [sys.executable, str(ROOT / "examples/mimo/prepare_data.py"), "webdataset", *flags]
+    command += ["--output", str(tmp_path / "b"), "--num-workers", "1"]
+    draft = tmp_path / ".b.draft"
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and len(list(draft.glob(".summaries/*"))) < 3:
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "b").exists()
+    finished = {file.name: file.stat().st_mtime_ns for file in draft.glob("*.tar")}
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert len(finished) >= 2
+    for name, written in finished.items():
+        assert (tmp_path / "b" / name).stat().st_mtime_ns == written
+    names = sorted(file.name for file in (tmp_path / "a").glob("*.tar"))
+    assert names == sorted(file.name for file in (tmp_path / "b").glob("*.tar"))
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--manifest", "none.jsonl"), "--manifest none.jsonl: no such file"),
+        (("--manifest", "tests"), "no .tar files"),
+        (("--manifest", "README.md", "--splits", "train"), "write NAME=SHARE"),
+        (("--manifest", "README.md", "--splits", "train=-1"), "a share of 0 or more"),
+        (("--manifest", "README.md", "--splits", "train=0"), "all shares are 0"),
+        (("--manifest", "README.md", "--num-workers", "0"), "--num-workers 0: at least 1"),
+        (("--manifest", "README.md", "--output", "tests"), "holds something else"),
+    ],
+)
+def test_wrong_command_lines_end_with_one_line(tmp_path, flags, message):
+    output = () if "--output" in flags else ("--output", str(tmp_path / "out"))
+    done = run_command("prepare_data.py", "webdataset", *flags, *output)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
