@@ -31,7 +31,13 @@ from PIL import Image
 
 from benchmarks import spoken_shapes
 from examples.mimo.configs import get_model_config
-from examples.mimo.data.conversation import Inside, SampleReader, parse_turns, to_pieces, tokenise
+from examples.mimo.data.conversation import (
+    FilesInside,
+    SampleReader,
+    parse_turns,
+    to_pieces,
+    tokenise,
+)
 from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.modalities.audio import AUDIO_SUFFIXES
 from examples.mimo.shards.read import pack
@@ -145,7 +151,7 @@ def by_stage(
     tokenizer = load_tokenizer(folder)
     eye, ear = (config.modalities[name].encoder for name in ("images", "audios"))
     raw_pictures, raw_sounds = [eye.read(f) for f in pictures], [ear.read(f) for f in sounds]
-    reader, find = SampleReader(config, tokenizer, ROW), Inside(folder)
+    reader, find = SampleReader(config, tokenizer, ROW), FilesInside(folder)
     samples = [reader.read(record, find) for record in records]
     pieces = [to_pieces(parse_turns(r["conversations"], r["key"]), config) for r in records]
     counts = [
@@ -153,7 +159,7 @@ def by_stage(
          for name, items in sample.media.items()}
         for sample in samples
     ]  # fmt: skip
-    lengths = [len(sample.row.ids) for sample in samples]
+    lengths = [len(sample.tokens.ids) for sample in samples]
 
     def tokenise_all() -> None:
         for one, count in zip(pieces, counts, strict=True):

@@ -35,8 +35,8 @@ from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.data.batch import collate, to_device
-from examples.mimo.data.conversation import Sample, TokenRow
-from examples.mimo.generation.engine import Engine, Job
+from examples.mimo.data.conversation import Sample, TokenSequence
+from examples.mimo.generation.engine import Engine, SequenceRequest
 from examples.mimo.hf import convert
 from examples.mimo.hf.families import family_for_export
 from examples.mimo.hf.io import Folder
@@ -108,7 +108,7 @@ class Pair:
     def generate(self, samples: list[Sample], prefixes: int = 0) -> tuple[Timed, Engine]:
         """Answers of the engine; `eos_id` -1 so that every row takes all its tokens."""
         engine = Engine(self.ours, self.config, eos_id=-1, prefixes=prefixes)
-        jobs = [Job(number, sample, NEW) for number, sample in enumerate(samples)]
+        jobs = [SequenceRequest(number, sample, NEW) for number, sample in enumerate(samples)]
         reports = engine.start(jobs)
         started = _now()
         while engine.rows:
@@ -167,7 +167,7 @@ def prompts(config: MimoConfig, count: int, seed: int) -> list[Sample]:
         for name, modality in config.modalities.items():
             ids += [modality.token_id] * modality.encoder.num_tokens(media[name][0])
         words = torch.randint(6, 8000, (PROMPT - len(ids),), generator=generator)
-        row = TokenRow(ids + words.tolist(), [0] * PROMPT, [0] * PROMPT)
+        row = TokenSequence(ids + words.tolist(), [0] * PROMPT, [0] * PROMPT)
         samples.append(Sample(str(number), row, media, {name: ["mock"] for name in media}))
     return samples
 
@@ -203,13 +203,13 @@ def second_question(pair: Pair) -> float:
     """How many times sooner the first token of a second question about the same media comes."""
     (sample,) = prompts(pair.config, 1, seed=98)
     _, engine = pair.generate([sample], prefixes=1)
-    asked = sample.row.ids[:-20] + list(range(100, 120))
-    second = dataclasses.replace(sample, row=TokenRow(asked, [], []))
+    asked = sample.tokens.ids[:-20] + list(range(100, 120))
+    second = dataclasses.replace(sample, row=TokenSequence(asked, [], []))
     fresh = Engine(pair.ours, pair.config, eos_id=-1)
 
     def seconds(work: Engine) -> float:
         started = _now()
-        work.start([Job(9, second, 1)])
+        work.start([SequenceRequest(9, second, 1)])
         return _now() - started
 
     return seconds(fresh) / seconds(engine)

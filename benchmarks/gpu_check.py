@@ -139,7 +139,7 @@ def iteration_flops(case: Case, iterations: int) -> list[int]:
         items = {name: len(sources) for name, sources in batch.items.items()}
         counted.append(
             training_flops(
-                config, batch.num_rows, batch.num_columns, items, media_tokens, case.frozen
+                config, batch.batch_size, batch.seq_length, items, media_tokens, case.frozen
             )
         )
     return counted
@@ -165,15 +165,15 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.checkpoint.loading import load_model
     from examples.mimo.data.datasets import MockDataset
-    from examples.mimo.generation.engine import Engine, Job
+    from examples.mimo.generation.engine import Engine, SequenceRequest
 
     with command.stdout_to(os.devnull):
         opened = open_checkpoint(checkpoint)
         model = load_model(opened)
     length = opened.config.language.seq_length // 2
     sample = MockDataset(opened.config, length, 1, seed=3)[0]
-    count = min(NEW_TOKENS, opened.config.language.seq_length - len(sample.row.ids))
-    jobs = [Job(number, sample, count) for number in range(batch_size)]
+    count = min(NEW_TOKENS, opened.config.language.seq_length - len(sample.tokens.ids))
+    jobs = [SequenceRequest(number, sample, count) for number in range(batch_size)]
 
     def answer(engine: Engine) -> float:
         _synchronize()

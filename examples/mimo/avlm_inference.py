@@ -49,9 +49,9 @@ def answer(
     checkpoint = dataclasses.replace(checkpoint, config=config)
     answerer = Answerer(checkpoint, args.tp, args.pp, graphs=args.cuda_graphs)
     if args.interactive:
-        from examples.mimo.generation.chat import Talk
+        from examples.mimo.generation.chat import ChatSession
 
-        Talk(answerer, options, terminal).run(sys.stdin)
+        ChatSession(answerer, options, terminal).run(sys.stdin)
     elif args.input:
         from examples.mimo.generation.batch_file import answer_file
 
@@ -110,7 +110,7 @@ def _check(args: argparse.Namespace, files: dict[str, list[Path]], config: MimoC
     if bool(args.input) != bool(args.output):
         raise ValueError("--input and --output go together: questions and answers, as JSON lines")
     alone = args.input or args.interactive
-    given = [f"--{config.modalities[name].noun}-path" for name, of in files.items() if of]
+    given = [f"--{config.modalities[name].singular}-path" for name, of in files.items() if of]
     given += [f"--{name}" for name in ("prompt", "json", "stream") if getattr(args, name)]
     if alone and given:
         other = "--input" if args.input else "--interactive"
@@ -171,19 +171,19 @@ def _media_flags(
 ) -> tuple[dict[str, list[Path]], MimoConfig]:
     """The files of each modality, and the config with the overflow flags laid over it."""
     for modality in config.modalities.values():
-        noun = modality.noun
-        parser.add_argument(f"--{noun}-path", type=Path, action="append", default=[])
+        singular = modality.singular
+        parser.add_argument(f"--{singular}-path", type=Path, action="append", default=[])
         if hasattr(modality.encoder, "overflow"):
-            parser.add_argument(f"--{noun}-overflow", choices=("error", "truncate"))
+            parser.add_argument(f"--{singular}-overflow", choices=("error", "truncate"))
     given = vars(parser.parse_args())
     modalities = {}
     for name, modality in config.modalities.items():
-        overflow = given.get(f"{modality.noun}_overflow")
+        overflow = given.get(f"{modality.singular}_overflow")
         if overflow:
             encoder = dataclasses.replace(modality.encoder, overflow=overflow)  # type: ignore[type-var]
             modality = dataclasses.replace(modality, encoder=encoder)
         modalities[name] = modality
-    files = {name: given[f"{m.noun}_path"] for name, m in modalities.items()}
+    files = {name: given[f"{m.singular}_path"] for name, m in modalities.items()}
     return files, dataclasses.replace(config, modalities=modalities)
 
 

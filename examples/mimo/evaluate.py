@@ -58,7 +58,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     for split in args.splits:
         scores["scores"][split] = _score(answerer, records[split], args.data, split)
     for name, modality in answerer.config.modalities.items():
-        title = f"{first}, {modality.noun} blanked"
+        title = f"{first}, {modality.singular} blanked"
         asked = [record for record in records[first] if record.get(name)]
         if asked:
             scores["scores"][title] = _score(answerer, asked, args.data, title, blank=[name])
@@ -76,16 +76,16 @@ def _score(
     title: str,
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
-    from examples.mimo.cli.command import Clock
-    from examples.mimo.data.conversation import Inside
+    from examples.mimo.cli.command import ProgressBar
+    from examples.mimo.data.conversation import FilesInside
     from examples.mimo.generation.scheduler import Options
 
     reader = answerer.reader(blank or [])
     samples = [
-        reader.read({**record, "conversations": record["conversations"][:-1]}, Inside(root))
+        reader.read({**record, "conversations": record["conversations"][:-1]}, FilesInside(root))
         for record in records
     ]
-    clock = Clock(title, len(records))
+    clock = ProgressBar(title, len(records))
     answers = answerer.answer(samples, Options(max_new_tokens=32), progress=clock)
     hits = [is_right(r, answer.text) for r, answer in zip(records, answers, strict=True)]
     score = {

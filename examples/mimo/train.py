@@ -79,7 +79,7 @@ def train(argv: list[str]) -> None:
     megatron.install_adam()
     observer.install_progress(config)
     observer.follow(args)
-    command.speak_for_myself()
+    command.report_every_rank()
     try:
         own = noncolocated.prepare(args, transformer_config(args))
         pretrain(

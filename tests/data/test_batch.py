@@ -8,13 +8,13 @@ from examples.mimo.data.datasets import ConversationDataset, MockDataset
 def test_rows_are_padded_without_loss_and_media_kept_in_order(tiny):
     samples = [MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6)]
     batch = collate(samples, multiple=8)
-    assert batch.num_columns % 8 == 0
-    assert batch.num_tokens == sum(len(s.row.ids) for s in samples)
+    assert batch.seq_length % 8 == 0
+    assert batch.num_tokens == sum(len(s.tokens.ids) for s in samples)
     for row, sample in enumerate(samples):
-        length = len(sample.row.ids)
-        assert batch.input_ids[row, :length].tolist() == sample.row.ids
+        length = len(sample.tokens.ids)
+        assert batch.input_ids[row, :length].tolist() == sample.tokens.ids
         assert batch.loss_mask[row, length:].sum() == 0
-        assert batch.loss_mask[row].sum() == sum(sample.row.loss_mask)
+        assert batch.loss_mask[row].sum() == sum(sample.tokens.loss_mask)
     pixels = [item["pixel_values"] for s in samples for item in s.media.get("images", [])]
     assert torch.equal(batch.modality_inputs["images"]["pixel_values"], torch.cat(pixels))
 
@@ -22,17 +22,17 @@ def test_rows_are_padded_without_loss_and_media_kept_in_order(tiny):
 def test_packed_samples_follow_one_another(tiny):
     samples = [MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6)]
     batch = collate_packed(samples, multiple=16, sample_multiple=4)
-    assert (batch.num_rows, len(batch.bounds)) == (1, 7)
-    assert batch.bounds[-1] == batch.num_columns
-    assert batch.num_columns % 16 == 0
-    for start, end, sample in zip(batch.bounds, batch.bounds[1:], samples, strict=False):
-        length = len(sample.row.ids)
+    assert (batch.batch_size, len(batch.cu_seqlens)) == (1, 7)
+    assert batch.cu_seqlens[-1] == batch.seq_length
+    assert batch.seq_length % 16 == 0
+    for start, end, sample in zip(batch.cu_seqlens, batch.cu_seqlens[1:], samples, strict=False):
+        length = len(sample.tokens.ids)
         assert start % 4 == 0
-        assert batch.input_ids[0, start : start + length].tolist() == sample.row.ids
-        assert batch.labels[0, start : start + length].tolist() == sample.row.labels
-        assert batch.loss_mask[0, start : start + length].tolist() == sample.row.loss_mask
+        assert batch.input_ids[0, start : start + length].tolist() == sample.tokens.ids
+        assert batch.labels[0, start : start + length].tolist() == sample.tokens.labels
+        assert batch.loss_mask[0, start : start + length].tolist() == sample.tokens.loss_mask
         assert batch.loss_mask[0, start + length : end].sum() == 0
-    assert batch.num_columns - batch.num_tokens < 6 * 3 + 16
+    assert batch.seq_length - batch.num_tokens < 6 * 3 + 16
     rows = collate(samples)
     assert batch.items == rows.items
     pixels = [b.modality_inputs["images"]["pixel_values"] for b in (batch, rows)]
@@ -48,16 +48,16 @@ def test_mock_samples_mix_media_and_fit(tiny):
         ("images",),
         ("audios", "images"),
     }
-    assert all(48 <= len(s.row.ids) <= 96 for s in samples)
+    assert all(48 <= len(s.tokens.ids) <= 96 for s in samples)
     for sample in samples:
         for name, modality in tiny.modalities.items():
             counted = sum(modality.encoder.num_tokens(i) for i in sample.media.get(name, []))
-            assert sample.row.ids.count(modality.token_id) == counted
+            assert sample.tokens.ids.count(modality.token_id) == counted
 
 
 def test_mock_samples_repeat(tiny):
     first, again = (MockDataset(tiny, 64, 5, seed=1)[4] for _ in range(2))
-    assert first.row == again.row
+    assert first.tokens == again.tokens
 
 
 def test_every_epoch_holds_every_sample_once_in_another_order(tiny, tokenizer, data_folder):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from examples.mimo.data.conversation import Inside, SampleReader
+from examples.mimo.data.conversation import FilesInside, SampleReader
 from examples.mimo.data.datasets import ConversationDataset, read_records
 
 
@@ -40,19 +40,19 @@ def test_a_line_that_is_no_sample_is_named(tmp_path, line):
 
 def test_files_outside_the_folder_are_refused(tmp_path, reader):
     with pytest.raises(ValueError, match=r"sample k.*lies outside"):
-        reader.read(record(images=["../secret.png"]), Inside(tmp_path))
+        reader.read(record(images=["../secret.png"]), FilesInside(tmp_path))
 
 
 def test_media_the_model_does_not_take_are_refused(tmp_path, reader):
     with pytest.raises(ValueError, match="sample k: holds videos, but tiny_avlm takes images"):
-        reader.read(record(videos=["a.mp4"]), Inside(tmp_path))
+        reader.read(record(videos=["a.mp4"]), FilesInside(tmp_path))
 
 
 def test_a_row_that_does_not_fit_names_both_numbers(data_folder, tiny, tokenizer):
     reader = SampleReader(tiny, tokenizer, 20)
     found = read_records(data_folder / "heldout.jsonl")[0]
     with pytest.raises(ValueError, match=r"\d+ tokens \(16 for images, .*--seq-length 20"):
-        reader.read(found, Inside(data_folder))
+        reader.read(found, FilesInside(data_folder))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny, tokenizer):

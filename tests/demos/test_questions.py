@@ -72,7 +72,7 @@ def test_splits_share_no_picture_no_voice_and_no_pair(data_folder):
 
 
 def test_every_file_is_there_and_fits_the_window(data_folder, tiny):
-    window = tiny.modalities["audios"].encoder.clip_seconds
+    window = tiny.modalities["audios"].encoder.window_seconds
     for split in ("align", "train", "heldout", "heldout_pairs"):
         for record in records(data_folder, split):
             for file in record["images"] + record["audios"]:

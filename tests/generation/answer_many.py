@@ -21,10 +21,10 @@ from megatron.core import mpu
 
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.data.batch import collate
-from examples.mimo.data.conversation import Inside
+from examples.mimo.data.conversation import FilesInside
 from examples.mimo.data.datasets import read_records
 from examples.mimo.generation.api import Answerer
-from examples.mimo.generation.engine import Engine, Job
+from examples.mimo.generation.engine import Engine, SequenceRequest
 from examples.mimo.generation.sampling import Sampling
 from examples.mimo.generation.scheduler import Options
 
@@ -33,7 +33,7 @@ with command.stdout_to(os.devnull):
     answerer = Answerer(open_checkpoint(folder), tp, pp)
 reader = answerer.reader()
 samples = [
-    reader.read({**record, "conversations": record["conversations"][:1]}, Inside(data))
+    reader.read({**record, "conversations": record["conversations"][:1]}, FilesInside(data))
     for record in read_records(data / "heldout.jsonl")[:count]
 ]
 encoded = []
@@ -92,7 +92,7 @@ def without_a_cache(sample, steps):
 
 def cached(sample, steps):
     engine = Engine(answerer.model, answerer.config, eos_id=-1)
-    reports = engine.start([Job(0, sample, steps, logprobs=True, prompt_logprobs=True)])
+    reports = engine.start([SequenceRequest(0, sample, steps, logprobs=True, prompt_logprobs=True)])
     while engine.rows:
         reports += engine.step()
     prompt = reports[0].prompt_logprobs

@@ -8,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from examples.mimo.data.conversation import Sample, TokenRow
+from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation import engine as engine_file
 from examples.mimo.generation.cuda_graphs import DecodingGraphs
-from examples.mimo.generation.engine import Engine, Job
+from examples.mimo.generation.engine import Engine, SequenceRequest
 from examples.mimo.generation.prefix_cache import PrefixStore, units_of, usable_length
 from examples.mimo.generation.sampling import Sampling
 
@@ -41,7 +41,7 @@ def sample(config, parts, name="s"):
         item = encoder.mock_inputs(torch.Generator().manual_seed(seed))
         media[modality].append(item)
         ids += [config.modalities[modality].token_id] * encoder.num_tokens(item)
-    row = TokenRow(ids, [0] * len(ids), [0] * len(ids))
+    row = TokenSequence(ids, [0] * len(ids), [0] * len(ids))
     return Sample(name, row, dict(media), {key: ["drawn"] * len(of) for key, of in media.items()})
 
 
@@ -71,7 +71,7 @@ def mixed_jobs(config):
     ]
     samples = [sample(config, of) for of in parts]
     return [
-        Job(n, s, 5 + 3 * n, dataclasses.replace(HOT, seed=n) if n % 2 else Sampling())
+        SequenceRequest(n, s, 5 + 3 * n, dataclasses.replace(HOT, seed=n) if n % 2 else Sampling())
         for n, s in enumerate(samples)
     ]
 
@@ -184,35 +184,35 @@ def questions(config):
 
 def test_a_second_question_about_the_same_media_takes_them_over(model, tiny, monkeypatch):
     first, second, _ = questions(tiny)
-    wanted = answer(model, tiny, [Job(1, second, 6)])[1]
+    wanted = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
     engine = Engine(model, tiny, eos_id=-1, prefixes=2)
-    drain(engine, engine.start([Job(0, first, 6)]))
+    drain(engine, engine.start([SequenceRequest(0, first, 6)]))
     watch = Watch(engine, monkeypatch)
     # Log-probabilities of the answer are no reason to work through the prompt.
-    assert drain(engine, engine.start([Job(1, second, 6, logprobs=True)]))[1] == wanted
+    assert drain(engine, engine.start([SequenceRequest(1, second, 6, logprobs=True)]))[1] == wanted
     assert watch.encoded == []
     assert watch.tokens == 8 + 5
 
 
 def test_questions_asked_together_share_the_media(model, tiny, monkeypatch):
-    jobs = [Job(n, s, 6) for n, s in enumerate(questions(tiny))]
+    jobs = [SequenceRequest(n, s, 6) for n, s in enumerate(questions(tiny))]
     wanted = answer(model, tiny, jobs)
     engine = Engine(model, tiny, eos_id=-1, prefixes=2)
     watch = Watch(engine, monkeypatch)
     assert drain(engine, engine.start(jobs)) == wanted
     assert watch.encoded == ["images", "audios"]
-    length = len(jobs[0].sample.row.ids)
+    length = len(jobs[0].sample.tokens.ids)
     assert watch.tokens == length + 2 * 8 + 3 * 5
 
 
 def test_a_conversation_goes_on_from_what_was_said(model, tiny, monkeypatch):
     first = sample(tiny, [("images", 1), words(30, 1)])
     engine = Engine(model, tiny, eos_id=-1, prefixes=1)
-    said = drain(engine, engine.start([Job(0, first, 6)]))[0]
+    said = drain(engine, engine.start([SequenceRequest(0, first, 6)]))[0]
     second = sample(tiny, [("images", 1), words(30, 1) + said + words(4, 9)])
-    wanted = answer(model, tiny, [Job(1, second, 6)])[1]
+    wanted = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
     watch = Watch(engine, monkeypatch)
-    assert drain(engine, engine.start([Job(1, second, 6)]))[1] == wanted
+    assert drain(engine, engine.start([SequenceRequest(1, second, 6)]))[1] == wanted
     assert watch.encoded == []
     # The answer's last token was never worked through.
     assert watch.tokens == 1 + 4 + 5
@@ -220,18 +220,20 @@ def test_a_conversation_goes_on_from_what_was_said(model, tiny, monkeypatch):
 
 def test_another_picture_is_not_taken_over(model, tiny, monkeypatch):
     engine = Engine(model, tiny, eos_id=-1, prefixes=2)
-    drain(engine, engine.start([Job(0, sample(tiny, [words(40, 1), ("images", 1)]), 3)]))
+    drain(
+        engine, engine.start([SequenceRequest(0, sample(tiny, [words(40, 1), ("images", 1)]), 3)])
+    )
     other = sample(tiny, [words(40, 1), ("images", 2), words(4, 2)])
-    wanted = answer(model, tiny, [Job(1, other, 6)])[1]
+    wanted = answer(model, tiny, [SequenceRequest(1, other, 6)])[1]
     watch = Watch(engine, monkeypatch)
-    assert drain(engine, engine.start([Job(1, other, 6)]))[1] == wanted
+    assert drain(engine, engine.start([SequenceRequest(1, other, 6)]))[1] == wanted
     assert watch.encoded == ["images"]
     assert watch.tokens == 16 + 4 + 5
 
 
 def test_a_prompt_that_broke_off_is_not_taken_over(model, tiny, monkeypatch):
     first, second, _ = questions(tiny)
-    wanted = answer(model, tiny, [Job(1, second, 6)])[1]
+    wanted = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
     engine = Engine(model, tiny, eos_id=-1, prefixes=2)
 
     def broken(*inputs):
@@ -240,10 +242,10 @@ def test_a_prompt_that_broke_off_is_not_taken_over(model, tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.transformer, "forward", broken)
         with pytest.raises(KeyboardInterrupt):
-            engine.start([Job(0, first, 6)])
+            engine.start([SequenceRequest(0, first, 6)])
     engine.stop(0)
     assert not engine.rows
-    assert drain(engine, engine.start([Job(1, second, 6)]))[1] == wanted
+    assert drain(engine, engine.start([SequenceRequest(1, second, 6)]))[1] == wanted
 
 
 def test_only_whole_items_are_taken_over(tiny):

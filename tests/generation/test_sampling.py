@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import generation
 
-from examples.mimo.generation.sampling import Draws, Sampling, choose, probabilities
+from examples.mimo.generation.sampling import Sampling, SequenceGenerator, choose, probabilities
 
 VOCABULARY, DRAWN = 12, 20_000
 # The chance that a right sampler fails a case.
@@ -58,7 +58,7 @@ def chi_square_bound(freedom):
 def test_what_is_drawn_has_the_exact_distribution(logits, name):
     sampling, seen = CASES[name], [0, 3, 3, 7]
     wanted = exactly(logits, sampling, seen)
-    draws = Draws(11)
+    draws = SequenceGenerator(11)
     ids = torch.tensor(seen)
     rows = logits.expand(100, -1)
     counts = torch.zeros(VOCABULARY)
@@ -103,9 +103,9 @@ def test_the_probabilities_are_transformers(logits, name):
 def test_rows_are_sampled_each_by_its_own_rule(logits):
     rules = [Sampling(), CASES["top k"], Sampling(), CASES["all"]]
     seen = [torch.tensor([0])] * 4
-    together = choose(logits.expand(4, -1), rules, [Draws(n) for n in range(4)], seen)
+    together = choose(logits.expand(4, -1), rules, [SequenceGenerator(n) for n in range(4)], seen)
     for number, rule in enumerate(rules):
-        alone = choose(logits, [rule], [Draws(number)], [seen[number]])
+        alone = choose(logits, [rule], [SequenceGenerator(number)], [seen[number]])
         assert together[number] == alone[0]
     assert together[0] == together[2] == logits.argmax()
 
@@ -114,7 +114,7 @@ def test_the_tiniest_temperature_is_greedy(logits):
     forbidden = logits.clone()
     forbidden[0, -1] = float("-inf")
     for temperature in (5e-324, 1e-310, 1e-30):
-        found = choose(forbidden, [Sampling(temperature)], [Draws(0)], [])
+        found = choose(forbidden, [Sampling(temperature)], [SequenceGenerator(0)], [])
         assert found[0] == forbidden.argmax()
 
 
@@ -122,7 +122,7 @@ def test_a_forbidden_token_is_never_drawn(logits):
     forbidden = logits.clone()
     forbidden[0, [1, 4]] = float("-inf")
     hot = Sampling(temperature=50.0)
-    draws = Draws(0)
+    draws = SequenceGenerator(0)
     found = {int(choose(forbidden, [hot], [draws], [])[0]) for _ in range(2_000)}
     assert found == set(range(VOCABULARY)) - {1, 4}
 

@@ -87,7 +87,7 @@ def test_rows_move_and_the_cache_grows(case):
     transformer.forward(embedded[:, :11], cache, 0, [0] * ROWS)
     apart = cache.copy_of(2, 11)
     cache.reserve(5, 300)
-    assert (cache.num_rows, cache.length) == (5, 384)
+    assert (cache.batch_size, cache.length) == (5, 384)
     cache.put(3, cache, 1, 11)
     cache.put(4, apart, 0, 11)
     hidden = transformer.forward(embedded[1:, 11:], cache, 3, [11, 11])

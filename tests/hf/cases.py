@@ -60,7 +60,9 @@ def _language(theirs: Any, model: Any, **ours: Any) -> Case:
         "rms_norm_eps": 1e-6,
         "pad_token_id": None,
     }
-    given = {key: ours.pop(key) for key in list(ours) if key not in OUR_FIELDS}
+    # `head_dim` has the same name on both sides.
+    theirs_too = {k: v for k, v in ours.items() if k not in OUR_FIELDS or k == "head_dim"}
+    ours = {k: v for k, v in ours.items() if k in OUR_FIELDS}
     language = LanguageConfig(
         **{
             "num_layers": LAYERS,
@@ -78,7 +80,7 @@ def _language(theirs: Any, model: Any, **ours: Any) -> Case:
     return Case(
         "language",
         _with("language", language),
-        lambda: randomise(model(theirs(**{**sizes, **given}))),
+        lambda: randomise(model(theirs(**{**sizes, **theirs_too}))),
         {"input_ids": ids},
         lambda built, inputs: built(**inputs).logits,
     )
@@ -155,13 +157,9 @@ CASES = {
         rope_scaling_factor=8.0,
         rope_parameters=LLAMA3_ROPE,
     ),
-    "mistral": _language(
-        hf.MistralConfig, hf.MistralForCausalLM, head_size=32, head_dim=32, sliding_window=None
-    ),
+    "mistral": _language(hf.MistralConfig, hf.MistralForCausalLM, head_dim=32, sliding_window=None),
     "qwen2": _language(hf.Qwen2Config, hf.Qwen2ForCausalLM, qkv_bias=True),
-    "qwen3": _language(
-        hf.Qwen3Config, hf.Qwen3ForCausalLM, qk_norm=True, head_size=32, head_dim=32
-    ),
+    "qwen3": _language(hf.Qwen3Config, hf.Qwen3ForCausalLM, qk_norm=True, head_dim=32),
     "clip": _vision(hf.CLIPVisionConfig, hf.CLIPVisionModel, "clip", _clip_features, layer=-2),
     "siglip": _vision(
         hf.SiglipVisionConfig,

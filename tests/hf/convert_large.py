@@ -42,9 +42,12 @@ def make(folder):
     theirs.save_pretrained(folder)
     shapes = {
         "embed": (LANGUAGE.vocab_size, LANGUAGE.hidden_size),
-        "linear_qkv.weight": (LANGUAGE.query_size + 2 * LANGUAGE.key_size, LANGUAGE.hidden_size),
-        "linear_qkv.bias": (LANGUAGE.query_size + 2 * LANGUAGE.key_size,),
-        "linear_proj.weight": (LANGUAGE.hidden_size, LANGUAGE.query_size),
+        "linear_qkv.weight": (
+            LANGUAGE.query_projection_size + 2 * LANGUAGE.kv_projection_size,
+            LANGUAGE.hidden_size,
+        ),
+        "linear_qkv.bias": (LANGUAGE.query_projection_size + 2 * LANGUAGE.kv_projection_size,),
+        "linear_proj.weight": (LANGUAGE.hidden_size, LANGUAGE.query_projection_size),
         "linear_fc1.weight": (2 * LANGUAGE.ffn_hidden_size, LANGUAGE.hidden_size),
         "linear_fc2.weight": (LANGUAGE.hidden_size, LANGUAGE.ffn_hidden_size),
         "norm": (LANGUAGE.hidden_size,),

@@ -10,8 +10,8 @@ import transformers as hf
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.configs import get_model_config
-from examples.mimo.data.conversation import Sample, TokenRow
-from examples.mimo.generation.engine import Engine, Job
+from examples.mimo.data.conversation import Sample, TokenSequence
+from examples.mimo.generation.engine import Engine, SequenceRequest
 from examples.mimo.hf import convert
 from examples.mimo.hf.io import Folder
 from tests.hf.cases import CASES, HEADS, INNER, LAYERS, PATCH, SIDE, WIDTH, randomise
@@ -90,11 +90,11 @@ def test_twenty_greedy_tokens(llava):
     wanted = theirs.generate(
         input_ids=ids, pixel_values=pixels, max_new_tokens=20, do_sample=False, eos_token_id=None
     )[0, ids.shape[1] :]
-    row = TokenRow(ids[0].tolist(), [], [])
+    row = TokenSequence(ids[0].tolist(), [], [])
     sample = Sample("llava", row, {"images": [{"pixel_values": pixels}]}, {"images": ["drawn"]})
     config = open_checkpoint(folder / "ours").config
     engine = Engine(ours, config, eos_id=-1, forbidden=range(120, 128))
-    reports = engine.start([Job(0, sample, max_new_tokens=20)])
+    reports = engine.start([SequenceRequest(0, sample, max_new_tokens=20)])
     while engine.rows:
         reports += engine.step()
     assert [report.token for report in reports] == wanted.tolist()

@@ -120,8 +120,8 @@ def test_placeholders_of_long_inputs_are_counted(tiny, tokenizer, ear, eye, tmp_
     pieces = to_pieces([Turn(False, "<image><audio>?"), Turn(True, "yes")], config)
     files = {"images": [tmp_path / "a.png"], "audios": [tmp_path / "a.wav"]}
     sample = SampleReader(config, tokenizer, 256).from_pieces(pieces, files, "k")
-    assert sample.row.ids.count(4) == 5 * 16
-    assert sample.row.ids.count(5) == 20 + 5
+    assert sample.tokens.ids.count(4) == 5 * 16
+    assert sample.tokens.ids.count(5) == 20 + 5
     batch = collate([sample, sample])
     assert [num_inputs(batch, name) for name in ("images", "audios")] == [10, 4]
     assert len(batch.items["images"]) == 2

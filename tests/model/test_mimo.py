@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from examples.mimo.data.batch import collate
-from examples.mimo.data.conversation import Sample, TokenRow
+from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.mimo import MediaCountError, freeze_parts, part_names, parts
 
@@ -86,7 +86,7 @@ def test_a_wrong_count_names_sample_file_and_both_numbers(tiny, model):
     sample = MockDataset(tiny, 128, 400, seed=0)[0]
     short = [i for i in batch.input_ids[0].tolist() if i != 4]
     short += [4] * 15
-    row = TokenRow(short, [*short[1:], 0], [0] * len(short))
+    row = TokenSequence(short, [*short[1:], 0], [0] * len(short))
     pixels = {"pixel_values": torch.zeros(1, 3, 32, 32)}
     sample = Sample("cat-7", row, {"images": [pixels]}, {"images": ["photos/cat.png"]})
     batch = collate([sample])

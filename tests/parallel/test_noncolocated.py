@@ -69,10 +69,10 @@ def test_a_share_of_a_batch_keeps_its_rows(tiny):
 def test_rows_are_counted_by_sample_whether_packed_or_not(tiny):
     samples = [MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6)]
     for modality in tiny.modalities.values():
-        wanted = [sample.row.ids.count(modality.token_id) for sample in samples]
+        wanted = [sample.tokens.ids.count(modality.token_id) for sample in samples]
         assert sum(wanted) > 0
         for batch in (collate(samples), collate_packed(samples)):
-            assert count_by_sample(batch.input_ids, modality.token_id, batch.bounds) == wanted
+            assert count_by_sample(batch.input_ids, modality.token_id, batch.cu_seqlens) == wanted
 
 
 def test_a_placement_counts_its_copies():

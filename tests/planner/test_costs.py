@@ -8,8 +8,8 @@ from examples.mimo.planner.flops import language_layer_flops
 from examples.mimo.training.layout import placements
 
 WORK = Workload(
-    num_rows=2,
-    num_columns=100,
+    batch_size=2,
+    seq_length=100,
     inputs={"images": 4, "audios": 4},
     media_tokens={"images": 64, "audios": 40},
 )
@@ -27,8 +27,8 @@ def count(monkeypatch):
 
 
 def test_a_layers_attention_skips_what_the_mask_hides(count, tiny):
-    whole = language_layer_flops(tiny.language, WORK.num_columns)
-    wanted = WORK.num_rows * (whole.weights + whole.attention / 2)
+    whole = language_layer_flops(tiny.language, WORK.seq_length)
+    wanted = WORK.batch_size * (whole.weights + whole.attention / 2)
     assert count(1).layer.forward == wanted
     assert count(1).layer.both == 3 * wanted
     assert count(2, "--context-parallel-size", "2").layer.forward == wanted / 2

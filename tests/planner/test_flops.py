@@ -33,7 +33,7 @@ def test_the_count_is_what_runs(tiny, build_model, frozen):
         name: int((batch.input_ids == m.token_id).sum()) for name, m in tiny.modalities.items()
     }
     items = {name: len(found) for name, found in batch.items.items()}
-    counted = training_flops(tiny, 4, batch.num_columns, items, media_tokens, frozen)
+    counted = training_flops(tiny, 4, batch.seq_length, items, media_tokens, frozen)
     # The first layer of a trained encoder takes no gradient of its inputs.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 

@@ -40,7 +40,9 @@ def test_a_sample_longer_than_a_row():
 def losses(model, batch):
     """(B, S) losses of the tokens that carry one."""
     with torch.no_grad():
-        found = model(batch.input_ids, batch.labels, batch.modality_inputs, bounds=batch.bounds)
+        found = model(
+            batch.input_ids, batch.labels, batch.modality_inputs, cu_seqlens=batch.cu_seqlens
+        )
     return found * batch.loss_mask
 
 
@@ -50,12 +52,12 @@ def test_a_sample_has_the_same_loss_in_a_packed_row(tiny, tokenizer, data_folder
     samples = [dataset[index] for index in range(24)]
     model = build_model(tiny).eval()
     alone = [float(losses(model, collate([sample])).sum()) for sample in samples]
-    lengths = [len(sample.row.ids) for sample in samples]
+    lengths = [len(sample.tokens.ids) for sample in samples]
     rows = pack(lengths, 256)
     assert any(len(row) > 2 for row in rows)
     for row in rows:
         packed = collate_packed([samples[index] for index in row], multiple=256)
-        assert packed.num_columns == 256
+        assert packed.seq_length == 256
         found = losses(model, packed)[0]
-        for index, (start, end) in zip(row, pairwise(packed.bounds), strict=True):
+        for index, (start, end) in zip(row, pairwise(packed.cu_seqlens), strict=True):
             assert float(found[start:end].sum()) == pytest.approx(alone[index], rel=1e-5)

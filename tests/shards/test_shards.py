@@ -146,15 +146,15 @@ def test_packed_rows_are_full_and_samples_whole(read, tiny, tokenizer, count):
     rows = []
     while sum(len(row.keys) for row in rows) < 3 * count:
         rows.append(next(packed))
-    assert {row.num_columns for row in rows} == {ROW}
+    assert {row.seq_length for row in rows} == {ROW}
     assert sum(row.num_tokens for row in rows) / (ROW * len(rows)) > 0.95
     # At an epoch's end a buffer holds some of the next.
     times = collections.Counter(flat(row.keys for row in rows))
     assert len(times) == count
     assert set(times.values()) <= {2, 3, 4}
     for row in rows[:5]:
-        assert len(row.bounds) == len(row.keys) + 1
-        starts = row.input_ids[0, torch.tensor(row.bounds[:-1])]
+        assert len(row.cu_seqlens) == len(row.keys) + 1
+        starts = row.input_ids[0, torch.tensor(row.cu_seqlens[:-1])]
         assert set(starts.tolist()) == {tokenizer.bos_id}
 
 

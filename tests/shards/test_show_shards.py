@@ -64,7 +64,7 @@ def test_the_page_marks_what_is_learned_and_runs_nothing(found, tokenizer):
     assert "&lt;b&gt;cut" in text
     sections = text.split("<section>")[1:]
     for one, section in zip(shown, sections, strict=True):
-        row = one.sample.row
+        row = one.sample.tokens
         learned = re.findall(r'class="learned" title="(\d+)"', section)
         pairs = zip(row.labels, row.loss_mask, strict=True)
         assert list(map(int, learned)) == [label for label, mask in pairs if mask]

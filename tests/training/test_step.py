@@ -10,8 +10,8 @@ from examples.mimo.training import step
 def batch_with(mask, labels=None):
     mask = torch.tensor(mask, dtype=torch.float32)
     return Batch(
-        num_rows=mask.shape[0],
-        num_columns=mask.shape[1],
+        batch_size=mask.shape[0],
+        seq_length=mask.shape[1],
         num_tokens=mask.numel(),
         keys=["a", "b"],
         labels=labels,

@@ -28,11 +28,11 @@ from examples.mimo.model.mimo import check_freeze
 from examples.mimo.planner.stages import balance_stages, num_micro_batches
 from examples.mimo.training.layout import (
     check_world,
+    colocated_encoder_tp,
     encoder_tensor_parallel,
     language_processes,
+    padding_multiple,
     placements,
-    row_multiple,
-    shared_encoder_size,
 )
 
 # LanguageConfig field -> Megatron argument.
@@ -47,7 +47,7 @@ LANGUAGE_ARGUMENTS = {
     "rotary_base": "rotary_base",
     "norm_epsilon": "layernorm_epsilon",
     "init_method_std": "init_method_std",
-    "head_size": "kv_channels",
+    "head_dim": "kv_channels",
     "qkv_bias": "add_qkv_bias",
     "qk_norm": "qk_layernorm",
 }
@@ -252,10 +252,10 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
         raise ValueError("--tp-comm-overlap needs Transformer Engine, which is not installed")
     if args.sequence_parallel and args.seq_length % tp:
         raise ValueError(f"--seq-length {args.seq_length} does not divide by {tp} with SP")
-    if args.packing_buffer_size and args.total_seq_length % row_multiple(args):
+    if args.packing_buffer_size and args.total_seq_length % padding_multiple(args):
         raise ValueError(
-            f"--total-seq-length {args.total_seq_length} does not divide by {row_multiple(args)}, "
-            "which this layout needs of a packed row"
+            f"--total-seq-length {args.total_seq_length} is not divisible by "
+            f"{padding_multiple(args)}, which this layout needs of a packed sequence"
         )
 
 
@@ -269,9 +269,9 @@ def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
     sizes = {name: given.get(name, default) for name in config.modalities}
     args.encoder_tensor_model_parallel_size = sizes
     if args.encoder_ranks:
-        _check_own_ranks(args)
+        _check_noncolocated(args)
     else:
-        _check_shared_ranks(args, shared_encoder_size(args))
+        _check_colocated(args, colocated_encoder_tp(args))
     for name, modality in config.modalities.items():
         widths = {f"{name}.projector.ffn_hidden_size": modality.projector.ffn_hidden_size}
         for field in ("num_heads", "ffn_hidden_size"):
@@ -280,7 +280,7 @@ def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
         _check_widths(widths, "--encoder-tensor-model-parallel-size", sizes[name])
 
 
-def _check_shared_ranks(args: argparse.Namespace, encoder_tp: int) -> None:
+def _check_colocated(args: argparse.Namespace, encoder_tp: int) -> None:
     tp = args.tensor_model_parallel_size
     if encoder_tp < 1 or tp % encoder_tp:
         raise ValueError(
@@ -296,7 +296,7 @@ def _check_shared_ranks(args: argparse.Namespace, encoder_tp: int) -> None:
         )
 
 
-def _check_own_ranks(args: argparse.Namespace) -> None:
+def _check_noncolocated(args: argparse.Namespace) -> None:
     for flag in ("use_tp_pp_dp_mapping", "use_sharp"):
         if getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} would do nothing with --encoder-ranks")
@@ -361,7 +361,7 @@ def resolve(preset: MimoConfig, args: argparse.Namespace) -> MimoConfig:
     """The preset with the command line's sizes: what the checkpoint remembers."""
     sizes = {field: getattr(args, argument) for field, argument in LANGUAGE_ARGUMENTS.items()}
     if args.kv_channels == args.hidden_size // args.num_attention_heads:
-        sizes["head_size"] = preset.language.head_size
+        sizes["head_dim"] = preset.language.head_dim
     sizes["rope_scaling_factor"] = args.rope_scaling_factor if args.use_rope_scaling else None
     sizes["tie_embeddings"] = not args.untie_embeddings_and_output_weights
     language: LanguageConfig = dataclasses.replace(preset.language, **sizes)

@@ -42,9 +42,9 @@ def run(command: str, main: Callable[[], None]) -> None:
         raise
     except ValueError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or _ranks_differ:
+        if rank == 0 or _every_rank_reports:
             alone = os.environ.get("WORLD_SIZE", "1") == "1"
-            who = f" [rank {rank}]" if _ranks_differ and not alone else ""
+            who = f" [rank {rank}]" if _every_rank_reports and not alone else ""
             say(f"{command}{who}: error: {' '.join(str(error).split())}")
         _end_now(2)
     except KeyboardInterrupt:
@@ -87,13 +87,13 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     raise ValueError(f"{message}{hint}")
 
 
-_ranks_differ = False
+_every_rank_reports = False
 
 
-def speak_for_myself() -> None:
+def report_every_rank() -> None:
     """From here on a rank may fail alone, so each reports its own errors."""
-    global _ranks_differ
-    _ranks_differ = True
+    global _every_rank_reports
+    _every_rank_reports = True
 
 
 def prepare_environment() -> None:
@@ -124,7 +124,7 @@ def stdout_to(path: str) -> Iterator[None]:
 EVERY_SECONDS = 5.0
 
 
-class Clock:
+class ProgressBar:
     """Says on stderr how many of `total` are done and how long the rest takes."""
 
     def __init__(self, title: str, total: int) -> None:

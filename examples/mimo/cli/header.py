@@ -15,7 +15,7 @@ from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.model.mimo import StageMimoModel, part_names, parts
 from examples.mimo.parallel.placement import Placement
 from examples.mimo.planner.stages import describe_pipeline, predicted_split, workload
-from examples.mimo.training.layout import own_module, placements, places, shared_encoder_size
+from examples.mimo.training.layout import colocated_encoder_tp, module_of_rank, placements, places
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
             mine.setdefault(name, []).append(size)
     everyone: list[Any] = [None] * dist.get_world_size()
     stage = mpu.get_pipeline_model_parallel_rank()
-    dist.all_gather_object(everyone, (own_module(args), stage, mine))
+    dist.all_gather_object(everyone, (module_of_rank(args), stage, mine))
     held = {(module, stage): sizes for module, stage, sizes in everyone}
     found = {place.label: held[place.module, place.stage] for place in places(args)}
     lines = [
@@ -103,7 +103,7 @@ def _encoders_layout(args: argparse.Namespace) -> str:
     if placed:
         described = [f"; {one.name}{_sizes(one)}{_on_ranks(one)}" for one in placed[:-1]]
         return _on_ranks(placed[-1]) + "".join(described) + ";"
-    tp = shared_encoder_size(args)
+    tp = colocated_encoder_tp(args)
     if tp == args.tensor_model_parallel_size:
         return ""
     copies = args.world_size // (args.pipeline_model_parallel_size * tp)

@@ -42,7 +42,7 @@ from examples.mimo.cli.header import describe_run
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import BadSample, Batch
 from examples.mimo.parallel.placement import LANGUAGE
-from examples.mimo.training.layout import own_module
+from examples.mimo.training.layout import module_of_rank
 
 FILE_NAME = "bad_samples.jsonl"
 
@@ -81,7 +81,7 @@ BAD_SAMPLES = BadSamples()
 
 
 def _is_writer(args: argparse.Namespace) -> bool:
-    return own_module(args) in (None, LANGUAGE) and bool(
+    return module_of_rank(args) in (None, LANGUAGE) and bool(
         mpu.is_pipeline_last_stage(ignore_virtual=True)
         and mpu.get_tensor_model_parallel_rank() == 0
         and mpu.get_context_parallel_rank() == 0
@@ -114,7 +114,7 @@ class Counters:
     def add(self, batch: Batch, wait_seconds: float) -> None:
         """Count one micro-batch and the time it was waited for."""
         self.tokens += batch.num_tokens
-        self.slots += batch.num_rows * batch.num_columns
+        self.slots += batch.batch_size * batch.seq_length
         self.items.update({name: len(sources) for name, sources in batch.items.items()})
         self.wait_seconds += wait_seconds
         self.keys += batch.keys
@@ -149,7 +149,7 @@ def install_progress(config: MimoConfig) -> None:
 
 def is_logging_rank() -> bool:
     """The last stage's first rank: the loss is there."""
-    return own_module(get_args()) in (None, LANGUAGE) and bool(
+    return module_of_rank(get_args()) in (None, LANGUAGE) and bool(
         mpu.is_pipeline_last_stage(ignore_virtual=True)
         and mpu.get_tensor_model_parallel_rank() == 0
         and mpu.get_data_parallel_rank(with_context_parallel=True) == 0

@@ -46,7 +46,7 @@ def llava_vlm() -> MimoConfig:
         ),
         modalities={
             "images": ModalityConfig(
-                noun="image",
+                singular="image",
                 placeholder="<image>",
                 token_id=32000,
                 encoder=VitConfig(
@@ -88,7 +88,7 @@ def video_llava_vlm() -> MimoConfig:
     eye = {f.name: getattr(images.encoder, f.name) for f in dataclasses.fields(VitConfig)}
     videos = dataclasses.replace(
         images,
-        noun="video",
+        singular="video",
         placeholder="<video>",
         encoder=VideoConfig(**{**eye, "patches_per_token": 4}, frames_per_second=1.0, max_frames=8),
     )
@@ -115,13 +115,13 @@ def llava_avlm() -> MimoConfig:
     """
     base = llava_vlm()
     audios = ModalityConfig(
-        noun="audio",
+        singular="audio",
         placeholder="<audio>",
         token_id=32002,
         encoder=WhisperConfig(
             num_mel_bins=80,
             hop_samples=160,
-            clip_seconds=30.0,
+            window_seconds=30.0,
             num_layers=6,
             width=512,
             num_heads=8,

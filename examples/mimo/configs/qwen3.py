@@ -36,7 +36,7 @@ def qwen3_avlm() -> MimoConfig:
             ffn_hidden_size=12288,
             num_attention_heads=32,
             num_query_groups=8,
-            head_size=128,
+            head_dim=128,
             vocab_size=151936,
             seq_length=8192,
             rotary_base=1_000_000,
@@ -45,7 +45,7 @@ def qwen3_avlm() -> MimoConfig:
         ),
         modalities={
             "images": ModalityConfig(
-                noun="image",
+                singular="image",
                 placeholder="<image>",
                 token_id=151_700,
                 encoder=VitConfig(
@@ -60,13 +60,13 @@ def qwen3_avlm() -> MimoConfig:
                 projector=ProjectorConfig(ffn_hidden_size=4096),
             ),
             "audios": ModalityConfig(
-                noun="audio",
+                singular="audio",
                 placeholder="<audio>",
                 token_id=151_701,
                 encoder=WhisperConfig(
                     num_mel_bins=128,
                     hop_samples=160,
-                    clip_seconds=30.0,
+                    window_seconds=30.0,
                     num_layers=32,
                     width=1280,
                     num_heads=20,

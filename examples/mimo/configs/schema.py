@@ -79,7 +79,7 @@ class LanguageConfig:
     """A Llama-shaped GPT: RMSNorm, rotary positions, SwiGLU, grouped queries, no biases.
 
     `vocab_size` is the size of the embedding table; it must divide by the tensor-parallel size.
-    `head_size` is hidden_size / num_attention_heads when None. `rope_scaling_factor` stretches
+    `head_dim` is hidden_size / num_attention_heads when None. `rope_scaling_factor` stretches
     rotary positions as Llama 3 does, from 8,192 positions. `qkv_bias` and `qk_norm` are what
     Qwen2 and Qwen3 add.
     """
@@ -95,21 +95,21 @@ class LanguageConfig:
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
     init_method_std: float = 0.02
-    head_size: int | None = None
+    head_dim: int | None = None
     rope_scaling_factor: float | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
 
     @property
-    def query_size(self) -> int:
+    def query_projection_size(self) -> int:
         """The width of all query heads together."""
-        return self.num_attention_heads * self.key_size // self.num_query_groups
+        return self.num_attention_heads * self.kv_projection_size // self.num_query_groups
 
     @property
-    def key_size(self) -> int:
+    def kv_projection_size(self) -> int:
         """The width of all key groups together; the values' is the same."""
-        head_size = self.head_size or self.hidden_size // self.num_attention_heads
-        return self.num_query_groups * head_size
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        return self.num_query_groups * head_dim
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class ModalityConfig:
-    """One kind of input; `noun` names it in flags (`--image-path`) and messages."""
+    """One kind of input; `singular` names it in flags (`--image-path`) and messages."""
 
-    noun: str
+    singular: str
     placeholder: str
     token_id: int
     encoder: EncoderConfig

@@ -45,7 +45,7 @@ def smollm2_avlm() -> MimoConfig:
         ),
         modalities={
             "images": ModalityConfig(
-                noun="image",
+                singular="image",
                 placeholder="<image>",
                 token_id=49_152,
                 encoder=VitConfig(
@@ -64,13 +64,13 @@ def smollm2_avlm() -> MimoConfig:
                 projector=ProjectorConfig(ffn_hidden_size=1152),
             ),
             "audios": ModalityConfig(
-                noun="audio",
+                singular="audio",
                 placeholder="<audio>",
                 token_id=49_153,
                 encoder=WhisperConfig(
                     num_mel_bins=80,
                     hop_samples=160,
-                    clip_seconds=30.0,
+                    window_seconds=30.0,
                     num_layers=4,
                     width=384,
                     num_heads=6,

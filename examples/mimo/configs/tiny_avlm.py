@@ -39,7 +39,7 @@ def tiny_avlm() -> MimoConfig:
         ),
         modalities={
             "images": ModalityConfig(
-                noun="image",
+                singular="image",
                 placeholder="<image>",
                 token_id=4,
                 encoder=VitConfig(
@@ -56,13 +56,13 @@ def tiny_avlm() -> MimoConfig:
                 projector=ProjectorConfig(ffn_hidden_size=256),
             ),
             "audios": ModalityConfig(
-                noun="audio",
+                singular="audio",
                 placeholder="<audio>",
                 token_id=5,
                 encoder=WhisperConfig(
                     num_mel_bins=40,
                     hop_samples=320,
-                    clip_seconds=2.4,
+                    window_seconds=2.4,
                     num_layers=2,
                     width=128,
                     num_heads=4,

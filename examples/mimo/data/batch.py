@@ -25,12 +25,12 @@ class Batch:
     that were skipped on the way here.
     """
 
-    num_rows: int
-    num_columns: int
+    batch_size: int
+    seq_length: int
     num_tokens: int
     keys: list[str]
     items: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    bounds: list[int] | None = None
+    cu_seqlens: list[int] | None = None
     refused: list[BadSample] = field(default_factory=list)
     input_ids: torch.Tensor | None = None
     labels: torch.Tensor | None = None
@@ -63,26 +63,26 @@ class Needs:
 
 def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
     """Rows padded with id 0, label 0 and no loss to the longest, rounded up to `multiple`."""
-    columns = _round_up(max(len(sample.row.ids) for sample in samples), multiple)
+    columns = _round_up(max(len(sample.tokens.ids) for sample in samples), multiple)
     return _batch(
         samples,
-        input_ids=_pad([s.row.ids for s in samples], columns, torch.long),
-        labels=_pad([s.row.labels for s in samples], columns, torch.long),
-        loss_mask=_pad([s.row.loss_mask for s in samples], columns, torch.float32),
+        input_ids=_pad([s.tokens.ids for s in samples], columns, torch.long),
+        labels=_pad([s.tokens.labels for s in samples], columns, torch.long),
+        loss_mask=_pad([s.tokens.loss_mask for s in samples], columns, torch.float32),
     )
 
 
 def collate_packed(samples: Sequence[Sample], multiple: int = 1, sample_multiple: int = 1) -> Batch:
     """All samples in one row, padded each to `sample_multiple` and together to `multiple`."""
-    ends = list(accumulate(_round_up(len(s.row.ids), sample_multiple) for s in samples))
+    ends = list(accumulate(_round_up(len(s.tokens.ids), sample_multiple) for s in samples))
     ends[-1] = _round_up(ends[-1], multiple)
-    bounds = [0, *ends]
+    cu_seqlens = [0, *ends]
     return _batch(
         samples,
-        input_ids=_pack([s.row.ids for s in samples], bounds, torch.long),
-        labels=_pack([s.row.labels for s in samples], bounds, torch.long),
-        loss_mask=_pack([s.row.loss_mask for s in samples], bounds, torch.float32),
-        bounds=bounds,
+        input_ids=_pack([s.tokens.ids for s in samples], cu_seqlens, torch.long),
+        labels=_pack([s.tokens.labels for s in samples], cu_seqlens, torch.long),
+        loss_mask=_pack([s.tokens.loss_mask for s in samples], cu_seqlens, torch.float32),
+        cu_seqlens=cu_seqlens,
     )
 
 
@@ -94,9 +94,9 @@ def _batch(samples: Sequence[Sample], input_ids: torch.Tensor, **fields: Any) ->
             media.setdefault(name, []).extend(inputs)
             items.setdefault(name, []).extend((sample.key, s) for s in sample.sources[name])
     return Batch(
-        num_rows=input_ids.shape[0],
-        num_columns=input_ids.shape[1],
-        num_tokens=sum(len(sample.row.ids) for sample in samples),
+        batch_size=input_ids.shape[0],
+        seq_length=input_ids.shape[1],
+        num_tokens=sum(len(sample.tokens.ids) for sample in samples),
         keys=[sample.key for sample in samples],
         items=items,
         input_ids=input_ids,
@@ -112,9 +112,9 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _pack(rows: list[list[int]], bounds: list[int], dtype: torch.dtype) -> torch.Tensor:
-    packed = torch.zeros(1, bounds[-1], dtype=dtype)
-    for start, values in zip(bounds, rows, strict=False):
+def _pack(rows: list[list[int]], cu_seqlens: list[int], dtype: torch.dtype) -> torch.Tensor:
+    packed = torch.zeros(1, cu_seqlens[-1], dtype=dtype)
+    for start, values in zip(cu_seqlens, rows, strict=False):
         packed[0, start : start + len(values)] = torch.tensor(values, dtype=dtype)
     return packed
 
@@ -131,15 +131,15 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     first = batches[0]
     if len(batches) == 1:
         return first
-    packed = first.bounds is not None
-    columns = max(batch.num_columns for batch in batches)
-    bounds: list[int] | None = None
+    packed = first.cu_seqlens is not None
+    columns = max(batch.seq_length for batch in batches)
+    cu_seqlens: list[int] | None = None
     if packed:
-        columns = sum(batch.num_columns for batch in batches)
-        bounds = [0]
+        columns = sum(batch.seq_length for batch in batches)
+        cu_seqlens = [0]
         for batch in batches:
-            assert batch.bounds is not None
-            bounds += [bounds[-1] + end for end in batch.bounds[1:]]
+            assert batch.cu_seqlens is not None
+            cu_seqlens += [cu_seqlens[-1] + end for end in batch.cu_seqlens[1:]]
 
     def joined(field_name: str) -> torch.Tensor:
         tensors = [getattr(batch, field_name) for batch in batches]
@@ -150,12 +150,12 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     names = dict.fromkeys(name for batch in batches for name in batch.modality_inputs)
     having = {n: [b.modality_inputs[n] for b in batches if n in b.modality_inputs] for n in names}
     return Batch(
-        num_rows=1 if packed else sum(batch.num_rows for batch in batches),
-        num_columns=columns,
+        batch_size=1 if packed else sum(batch.batch_size for batch in batches),
+        seq_length=columns,
         num_tokens=sum(batch.num_tokens for batch in batches),
         keys=[key for batch in batches for key in batch.keys],
         items={n: [item for b in batches for item in b.items.get(n, [])] for n in names},
-        bounds=bounds,
+        cu_seqlens=cu_seqlens,
         refused=[bad for batch in batches for bad in batch.refused],
         input_ids=joined("input_ids"),
         labels=joined("labels"),

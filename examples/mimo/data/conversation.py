@@ -54,7 +54,7 @@ Piece = TextPiece | MediaPiece
 
 
 @dataclass(frozen=True)
-class TokenRow:
+class TokenSequence:
     """`labels[i]` is the token after `ids[i]`; `loss_mask[i]` is 1 where it is to be learned."""
 
     ids: list[int]
@@ -129,7 +129,7 @@ def check_media(
         if placed != given_count:
             raise ValueError(
                 f"sample {key}: {placed} {modality.placeholder} in the text, but {given_count} "
-                f"{modality.noun} files; give one file for each placeholder"
+                f"{modality.singular} files; give one file for each placeholder"
             )
 
 
@@ -138,7 +138,7 @@ def tokenise(
     media_tokens: Mapping[str, Sequence[int]],
     config: MimoConfig,
     tokenizer: Tokenizer,
-) -> TokenRow:
+) -> TokenSequence:
     """The row of a conversation; `media_tokens[modality][i]` is item i's `num_tokens`.
 
     An answer ends with the end-of-text token, which is learned too. The last token has no
@@ -157,7 +157,7 @@ def tokenise(
             new = [*new, tokenizer.eos_id]
         ids += new
         learned += [int(has_loss)] * len(new)
-    return TokenRow(ids, [*ids[1:], tokenizer.pad_id], [*learned[1:], 0])
+    return TokenSequence(ids, [*ids[1:], tokenizer.pad_id], [*learned[1:], 0])
 
 
 def _without_placeholder_ids(ids: list[int], config: MimoConfig) -> list[int]:
@@ -168,7 +168,7 @@ def _without_placeholder_ids(ids: list[int], config: MimoConfig) -> list[int]:
 
 EncoderInputs = dict[str, torch.Tensor]
 # From the name of a file in a record to the file.
-Find = Callable[[str], Source]
+FindFile = Callable[[str], Source]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Sample:
     """`media[modality]` holds the inputs of each item, `sources` where each came from."""
 
     key: str
-    row: TokenRow
+    tokens: TokenSequence
     media: dict[str, list[EncoderInputs]]
     sources: dict[str, list[str]]
 
@@ -203,7 +203,10 @@ class SampleReader:
             )
 
     def read(
-        self, record: Mapping[str, Any], find: Find, generator: np.random.Generator | None = None
+        self,
+        record: Mapping[str, Any],
+        find: FindFile,
+        generator: np.random.Generator | None = None,
     ) -> Sample:
         """The sample of a JSON record; `find` knows the files that it names."""
         key = str(record.get("key"))
@@ -268,14 +271,14 @@ def refuse_unknown_media(record: Mapping[str, Any], key: str, config: MimoConfig
 
 
 def files_of(
-    record: Mapping[str, Any], config: MimoConfig, find: Find, key: str
+    record: Mapping[str, Any], config: MimoConfig, find: FindFile, key: str
 ) -> dict[str, list[Source]]:
     """The files of each modality that a record names; ValueError for other modalities'."""
     refuse_unknown_media(record, key, config)
     return {name: _files(record, name, key, find) for name in config.modalities}
 
 
-def _files(record: Mapping[str, Any], name: str, key: str, find: Find) -> list[Source]:
+def _files(record: Mapping[str, Any], name: str, key: str, find: FindFile) -> list[Source]:
     given = record.get(name, [])
     if not isinstance(given, list) or not all(isinstance(f, str) for f in given):
         raise ValueError(f"sample {key}: {name} must be a list of file names, not {given!r}")
@@ -286,7 +289,7 @@ def _files(record: Mapping[str, Any], name: str, key: str, find: Find) -> list[S
 
 
 @dataclass(frozen=True)
-class Inside:
+class FilesInside:
     """Files under `root`; ValueError for one that lies elsewhere."""
 
     root: Path

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import Inside, Sample, SampleReader, TokenRow
+from examples.mimo.data.conversation import FilesInside, Sample, SampleReader, TokenSequence
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
     ) -> None:
         if not root.is_dir():
             raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
-        self.find = Inside(root)
+        self.find = FilesInside(root)
         self.reader = reader
         self.records = read_records(root / f"{split}.jsonl")
         self.num_samples = len(self.records) if num_samples is None else num_samples
@@ -111,7 +111,9 @@ class MockDataset(torch.utils.data.Dataset[Sample]):
         sources = {name: ["mock"] * len(items) for name, items in media.items()}
         return Sample(f"mock-{index}", row, media, sources)
 
-    def _row(self, spans: list[list[int]], length: int, numbers: np.random.Generator) -> TokenRow:
+    def _row(
+        self, spans: list[list[int]], length: int, numbers: np.random.Generator
+    ) -> TokenSequence:
         text = numbers.choice(self.words, length - sum(map(len, spans))).tolist()
         question = len(text) // 2
         cuts = sorted(numbers.integers(0, question + 1, len(spans)).tolist())
@@ -120,4 +122,4 @@ class MockDataset(torch.utils.data.Dataset[Sample]):
             ids += text[start:stop] + span
         learned = [0] * len(ids) + [1] * (len(text) - question)
         ids += text[question:]
-        return TokenRow(ids, [*ids[1:], 0], [*learned[1:], 0])
+        return TokenSequence(ids, [*ids[1:], 0], [*learned[1:], 0])

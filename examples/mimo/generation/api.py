@@ -23,7 +23,7 @@ from examples.mimo.data.conversation import Sample, SampleReader, Turn, to_piece
 from examples.mimo.data.tokenizer import Tokenizer, load_tokenizer
 from examples.mimo.generation.engine import Engine
 from examples.mimo.generation.sampling import numbered
-from examples.mimo.generation.scheduler import DEFAULTS, Answer, Options, Piece, Running
+from examples.mimo.generation.scheduler import DEFAULTS, Answer, Options, Piece, Scheduler
 from examples.mimo.modalities.base import Source
 
 
@@ -115,11 +115,11 @@ class Answerer:
             return request
         return dataclasses.replace(request, prompt=self._placeholders(request) + request.prompt)
 
-    def running(self) -> Running:
+    def running(self) -> Scheduler:
         """Nothing yet: answers are started on it. One at a time, so ValueError beside another."""
         if self.engine.rows:
             raise ValueError("other answers are being written; close or finish them first")
-        return Running(self.engine, self.tokenizer, self.config.language.seq_length)
+        return Scheduler(self.engine, self.tokenizer, self.config.language.seq_length)
 
     def answer(
         self,
@@ -154,7 +154,7 @@ class Answerer:
                     waiting.append(one)
                 pieces: list[Piece] = []
                 if waiting and 2 * len(running) <= batch_size:
-                    waiting.sort(key=lambda pair: len(pair[1].row.ids))
+                    waiting.sort(key=lambda pair: len(pair[1].tokens.ids))
                     count = batch_size - len(running)
                     chosen, waiting = waiting[:count], waiting[count:]
                     pieces = running.start([(n, s, _of(options, n)) for n, s in chosen])

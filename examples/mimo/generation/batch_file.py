@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from examples.mimo.cli.command import Clock
-from examples.mimo.data.conversation import Inside, Sample, Turn, files_of, parse_turns
+from examples.mimo.cli.command import ProgressBar
+from examples.mimo.data.conversation import FilesInside, Sample, Turn, files_of, parse_turns
 from examples.mimo.generation.api import Answerer, Request, share
 from examples.mimo.generation.scheduler import Answer, Options
 
@@ -48,7 +48,7 @@ def answer_file(
     cannot be read is answered with an error.
     """
     total, done = share(lambda: _begin(source, target))
-    clock = Clock(target.name, total * samples)
+    clock = ProgressBar(target.name, total * samples)
     keys: dict[int, str | None] = {}
     count = len(done)
     with _Output(target) as output:
@@ -77,7 +77,7 @@ def request_of(record: Any, root: Path, answerer: Answerer, key: str) -> Request
     """What a line asks; ValueError, one line, when it asks nothing or names no file."""
     if not isinstance(record, dict):
         raise ValueError("a question must be a JSON object")
-    files = files_of(record, answerer.config, Inside(root), key)
+    files = files_of(record, answerer.config, FilesInside(root), key)
     if "conversations" in record:
         *history, last = parse_turns(record["conversations"], key)
     else:

@@ -38,19 +38,19 @@ class Conversation:
         self.turns += [Turn(is_answer=False, text=prompt), Turn(is_answer=True, text=answer)]
 
 
-class Talk:
+class ChatSession:
     """Reads lines and answers them; on several ranks rank 0 reads and all answer."""
 
     def __init__(self, answerer: Answerer, options: Options, output: TextIO) -> None:
         self.answerer, self.options, self.output = answerer, options, output
-        self.nouns = {f"/{m.noun}": name for name, m in answerer.config.modalities.items()}
+        self.nouns = {f"/{m.singular}": name for name, m in answerer.config.modalities.items()}
         self.conversation = Conversation()
         self.speaks = os.environ["RANK"] == "0"
 
     @property
     def help(self) -> str:
         """The commands."""
-        files = ", ".join(f"{noun} FILE" for noun in self.nouns)
+        files = ", ".join(f"{singular} FILE" for singular in self.nouns)
         return f"{files} add to the next turn; /reset starts over; /quit or Ctrl-D ends"
 
     def run(self, lines: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from megatron.core import mpu
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import collate, to_device
-from examples.mimo.data.conversation import Sample, TokenRow
+from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation.cuda_graphs import DecodingGraphs
 from examples.mimo.generation.prefix_cache import (
     PrefixStore,
@@ -26,7 +26,7 @@ from examples.mimo.generation.prefix_cache import (
     units_of,
     usable_length,
 )
-from examples.mimo.generation.sampling import GREEDY, Draws, Sampling, choose
+from examples.mimo.generation.sampling import GREEDY, Sampling, SequenceGenerator, choose
 from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache
 from examples.mimo.model.mimo import StageMimoModel
 
@@ -38,7 +38,7 @@ STOP, LENGTH = "stop", "length"
 
 
 @dataclass(frozen=True)
-class Job:
+class SequenceRequest:
     """A prompt to answer; `number` is its name in the engine's reports."""
 
     number: int
@@ -50,7 +50,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Report:
+class TokenOutput:
     """A new token of a job. `finish` says why it was the last: the end-of-text token, or length.
 
     `logprob` is its natural logarithm of probability before any sampling; `prompt_logprobs`, with
@@ -66,9 +66,9 @@ class Report:
 
 @dataclass
 class _Row:
-    job: Job
+    job: SequenceRequest
     prompt: PromptUnits
-    draws: Draws
+    draws: SequenceGenerator
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -88,7 +88,7 @@ class _Row:
 
     def held(self, device: torch.device) -> torch.Tensor:
         """The ids of prompt and answer."""
-        return torch.tensor([*self.job.sample.row.ids, *self.tokens], device=device)
+        return torch.tensor([*self.job.sample.tokens.ids, *self.tokens], device=device)
 
 
 class Engine:
@@ -117,18 +117,21 @@ class Engine:
         self.rows: list[_Row] = []
 
     @torch.no_grad()
-    def start(self, jobs: Sequence[Job]) -> list[Report]:
+    def start(self, jobs: Sequence[SequenceRequest]) -> list[TokenOutput]:
         """Work through prompts and choose the first token of each."""
-        rows = [_Row(j, units_of(j.sample, self.config), Draws(j.sampling.seed)) for j in jobs]
+        rows = [
+            _Row(j, units_of(j.sample, self.config), SequenceGenerator(j.sampling.seed))
+            for j in jobs
+        ]
         self._make_room(rows)
-        reports: list[Report] = []
+        reports: list[TokenOutput] = []
         while rows:
             together, rows = self._next_group(rows)
             reports += self._prefill(together)
         return reports
 
     @torch.no_grad()
-    def step(self) -> list[Report]:
+    def step(self) -> list[TokenOutput]:
         """One more token of every row."""
         rows = self.rows
         if not rows:
@@ -147,7 +150,7 @@ class Engine:
     def _make_room(self, rows: Sequence[_Row]) -> None:
         together = [*self.rows, *rows]
         needed = max((row.needed for row in together), default=0)
-        if not self.rows and (len(together) > self.cache.num_rows or needed > self.cache.length):
+        if not self.rows and (len(together) > self.cache.batch_size or needed > self.cache.length):
             self.cache = self.transformer.new_cache()
         self.cache.reserve(len(together), needed)
 
@@ -192,7 +195,7 @@ class Engine:
                 best = _Source(length, self.cache, place)
         return best if best.length >= WORTH_SHARING else _Source(0, None, 0)
 
-    def _prefill(self, together: Sequence[tuple[_Row, _Source]]) -> list[Report]:
+    def _prefill(self, together: Sequence[tuple[_Row, _Source]]) -> list[TokenOutput]:
         first, start = len(self.rows), together[0][1].length
         for place, (_, source) in enumerate(together, start=first):
             if source.cache is not None:
@@ -203,7 +206,7 @@ class Engine:
         embedded = None
         if self.model.pre_process:
             embedded = self.model.embed(batch.input_ids, batch.modality_inputs).transpose(0, 1)
-        hidden = self._through_stages(embedded, first, batch.num_columns, [start] * len(rows))
+        hidden = self._through_stages(embedded, first, batch.seq_length, [start] * len(rows))
         prompts = self._prompt_logprobs(rows, hidden) if rows[0].job.prompt_logprobs else None
         return self._take(rows, None if hidden is None else hidden[:, -1], prompts)
 
@@ -228,7 +231,7 @@ class Engine:
         rows: Sequence[_Row],
         hidden: torch.Tensor | None,
         prompts: list[list[float | None]] | None = None,
-    ) -> list[Report]:
+    ) -> list[TokenOutput]:
         """Choose a token for each of `rows` from (B, H), and let those go that are done."""
         found = torch.zeros(len(rows), 2, dtype=torch.float64, device=self.device)
         if hidden is not None:
@@ -243,7 +246,7 @@ class Engine:
         for place, (row, (token, logprob)) in enumerate(zip(rows, found.tolist(), strict=True)):
             row.tokens.append(int(token))
             reports.append(
-                Report(
+                TokenOutput(
                     row.job.number,
                     int(token),
                     self._finish(row),
@@ -285,7 +288,7 @@ class Engine:
         found = torch.zeros(len(rows), columns, dtype=torch.float64, device=self.device)
         if hidden is not None:
             for place, row in enumerate(rows):
-                ids = torch.tensor(row.job.sample.row.ids, device=self.device)
+                ids = torch.tensor(row.job.sample.tokens.ids, device=self.device)
                 for begin in range(0, columns - 1, 256):
                     end = min(begin + 256, columns - 1)
                     logits = self.transformer.logits(hidden[place, begin:end]).float()
@@ -331,10 +334,10 @@ def _rest(row: _Row, start: int) -> Sample:
         return [value for number, value in enumerate(values) if (name, number) in left]
 
     media = {name: of_rest(name, items) for name, items in sample.media.items()}
-    whole = sample.row
+    whole = sample.tokens
     return Sample(
         sample.key,
-        TokenRow(whole.ids[start:], whole.labels[start:], whole.loss_mask[start:]),
+        TokenSequence(whole.ids[start:], whole.labels[start:], whole.loss_mask[start:]),
         {name: items for name, items in media.items() if items},
         {name: of_rest(name, files) for name, files in sample.sources.items()},
     )

@@ -28,12 +28,12 @@ class PromptUnits:
 def units_of(sample: Sample, config: MimoConfig) -> PromptUnits:
     """What the places of a prompt hold; equal media give equal units, whatever their file."""
     names = {modality.token_id: name for name, modality in config.modalities.items()}
-    units: list[Unit] = list(sample.row.ids)
+    units: list[Unit] = list(sample.tokens.ids)
     items: list[tuple[str, int, int, int]] = []
     counts = dict.fromkeys(sample.media, 0)
     place = 0
     while place < len(units):
-        name = names.get(sample.row.ids[place])
+        name = names.get(sample.tokens.ids[place])
         if name is None:
             place += 1
             continue

@@ -46,7 +46,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-class Draws:
+class SequenceGenerator:
     """The random numbers of one answer: the same for a seed, whatever is answered beside it."""
 
     def __init__(self, seed: int) -> None:
@@ -60,7 +60,7 @@ class Draws:
 def choose(
     logits: torch.Tensor,
     samplings: Sequence[Sampling],
-    draws: Sequence[Draws],
+    draws: Sequence[SequenceGenerator],
     seen: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """(B, V) fp32 logits -> (B,) tokens; `seen[i]` are the ids that row i holds already."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from examples.mimo.data.conversation import Sample
 from examples.mimo.data.tokenizer import Tokenizer
-from examples.mimo.generation.engine import LENGTH, STOP, Engine, Job, Report
+from examples.mimo.generation.engine import LENGTH, STOP, Engine, SequenceRequest, TokenOutput
 from examples.mimo.generation.sampling import GREEDY, Sampling
 
 # What a decoder writes for the bytes of a character that is not whole yet.
@@ -119,7 +119,7 @@ class _Writing:
     prompt_logprobs: list[float | None] | None = None
 
 
-class Running:
+class Scheduler:
     """The answers that an engine works on, by the number they were started with."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, seq_length: int) -> None:
@@ -133,13 +133,13 @@ class Running:
         """Begin answers; prompts of one length are worked through together."""
         jobs, pieces = [], []
         for number, sample, options in asked:
-            budget = min(options.max_new_tokens, self.seq_length - len(sample.row.ids))
+            budget = min(options.max_new_tokens, self.seq_length - len(sample.tokens.ids))
             if budget < 1:
                 pieces.append(Piece(number, "", Answer("", [], LENGTH)))
                 continue
             self.writing[number] = _Writing(TextStream(self.tokenizer, options.stops), options, [])
             wanted = options.logprobs, options.prompt_logprobs
-            jobs.append(Job(number, sample, budget, options.sampling, *wanted))
+            jobs.append(SequenceRequest(number, sample, budget, options.sampling, *wanted))
         return pieces + self._pieces(self.engine.start(jobs))
 
     def step(self) -> list[Piece]:
@@ -156,10 +156,10 @@ class Running:
         for number in list(self.writing):
             self.cancel(number)
 
-    def _pieces(self, reports: Sequence[Report]) -> list[Piece]:
+    def _pieces(self, reports: Sequence[TokenOutput]) -> list[Piece]:
         return [self._piece(report) for report in reports]
 
-    def _piece(self, report: Report) -> Piece:
+    def _piece(self, report: TokenOutput) -> Piece:
         writing = self.writing[report.number]
         stream = writing.stream
         if report.prompt_logprobs is not None:

@@ -111,7 +111,7 @@ class KeyValueCache:
         self.keys, self.values = keys, values
 
     @property
-    def num_rows(self) -> int:
+    def batch_size(self) -> int:
         """How many rows there is room for."""
         return self.keys.shape[1]
 
@@ -122,9 +122,9 @@ class KeyValueCache:
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room; what is kept stays."""
-        rows = max(rows, self.num_rows)
+        rows = max(rows, self.batch_size)
         length = max(-(-length // LENGTH_STEP) * LENGTH_STEP, self.length)
-        if (rows, length) == (self.num_rows, self.length):
+        if (rows, length) == (self.batch_size, self.length):
             return
         layers, had_rows, groups, size, had_length = self.keys.shape
         keys = self.keys.new_zeros(layers, rows, groups, size, length)
@@ -162,17 +162,17 @@ class CachedTransformer:
         if model.post_process:
             self.final_norm = RmsNorm(self.language.decoder.final_layernorm.weight, epsilon)
         self.tp_group = model.pg_collection.tp
-        self.head_size: int = self.config.kv_channels
+        self.head_dim: int = self.config.kv_channels
         self.groups = self.config.num_query_groups // self.tp_group.size()
         self.queries = self.config.num_attention_heads // self.config.num_query_groups
         self.device = self.layers[0].qkv.device
         self.dtype = self.layers[0].qkv.dtype
-        self.cos = self.sin = torch.empty(0, self.head_size, device=self.device, dtype=self.dtype)
+        self.cos = self.sin = torch.empty(0, self.head_dim, device=self.device, dtype=self.dtype)
 
     def new_cache(self) -> KeyValueCache:
         """A cache without room yet."""
         size = (len(self.layers), 0, self.groups)
-        kept = torch.empty(*size, self.head_size, 0, device=self.device, dtype=self.dtype)
+        kept = torch.empty(*size, self.head_dim, 0, device=self.device, dtype=self.dtype)
         return KeyValueCache(kept, kept.transpose(-1, -2))
 
     def forward(
@@ -253,12 +253,12 @@ class CachedTransformer:
         """(N, G * (R + 2) * d) as Megatron mixes it -> (N, G, R, d), and (N, G, d) twice."""
         if layer.qkv_bias is not None:
             mixed = mixed + layer.qkv_bias
-        mixed = mixed.reshape(len(mixed), self.groups, self.queries + 2, self.head_size)
+        mixed = mixed.reshape(len(mixed), self.groups, self.queries + 2, self.head_dim)
         turning, value = mixed[:, :, :-1], mixed[:, :, -1]
         if layer.query_norm is not None and layer.key_norm is not None:
             normed = layer.query_norm(turning[:, :, :-1]), layer.key_norm(turning[:, :, -1:])
             turning = torch.cat(normed, dim=2)
-        halves_swapped = turning.roll(self.head_size // 2, dims=-1)
+        halves_swapped = turning.roll(self.head_dim // 2, dims=-1)
         turned = torch.addcmul(turning * at.cos, halves_swapped, at.sin)
         return turned[:, :, :-1], turned[:, :, -1], value
 
@@ -294,7 +294,7 @@ class Places:
         self.shape = places.shape
         table = transformer.positions(length)
         scale = torch.ones(transformer.queries + 1, 1, device=table[0].device, dtype=table[0].dtype)
-        scale[:-1] = transformer.head_size**-0.5
+        scale[:-1] = transformer.head_dim**-0.5
         self.cos, self.sin = (t[places.flatten()][:, None, None] * scale for t in table)
 
 

@@ -49,7 +49,7 @@ def table(language: LanguageConfig, config: Any) -> list[Row]:
 def fields(config: Any) -> dict[str, Any]:
     """LanguageConfig's fields from a transformers config."""
     rope = config.rope_parameters
-    head_size = getattr(config, "head_dim", None)
+    head_dim = getattr(config, "head_dim", None)
     heads = config.num_attention_heads
     return {
         "num_layers": config.num_hidden_layers,
@@ -57,7 +57,7 @@ def fields(config: Any) -> dict[str, Any]:
         "ffn_hidden_size": config.intermediate_size,
         "num_attention_heads": heads,
         "num_query_groups": config.num_key_value_heads,
-        "query_size": heads * (head_size or config.hidden_size // heads),
+        "query_projection_size": heads * (head_dim or config.hidden_size // heads),
         "rotary_base": rope["rope_theta"],
         "rope_scaling_factor": _rope_scaling(rope),
         "norm_epsilon": config.rms_norm_eps,
@@ -97,7 +97,7 @@ def config_for(model_type: str) -> Any:
             num_hidden_layers=language.num_layers,
             num_attention_heads=language.num_attention_heads,
             num_key_value_heads=language.num_query_groups,
-            head_dim=language.query_size // language.num_attention_heads,
+            head_dim=language.query_projection_size // language.num_attention_heads,
             max_position_embeddings=language.seq_length,
             rms_norm_eps=language.norm_epsilon,
             rope_parameters=rope,

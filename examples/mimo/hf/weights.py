@@ -56,22 +56,22 @@ class View:
 class Qkv:
     """Queries, keys and values <-> per group its queries, its key and its value.
 
-    Heads are the first dimension of a weight (heads * head_size, H) or a bias (heads * head_size).
+    Heads are the first dimension of a weight (heads * head_dim, H) or a bias (heads * head_dim).
     """
 
     num_heads: int
     num_groups: int
 
     def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(q, k, v) -> (groups * (heads / groups + 2) * head_size, ...)."""
+        """(q, k, v) -> (groups * (heads / groups + 2) * head_dim, ...)."""
         rows = [tensor.unflatten(0, (self.num_groups, -1)) for tensor in theirs]
         return torch.cat(rows, dim=1).flatten(0, 1)
 
     def split(self, ours: torch.Tensor) -> list[torch.Tensor]:
         """The reverse."""
-        head_size = ours.shape[0] // (self.num_heads + 2 * self.num_groups)
-        queries = self.num_heads // self.num_groups * head_size
-        rows = ours.unflatten(0, (self.num_groups, -1)).split([queries, head_size, head_size], 1)
+        head_dim = ours.shape[0] // (self.num_heads + 2 * self.num_groups)
+        queries = self.num_heads // self.num_groups * head_dim
+        rows = ours.unflatten(0, (self.num_groups, -1)).split([queries, head_dim, head_dim], 1)
         return [part.flatten(0, 1) for part in rows]
 
 

@@ -109,7 +109,7 @@ FFT_SAMPLES = 400
 
 @dataclass(frozen=True)
 class WhisperConfig:
-    """A Whisper encoder over a window of `clip_seconds` of mono sound at 16 kHz.
+    """A Whisper encoder over a window of `window_seconds` of mono sound at 16 kHz.
 
     A mel frame every `hop_samples`; the second convolution halves them; `frames_per_token`
     neighbours then become one token. Sound shorter than the window is padded with silence, as
@@ -122,7 +122,7 @@ class WhisperConfig:
 
     num_mel_bins: int
     hop_samples: int
-    clip_seconds: float
+    window_seconds: float
     num_layers: int
     width: int
     num_heads: int
@@ -136,8 +136,8 @@ class WhisperConfig:
     def __post_init__(self) -> None:
         if self.window_samples % (2 * self.hop_samples):
             raise ValueError(
-                f"clip_seconds {self.clip_seconds} is {self.window_samples} samples, which must "
-                f"be a multiple of two hops ({2 * self.hop_samples})"
+                f"window_seconds {self.window_seconds} is {self.window_samples} samples, "
+                f"which must be a multiple of two hops ({2 * self.hop_samples})"
             )
         if self.max_windows < 1:
             raise ValueError(f"max_windows {self.max_windows}: at least one")
@@ -162,7 +162,7 @@ class WhisperConfig:
     @property
     def window_samples(self) -> int:
         """Samples in the window."""
-        return round(self.clip_seconds * SAMPLE_RATE_HZ)
+        return round(self.window_seconds * SAMPLE_RATE_HZ)
 
     @property
     def max_samples(self) -> int:
@@ -184,7 +184,7 @@ class WhisperConfig:
         return read_audio(
             source,
             sample_rate_hz=SAMPLE_RATE_HZ,
-            max_seconds=self.clip_seconds * self.max_windows,
+            max_seconds=self.window_seconds * self.max_windows,
             truncate=self.overflow == "truncate",
         )
 

@@ -25,20 +25,22 @@ Source = Path | Blob
 
 
 @contextlib.contextmanager
-def open_source(source: Source, noun: str) -> Iterator[BinaryIO]:
+def open_source(source: Source, singular: str) -> Iterator[BinaryIO]:
     """The bytes of `source`; ValueError, one line, when there are none."""
     if isinstance(source, Blob):
         if not source.data:
-            raise ValueError(f"{source}: the {noun} file is empty")
+            raise ValueError(f"{source}: the {singular} file is empty")
         yield io.BytesIO(source.data)
         return
     try:
         stream = source.open("rb") if source.is_file() else None
     except OSError as error:
-        raise ValueError(f"{source}: the {noun} file cannot be read ({error.strerror})") from None
+        raise ValueError(
+            f"{source}: the {singular} file cannot be read ({error.strerror})"
+        ) from None
     if stream is None:
-        raise ValueError(f"{source}: no such {noun} file")
+        raise ValueError(f"{source}: no such {singular} file")
     with stream:
         if source.stat().st_size == 0:
-            raise ValueError(f"{source}: the {noun} file is empty")
+            raise ValueError(f"{source}: the {singular} file is empty")
         yield stream

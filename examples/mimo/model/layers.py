@@ -176,8 +176,8 @@ class SdpaCoreAttention(MegatronModule):
         assert causal, "only causal attention is packed or sharded along the sequence"
         assert attention_mask is None, "a whole mask does not fit packed or sharded rows"
         if packed_seq_params is None:
-            bounds = [0, len(query) * self.cp_size]
-            return self._attend_within(query, key, value, bounds)
+            cu_seqlens = [0, len(query) * self.cp_size]
+            return self._attend_within(query, key, value, cu_seqlens)
         query, key, value = (t.unsqueeze(1) for t in (query, key, value))
         return self._attend_within(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
 
@@ -187,13 +187,13 @@ class SdpaCoreAttention(MegatronModule):
         return self.cp_group.size() if self.cp_group else 1
 
     def _attend_within(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: list[int]
     ) -> torch.Tensor:
         """Within each sequence of a row, queries attend to the keys up to their own place."""
         if self.cp_group:
-            key, value = (gather_sequence(t, self.cp_group, bounds) for t in (key, value))
+            key, value = (gather_sequence(t, self.cp_group, cu_seqlens) for t in (key, value))
         contexts = []
-        for start, end in pairwise(bounds):
+        for start, end in pairwise(cu_seqlens):
             mine = query[start // self.cp_size : end // self.cp_size]
             for queries, stop in self._chunks(mine, start, end):
                 contexts.append(

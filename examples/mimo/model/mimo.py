@@ -77,7 +77,7 @@ class StageMimoModel(MimoModel):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
-        idle_inputs: dict[str, dict[str, torch.Tensor]],
+        dummy_inputs: dict[str, dict[str, torch.Tensor]],
         encoder_groups: EncoderGroups | None = None,
     ) -> None:
         super().__init__(mimo_config, cp_group=pg_collection.cp, tp_group=pg_collection.tp)
@@ -85,7 +85,7 @@ class StageMimoModel(MimoModel):
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage
-        self.idle_inputs = idle_inputs
+        self.dummy_inputs = dummy_inputs
         self.encoder_groups = encoder_groups
         if encoder_groups:
             encoder_groups.tie(self.modality_submodules.parameters())
@@ -122,7 +122,7 @@ class StageMimoModel(MimoModel):
         labels: torch.Tensor | None = None,
         modality_inputs: dict[str, dict[str, Any]] | None = None,
         inference_context: Any = None,
-        bounds: list[int] | None = None,
+        cu_seqlens: list[int] | None = None,
     ) -> torch.Tensor:
         """(B, S) ids -> per-token loss (B, S) with labels, else logits (B, S, V / TP).
 
@@ -135,7 +135,7 @@ class StageMimoModel(MimoModel):
         """
         embeddings = self.embed(input_ids, modality_inputs or {}) if self.pre_process else None
         if embeddings is not None:
-            embeddings = self._shard(embeddings, bounds)
+            embeddings = self._shard(embeddings, cu_seqlens)
         return self.language_model(
             input_ids=None,
             position_ids=None,
@@ -144,15 +144,15 @@ class StageMimoModel(MimoModel):
             labels=labels,
             inference_context=inference_context,
             runtime_gather_output=True if inference_context else None,
-            packed_seq_params=packed_params(bounds) if bounds else None,
+            packed_seq_params=packed_params(cu_seqlens) if cu_seqlens else None,
         )
 
-    def _shard(self, embeddings: torch.Tensor, bounds: list[int] | None) -> torch.Tensor:
+    def _shard(self, embeddings: torch.Tensor, cu_seqlens: list[int] | None) -> torch.Tensor:
         """(S, B, H) -> (S / CP, B, H), and a part of it for every rank under sequence parallelism.
 
         Megatron's adapter does the same, but packed rows only with Transformer Engine.
         """
-        embeddings = shard_sequence(embeddings, 0, self.pg_collection.cp, bounds)
+        embeddings = shard_sequence(embeddings, 0, self.pg_collection.cp, cu_seqlens)
         if self.config.sequence_parallel:
             return scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         return embeddings
@@ -162,7 +162,7 @@ class StageMimoModel(MimoModel):
     ) -> torch.Tensor:
         """(B, S) -> (S, B, H): the text's embeddings with the media's in their places."""
         assert input_ids is not None, "the first stage needs ids"
-        embeddings = self._media_rows(modality_inputs, input_ids.device)
+        embeddings = self._encode_media(modality_inputs, input_ids.device)
         for name, rows in embeddings.items():
             check_count(name, rows, input_ids, self.special_token_ids[name])
         embeddings["text"] = self.get_text_embeddings(input_ids, None, self.special_token_ids)
@@ -172,14 +172,14 @@ class StageMimoModel(MimoModel):
             special_token_ids=self.special_token_ids,
         )
 
-    def _media_rows(
+    def _encode_media(
         self, modality_inputs: dict[str, dict[str, Any]], device: torch.device
     ) -> dict[str, torch.Tensor]:
         """(tokens, H) of each modality; in training also of those that have no item."""
         rows = {name: self._encode(name, inputs) for name, inputs in modality_inputs.items()}
         if self.training and torch.is_grad_enabled():
-            idle = self.idle_inputs.keys() - rows.keys()
-            rows |= {name: self._encode_idle(name, device) for name in idle}
+            idle = self.dummy_inputs.keys() - rows.keys()
+            rows |= {name: self._encode_dummy(name, device) for name in idle}
         return rows
 
     def _encode(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -190,7 +190,7 @@ class StageMimoModel(MimoModel):
             mine = {key: tensor[share] for key, tensor in mine.items()}
         first = next(iter(mine.values()))
         rows = (
-            self._run_encoder(name, mine) if len(first) else self._encode_idle(name, first.device)
+            self._run_encoder(name, mine) if len(first) else self._encode_dummy(name, first.device)
         )
         for group in reversed(self._sharing_groups()):
             rows = gather_rows(rows, group, partial_gradients=group is self.pg_collection.cp)
@@ -203,20 +203,20 @@ class StageMimoModel(MimoModel):
     def _run_encoder(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.modality_submodules[name](encoder_inputs={ENCODER: inputs})
 
-    def _encode_idle(self, name: str, device: torch.device) -> torch.Tensor:
+    def _encode_dummy(self, name: str, device: torch.device) -> torch.Tensor:
         """No rows of a modality that this rank has no item of, on a graph through all its weights.
 
         Their gradients are then zeros that exist, as overlapped gradient reduction needs.
         """
-        inputs = {key: tensor.to(device) for key, tensor in self.idle_inputs[name].items()}
+        inputs = {key: tensor.to(device) for key, tensor in self.dummy_inputs[name].items()}
         return self._run_encoder(name, inputs)[:0]
 
 
-def packed_params(bounds: list[int]) -> PackedSeqParams:
+def packed_params(cu_seqlens: list[int]) -> PackedSeqParams:
     """What Megatron's rotary positions and attention ask about a packed row."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    starts = torch.tensor(bounds, dtype=torch.int32, device=where)
-    longest = max(end - start for start, end in pairwise(bounds))
+    starts = torch.tensor(cu_seqlens, dtype=torch.int32, device=where)
+    longest = max(end - start for start, end in pairwise(cu_seqlens))
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=starts,
@@ -249,7 +249,7 @@ def build_mimo_model(
         },
         special_token_ids={name: m.token_id for name, m in config.modalities.items()},
     )
-    idle = {name: one_mock_input(modality) for name, modality in modalities.items()}
+    idle = {name: dummy_input(modality) for name, modality in modalities.items()}
     return StageMimoModel(
         mimo_config, pg_collection, pre_process, post_process, vp_stage, idle, encoder_groups
     )
@@ -278,7 +278,7 @@ def part_prefix(part: str) -> str:
     return f"modality_submodules.{name}.{inside}."
 
 
-def one_mock_input(modality: ModalityConfig) -> dict[str, torch.Tensor]:
+def dummy_input(modality: ModalityConfig) -> dict[str, torch.Tensor]:
     """A single random input of a modality's encoder."""
     item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
     return {name: tensor[:1] for name, tensor in item.items()}

@@ -21,26 +21,26 @@ def chunks_of(rank: int, size: int) -> tuple[int, int]:
 
 
 def shard_sequence(
-    whole: torch.Tensor, dim: int, group: dist.ProcessGroup, bounds: Sequence[int] | None = None
+    whole: torch.Tensor, dim: int, group: dist.ProcessGroup, cu_seqlens: Sequence[int] | None = None
 ) -> torch.Tensor:
     """This rank's part of a row along `dim`; every sequence's length divides by 2c."""
     if group.size() == 1:
         return whole
     parts = []
-    for start, end in pairwise(bounds or (0, whole.shape[dim])):
+    for start, end in pairwise(cu_seqlens or (0, whole.shape[dim])):
         chunks = whole.narrow(dim, start, end - start).chunk(2 * group.size(), dim)
         parts += [chunks[number] for number in chunks_of(group.rank(), group.size())]
     return torch.cat(parts, dim)
 
 
 def gather_sequence(
-    local: torch.Tensor, group: dist.ProcessGroup, bounds: Sequence[int]
+    local: torch.Tensor, group: dist.ProcessGroup, cu_seqlens: Sequence[int]
 ) -> torch.Tensor:
     """(S / c, ...) -> (S, ...) in order; gradients are summed over the ranks that used them."""
     size = group.size()
     blocks = gather_from_sequence_parallel_region(local, group=group).chunk(size)
     parts: list[torch.Tensor] = []
-    for start, end in pairwise(bounds):
+    for start, end in pairwise(cu_seqlens):
         halves = [block[start // size : end // size].chunk(2) for block in blocks]
         parts += [front for front, _ in halves]
         parts += [back for _, back in reversed(halves)]

@@ -41,16 +41,16 @@ from examples.mimo.model.encoder import split_over
 from examples.mimo.model.mimo import (
     StageMimoModel,
     check_count,
+    dummy_input,
     language_spec,
     modality_spec,
-    one_mock_input,
 )
 from examples.mimo.parallel.bridge import Bridges, mark_samples
 from examples.mimo.parallel.placement import LANGUAGE, Placement, create_grids, here
 from examples.mimo.training.layout import placements
 
 
-class OwnRanksMimoModel(StageMimoModel):
+class NonColocatedMimoModel(StageMimoModel):
     """The module of this rank; what it takes and gives are dicts, module -> tensor."""
 
     def __init__(
@@ -61,12 +61,12 @@ class OwnRanksMimoModel(StageMimoModel):
         language_dp: int,
         pre_process: bool,
         post_process: bool,
-        idle_inputs: dict[str, dict[str, torch.Tensor]],
+        dummy_inputs: dict[str, dict[str, torch.Tensor]],
     ) -> None:
         self.placement = placement
         # Copies of the language model that one copy of this encoder serves.
         self.served = language_dp // placement.dp if placement.name != LANGUAGE else 1
-        super().__init__(mimo_config, pg_collection, pre_process, post_process, None, idle_inputs)
+        super().__init__(mimo_config, pg_collection, pre_process, post_process, None, dummy_inputs)
         if placement.name != LANGUAGE:
             # Random states of different modules are kept apart in a checkpoint.
             self.rng_state_key_prefix = f"{placement.name}."
@@ -83,7 +83,7 @@ class OwnRanksMimoModel(StageMimoModel):
         input_ids: torch.Tensor | None,
         labels: torch.Tensor | None = None,
         modality_inputs: dict[str, dict[str, Any]] | None = None,
-        bounds: list[int] | None = None,
+        cu_seqlens: list[int] | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """On an encoder's rank {modality: (tokens, H)}, on the last stage as in the base class.
 
@@ -91,17 +91,21 @@ class OwnRanksMimoModel(StageMimoModel):
         """
         if self.placement.name != LANGUAGE:
             assert input_ids is not None
-            return {self.placement.name: self._own_rows(input_ids, modality_inputs or {}, bounds)}
+            return {
+                self.placement.name: self._encode_for_language_model(
+                    input_ids, modality_inputs or {}, cu_seqlens
+                )
+            }
         if not self.pre_process:
             self.language_model.set_input_tensor(self.input_tensors[LANGUAGE])
-        output = super().forward(input_ids, labels, bounds=bounds)
+        output = super().forward(input_ids, labels, cu_seqlens=cu_seqlens)
         return output if self.post_process else {LANGUAGE: output}
 
-    def _own_rows(
+    def _encode_for_language_model(
         self,
         input_ids: torch.Tensor,
         modality_inputs: dict[str, dict[str, Any]],
-        bounds: list[int] | None,
+        cu_seqlens: list[int] | None,
     ) -> torch.Tensor:
         """This encoder's rows of a micro-batch, or of one for each language model it serves."""
         name = self.placement.name
@@ -111,15 +115,15 @@ class OwnRanksMimoModel(StageMimoModel):
             self._run_encoder(name, inputs)
             if some
             # The schedule frees what it has sent, and a part of another tensor cannot be freed.
-            else self._encode_idle(name, input_ids.device).clone()
+            else self._encode_dummy(name, input_ids.device).clone()
         )
         if self.served < 2:
             return rows
         token_id = self.special_token_ids[name]
         check_count(name, rows, input_ids, token_id)
-        return mark_samples(rows, count_by_sample(input_ids, token_id, bounds))
+        return mark_samples(rows, count_by_sample(input_ids, token_id, cu_seqlens))
 
-    def _media_rows(
+    def _encode_media(
         self, modality_inputs: dict[str, dict[str, Any]], device: torch.device
     ) -> dict[str, torch.Tensor]:
         """What the encoders sent; each context-parallel rank uses a part of it."""
@@ -131,16 +135,16 @@ class OwnRanksMimoModel(StageMimoModel):
 
 
 def count_by_sample(
-    input_ids: torch.Tensor, token_id: int, bounds: Sequence[int] | None
+    input_ids: torch.Tensor, token_id: int, cu_seqlens: Sequence[int] | None
 ) -> list[int]:
     """How often a token stands in each row, or in each sample of a packed row."""
     found = input_ids == token_id
-    if bounds is None:
+    if cu_seqlens is None:
         return found.sum(dim=1).tolist()
-    return [int(found[0, start:end].sum()) for start, end in pairwise(bounds)]
+    return [int(found[0, start:end].sum()) for start, end in pairwise(cu_seqlens)]
 
 
-def build_own_ranks_model(
+def build_noncolocated_model(
     config: MimoConfig,
     language: TransformerConfig,
     pg_collection: Any,
@@ -148,7 +152,7 @@ def build_own_ranks_model(
     grids: dict[str, HyperCommGrid],
     pre_process: bool,
     post_process: bool,
-) -> OwnRanksMimoModel:
+) -> NonColocatedMimoModel:
     """The module of this rank; `pg_collection` holds that module's groups, `grids` are all's."""
     mine = here(placements, dist.get_rank())
     placed = {placement.name: placement for placement in placements}
@@ -164,8 +168,8 @@ def build_own_ranks_model(
         module_to_grid_map=grids,
     )
     held = {name: m for name, m in config.modalities.items() if name == mine.name}
-    idle = {name: one_mock_input(modality) for name, modality in held.items()}
-    return OwnRanksMimoModel(
+    idle = {name: dummy_input(modality) for name, modality in held.items()}
+    return NonColocatedMimoModel(
         mimo_config,
         pg_collection,
         mine,
@@ -284,7 +288,7 @@ def create_groups(placed: Sequence[Placement], own: Placement, **options: Any) -
     vars(parallel_state).update(kept)
 
 
-def finalize_on_own_ranks(
+def finalize_noncolocated(
     model: list[torch.nn.Module], num_tokens: torch.Tensor | None, **named: Any
 ) -> None:
     """Megatron's `finalize_model_grads`, with the target tokens that all language models counted.

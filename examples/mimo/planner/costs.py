@@ -16,8 +16,8 @@ from examples.mimo.planner.pipeline import Cost, ModelCost
 class Workload:
     """A micro-batch: its rows and columns, and the encoder inputs and tokens of each modality."""
 
-    num_rows: float
-    num_columns: float
+    batch_size: float
+    seq_length: float
     inputs: Mapping[str, float]
     media_tokens: Mapping[str, float]
 
@@ -38,14 +38,14 @@ def model_cost(
     trains = "language" not in frozen
     # Gradients of rows that came over a bridge are computed even if nobody trains on them.
     passes_on = reached or trains or bool(placed)
-    columns = round(work.num_columns)
+    columns = round(work.seq_length)
     recompute = args.recompute_granularity == "full"
     whole = language_layer_flops(config.language, columns)
     # Attention's kernels skip what the causal mask hides; the count that is a convention does not.
     causal = replace(whole, attention=whole.attention // 2)
     layer = _cost(causal, trains, passes_on, recompute)
     head = _cost(head_flops(config.language, columns), trains, passes_on)
-    share = work.num_rows / args.tensor_model_parallel_size / args.context_parallel_size
+    share = work.batch_size / args.tensor_model_parallel_size / args.context_parallel_size
     together = sum(encoders.values(), Cost(0.0, 0.0))
     return ModelCost(
         layer * share,

@@ -28,7 +28,7 @@ from examples.mimo.planner.stages import (
     predicted_split,
     workload,
 )
-from examples.mimo.training.layout import Place, places
+from examples.mimo.training.layout import RankGroup, places
 from examples.mimo.training.providers import transformer_config
 
 MIB = 2**20
@@ -77,11 +77,11 @@ def _data(args: argparse.Namespace, config: MimoConfig, work: Workload) -> str:
     return (
         f"data: {describe_data(args)}; {args.global_batch_size} samples an iteration in "
         f"micro-batches of {args.micro_batch_size}; {COUNTED_SAMPLES} of them counted: "
-        f"{work.num_rows:.0f} rows of {work.num_columns:.0f} tokens{held}"
+        f"{work.batch_size:.0f} rows of {work.seq_length:.0f} tokens{held}"
     )
 
 
-def _memory_table(memory: Mapping[Place, StageMemory], split: Split) -> list[str]:
+def _memory_table(memory: Mapping[RankGroup, StageMemory], split: Split) -> list[str]:
     rows = [["held by", "ranks", "parameters", "gradients", "optimizer", "activations", "in all"]]
     for place, held in memory.items():
         # Encoders on ranks of their own are the timeline's first row, all of them.
@@ -96,7 +96,7 @@ def _memory_table(memory: Mapping[Place, StageMemory], split: Split) -> list[str
     return aligned(rows)
 
 
-def _compute(args: argparse.Namespace, split: Split, held_by: Iterable[Place]) -> list[str]:
+def _compute(args: argparse.Namespace, split: Split, held_by: Iterable[RankGroup]) -> list[str]:
     """Floating-point operations of an iteration, and how they fall on the ranks."""
     cost, ranks = split.cost, {place.label: len(place.ranks) for place in held_by}
     each = ranks[list(ranks)[-1]]

@@ -42,12 +42,17 @@ class Flops:
 
 
 def layer_flops(
-    rows: int, width: int, query_size: int, key_size: int, ffn_hidden_size: int, ffn_matrices: int
+    rows: int,
+    width: int,
+    query_projection_size: int,
+    kv_projection_size: int,
+    ffn_hidden_size: int,
+    ffn_matrices: int,
 ) -> Flops:
     """One transformer layer over a sequence of `rows`; a gated MLP has three matrices."""
-    projections = 2 * rows * width * (2 * query_size + 2 * key_size)
+    projections = 2 * rows * width * (2 * query_projection_size + 2 * kv_projection_size)
     feed_forward = 2 * rows * width * ffn_hidden_size * ffn_matrices
-    return Flops(projections + feed_forward, attention=2 * 2 * rows**2 * query_size)
+    return Flops(projections + feed_forward, attention=2 * 2 * rows**2 * query_projection_size)
 
 
 def encoder_layer_flops(rows: int, width: int, ffn_hidden_size: int) -> Flops:
@@ -55,33 +60,33 @@ def encoder_layer_flops(rows: int, width: int, ffn_hidden_size: int) -> Flops:
     return layer_flops(rows, width, width, width, ffn_hidden_size, ffn_matrices=2)
 
 
-def language_layer_flops(language: LanguageConfig, num_columns: int) -> Flops:
+def language_layer_flops(language: LanguageConfig, seq_length: int) -> Flops:
     """One layer of the language model over a sequence."""
     return layer_flops(
-        num_columns,
+        seq_length,
         language.hidden_size,
-        language.query_size,
-        language.key_size,
+        language.query_projection_size,
+        language.kv_projection_size,
         language.ffn_hidden_size,
         ffn_matrices=3,
     )
 
 
-def head_flops(language: LanguageConfig, num_columns: int) -> Flops:
+def head_flops(language: LanguageConfig, seq_length: int) -> Flops:
     """The logits of a sequence."""
-    return Flops(2 * num_columns * language.hidden_size * language.vocab_size)
+    return Flops(2 * seq_length * language.hidden_size * language.vocab_size)
 
 
-def language_flops(language: LanguageConfig, num_rows: int, num_columns: int) -> Flops:
-    """The language model over `num_rows` sequences, head included."""
-    layers = language_layer_flops(language, num_columns) * language.num_layers
-    return (layers + head_flops(language, num_columns)) * num_rows
+def language_flops(language: LanguageConfig, batch_size: int, seq_length: int) -> Flops:
+    """The language model over `batch_size` sequences, head included."""
+    layers = language_layer_flops(language, seq_length) * language.num_layers
+    return (layers + head_flops(language, seq_length)) * batch_size
 
 
 def training_flops(
     config: MimoConfig,
-    num_rows: int,
-    num_columns: int,
+    batch_size: int,
+    seq_length: int,
     items: Mapping[str, int],
     media_tokens: Mapping[str, int],
     frozen: Collection[str] = (),
@@ -101,5 +106,5 @@ def training_flops(
         total += projector.trained(projector_trains, passes_on=encoder_trains)
         reached |= encoder_trains or projector_trains
     trains = "language" not in frozen
-    language = language_flops(config.language, num_rows, num_columns)
+    language = language_flops(config.language, batch_size, seq_length)
     return total + language.trained(trains, passes_on=reached or trains)

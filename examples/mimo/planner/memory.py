@@ -27,10 +27,10 @@ from examples.mimo.model.mimo import (
     part_names,
     parts,
 )
-from examples.mimo.parallel.noncolocated import build_own_ranks_model, create_groups
+from examples.mimo.parallel.noncolocated import build_noncolocated_model, create_groups
 from examples.mimo.parallel.placement import Placement, create_grids, here
 from examples.mimo.parallel.replicas import encoder_groups
-from examples.mimo.training.layout import Place, placements, shared_encoder_size
+from examples.mimo.training.layout import RankGroup, colocated_encoder_tp, placements
 from examples.mimo.training.providers import transformer_config
 
 ADAM_BYTES = 8
@@ -48,7 +48,7 @@ class StageMemory:
     activations: list[int]
 
 
-def place_memory(config: MimoConfig, args: argparse.Namespace, place: Place) -> StageMemory:
+def place_memory(config: MimoConfig, args: argparse.Namespace, place: RankGroup) -> StageMemory:
     """Builds what a place holds as a run would, on its first rank of a made-up world."""
     placed = placements(args)
     with _made_up_world(args, place, placed) as pg_collection, FakeTensorMode():
@@ -73,7 +73,7 @@ def place_memory(config: MimoConfig, args: argparse.Namespace, place: Place) -> 
 
 @contextlib.contextmanager
 def _made_up_world(
-    args: argparse.Namespace, place: Place, placed: Sequence[Placement]
+    args: argparse.Namespace, place: RankGroup, placed: Sequence[Placement]
 ) -> Iterator[ProcessGroupCollection]:
     dist.init_process_group(
         "fake", rank=place.ranks[0], world_size=args.world_size, store=FakeStore()
@@ -105,7 +105,7 @@ def _build_alone(
 ) -> list[StageMimoModel]:
     """The module, or stage of the language model, that has ranks of its own."""
     stage, last = pg_collection.pp.rank(), pg_collection.pp.size() - 1
-    model = build_own_ranks_model(
+    model = build_noncolocated_model(
         config,
         transformer_config(args),
         pg_collection,
@@ -130,7 +130,7 @@ def _build(
 ) -> list[StageMimoModel]:
     virtual = args.virtual_pipeline_model_parallel_size
     last_stage = args.pipeline_model_parallel_size - 1
-    groups = encoder_groups(shared_encoder_size(args), pg_collection)
+    groups = encoder_groups(colocated_encoder_tp(args), pg_collection)
     chunks = []
     for number in range(virtual or 1):
         chunk = build_mimo_model(

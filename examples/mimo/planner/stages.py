@@ -56,8 +56,8 @@ def workload(args: argparse.Namespace, config: MimoConfig) -> Workload:
 
     names = config.modalities
     return Workload(
-        num_rows=mean(batch.num_rows for batch in batches),
-        num_columns=mean(batch.num_columns for batch in batches),
+        batch_size=mean(batch.batch_size for batch in batches),
+        seq_length=mean(batch.seq_length for batch in batches),
         # A batch without a modality sends one made-up item through its encoder.
         inputs={n: mean(max(1, num_inputs(batch, n)) for batch in batches) for n in names},
         media_tokens={

@@ -139,7 +139,7 @@ class Server:
         self._let_in(request)
         began = time.perf_counter()
         chat, sample = await self._read(request)
-        hearing = Hearing(self, chat, sample, began)
+        hearing = ResponseStream(self, chat, sample, began)
         hearing.start()
         if chat.stream:
             self.metrics.requests.labels("200").inc()
@@ -168,7 +168,7 @@ class Server:
     def _sample(self, chat: Chat) -> Sample:
         sample = self.answerer.read(chat.request)
         longest = self.answerer.config.language.seq_length
-        if len(sample.row.ids) >= longest:
+        if len(sample.tokens.ids) >= longest:
             raise ValueError(f"the prompt fills all {longest} tokens; there is no room to answer")
         return sample
 
@@ -201,12 +201,12 @@ class Server:
         return JSONResponse({"error": about}, error.status_code, headers=error.headers)
 
 
-class Hearing:
+class ResponseStream:
     """The pieces of the answers to one request, from the worker's thread to the event loop."""
 
     def __init__(self, server: Server, chat: Chat, sample: Sample, began: float) -> None:
         self.server, self.chat, self.sample, self.began = server, chat, sample, began
-        self.reply = Reply(chat, server.answerer.tokenizer, len(sample.row.ids))
+        self.reply = Reply(chat, server.answerer.tokenizer, len(sample.tokens.ids))
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self.numbers: list[int] = []
@@ -225,7 +225,7 @@ class Hearing:
             raise HTTPException(
                 503, "too many requests are waiting; try again", headers={"Retry-After": "1"}
             ) from None
-        self.server.metrics.prompt_tokens.inc(len(self.sample.row.ids))
+        self.server.metrics.prompt_tokens.inc(len(self.sample.tokens.ids))
 
     def cancel(self) -> None:
         """Free the places of answers that are not done."""

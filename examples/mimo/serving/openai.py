@@ -140,8 +140,8 @@ def _text(
         return _bounded(content, where)
     if not isinstance(content, list):
         raise ValueError(f"{where}: content must be text, or a list of parts")
-    kinds = {f"{m.noun}_url": name for name, m in config.modalities.items()}
-    kinds |= {f"input_{m.noun}": name for name, m in config.modalities.items()}
+    kinds = {f"{m.singular}_url": name for name, m in config.modalities.items()}
+    kinds |= {f"input_{m.singular}": name for name, m in config.modalities.items()}
     text = ""
     for number, part in enumerate(content):
         at = f"{where}.content[{number}]"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import Find, Inside
+from examples.mimo.data.conversation import FilesInside, FindFile
 from examples.mimo.modalities.base import Blob
 from examples.mimo.shards.read import MAX_RECORD_BYTES, record_of
 
@@ -30,7 +30,7 @@ class Entry:
 
     place: str
     record: dict[str, Any] = field(default_factory=dict)
-    find: Find = Path
+    find: FindFile = Path
     problem: str = ""
     may_repeat: bool = False
 
@@ -45,11 +45,11 @@ def read_entries(manifest: Path, media: Path, config: MimoConfig) -> Iterator[En
     if not manifest.is_file():
         raise ValueError(f"--manifest {manifest}: no such file or folder")
     if manifest.suffix == ".json":
-        return _list(manifest, Inside(media), config)
-    return _lines(manifest, Inside(media), config)
+        return _list(manifest, FilesInside(media), config)
+    return _lines(manifest, FilesInside(media), config)
 
 
-def _lines(manifest: Path, find: Find, config: MimoConfig) -> Iterator[Entry]:
+def _lines(manifest: Path, find: FindFile, config: MimoConfig) -> Iterator[Entry]:
     with manifest.open("rb") as stream:
         number = 0
         while line := stream.readline(MAX_RECORD_BYTES + 1):
@@ -73,7 +73,7 @@ def _lines(manifest: Path, find: Find, config: MimoConfig) -> Iterator[Entry]:
                     yield _entry(place, record, find, config, f"line-{number:08d}")
 
 
-def _list(manifest: Path, find: Find, config: MimoConfig) -> Iterator[Entry]:
+def _list(manifest: Path, find: FindFile, config: MimoConfig) -> Iterator[Entry]:
     """LLaVA's format: one list, with a file's name where a manifest has a list of them."""
     if manifest.stat().st_size > MAX_LIST_BYTES:
         raise ValueError(f"--manifest {manifest}: larger than {MAX_LIST_BYTES:,} bytes; use .jsonl")
@@ -89,7 +89,7 @@ def _list(manifest: Path, find: Find, config: MimoConfig) -> Iterator[Entry]:
 
 
 def _entry(
-    place: str, record: Any, find: Find, config: MimoConfig, key: str, may_repeat: bool = False
+    place: str, record: Any, find: FindFile, config: MimoConfig, key: str, may_repeat: bool = False
 ) -> Entry:
     if not isinstance(record, dict):
         return Entry(place, problem="a sample must be a JSON object")
@@ -98,8 +98,8 @@ def _entry(
         return Entry(place, problem=f"the key {named!r} is no name")
     known = {field: value for field, value in record.items() if field != "id"}
     for name, modality in config.modalities.items():
-        if modality.noun in known:
-            given = known.pop(modality.noun)
+        if modality.singular in known:
+            given = known.pop(modality.singular)
             if given is not None:
                 known.setdefault(name, [given] if isinstance(given, str) else given)
     return Entry(place, {**known, "key": str(named)}, find, may_repeat=may_repeat)

@@ -38,7 +38,7 @@ from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import BadSample, Batch, join_batches
-from examples.mimo.data.conversation import Find, Sample, SampleReader
+from examples.mimo.data.conversation import FindFile, Sample, SampleReader
 from examples.mimo.modalities.base import Blob
 from examples.mimo.shards.mixtures import Part, read_mixture
 
@@ -89,7 +89,7 @@ def words_of(error: Exception) -> str:
     return f"{kind}{error}"
 
 
-def find_in(key: str, parts: Mapping[str, bytes]) -> Find:
+def find_in(key: str, parts: Mapping[str, bytes]) -> FindFile:
     """The parts of a sample as files; a name may begin with the sample's key."""
 
     def find(name: str) -> Blob:
@@ -208,11 +208,11 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         config = WorkerConfig.active_worker_config
         generator = np.random.default_rng([config.worker_seed(), self.current_sample_index])
         sample = self.reader.read(record, find_in(key, parts), generator)
-        if not any(sample.row.loss_mask):
+        if not any(sample.tokens.loss_mask):
             raise ValueError(f"sample {key}: no answer that could be learned")
-        if self.packing and len(sample.row.ids) > self.packing.row_length:
+        if self.packing and len(sample.tokens.ids) > self.packing.row_length:
             raise ValueError(
-                f"sample {key}: {len(sample.row.ids)} tokens do not fit --total-seq-length "
+                f"sample {key}: {len(sample.tokens.ids)} tokens do not fit --total-seq-length "
                 f"{self.packing.row_length}"
             )
         return sample
@@ -230,7 +230,7 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         """All of the buffer's samples, by row."""
         assert self.packing is not None
         multiple = self.packing.sample_multiple
-        lengths = [-(-len(s.sample.row.ids) // multiple) * multiple for s in samples]
+        lengths = [-(-len(s.sample.tokens.ids) // multiple) * multiple for s in samples]
         return [[samples[i] for i in row] for row in pack(lengths, self.packing.row_length)]
 
     @stateless

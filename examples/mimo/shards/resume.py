@@ -44,7 +44,7 @@ from examples.mimo.shards.read import (
     validation_loader,
     worker_config,
 )
-from examples.mimo.training.layout import own_module, sequence_multiple
+from examples.mimo.training.layout import cp_multiple, module_of_rank
 
 KIND, FIELDS = "kind", "fields"
 RECORDS = {
@@ -104,16 +104,16 @@ class RememberedBatches(ShardBatches):
     language model's first stage, where Megatron asks.
     """
 
-    def __init__(self, loaders: Sequence[Any], dealt: dict[str, Any]) -> None:
+    def __init__(self, loaders: Sequence[Any], sharding: dict[str, Any]) -> None:
         super().__init__(loaders)
-        self.dealt = dealt
+        self.sharding = sharding
 
     def save_state(self) -> Any:
         """For `megatron.training.checkpointing`; None where another rank saves."""
-        if own_module(get_args()) not in (None, LANGUAGE) or mpu.get_context_parallel_rank():
+        if module_of_rank(get_args()) not in (None, LANGUAGE) or mpu.get_context_parallel_rank():
             return None
         return {
-            "dealt": self.dealt,
+            "sharding": self.sharding,
             "bad_samples": BAD_SAMPLES.count,
             "loaders": to_plain(super().save_state()),
         }
@@ -150,7 +150,7 @@ def shard_iterators(
         )
         for rank in ranks
     ]
-    train = RememberedBatches(loaders, _dealt(args, path))
+    train = RememberedBatches(loaders, _sharding(args, path))
     _restore(args, train, ranks)
     if not args.eval_iters:
         return train, None
@@ -191,7 +191,7 @@ def _encoder(
     reader = dataclasses.replace(reader, augment=args.augment)
     packing = None
     if args.packing_buffer_size:
-        packing = Packing(args.packing_buffer_size, args.total_seq_length, sequence_multiple(args))
+        packing = Packing(args.packing_buffer_size, args.total_seq_length, cp_multiple(args))
     return ConversationEncoder(reader, collate, args.max_bad_samples, packing)
 
 
@@ -211,7 +211,7 @@ def _restore(args: argparse.Namespace, train: RememberedBatches, ranks: Sequence
         return
     states = [_load_state(saved[0].with_name(STATE_FILE.format(rank))) for rank in ranks]
     for state in states:
-        _check_same_deal(folder, state["dealt"], train.dealt)
+        _check_same_sharding(folder, state["sharding"], train.sharding)
     train.restore_state([state["loaders"][0] for state in states])
     BAD_SAMPLES.count = sum(state["bad_samples"] for state in states)
 
@@ -230,7 +230,7 @@ def _load_state(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: damaged ({' '.join(str(error).split())[:200]})") from None
 
 
-def _dealt(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+def _sharding(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """What decides which sample comes when, in the words of a message."""
     parts = read_mixture(path, args.train_split)
     return {
@@ -245,7 +245,7 @@ def _dealt(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     }
 
 
-def _check_same_deal(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same_sharding(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError unless the samples are dealt out as before."""
     for name, value in now.items():
         if saved.get(name) != value:

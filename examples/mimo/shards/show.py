@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import Sample, SampleReader, TokenRow
+from examples.mimo.data.conversation import Sample, SampleReader, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.shards.manifest import TarParts, members
 from examples.mimo.shards.read import words_of
@@ -115,10 +115,10 @@ def _count(
     found: Statistics, split: str, sample: Sample, raw: dict[str, list[object]], config: MimoConfig
 ) -> None:
     found.samples[split] += 1
-    found.tokens.append(len(sample.row.ids))
-    found.learned.append(sum(sample.row.loss_mask))
+    found.tokens.append(len(sample.tokens.ids))
+    found.learned.append(sum(sample.tokens.loss_mask))
     # A learned run is an answer; what is asked before it makes it a turn of both.
-    found.turns.append(sum(learned for learned, _ in groupby(sample.row.loss_mask)))
+    found.turns.append(sum(learned for learned, _ in groupby(sample.tokens.loss_mask)))
     for name, items in raw.items():
         kinds = found.media.setdefault(name, Counter())
         kinds.update(config.modalities[name].encoder.describe(item) for item in items)
@@ -159,10 +159,10 @@ def _section(one: Shown, reader: SampleReader) -> str:
         for name, previews in one.previews.items()
         for kind, data in previews
     )
-    row = "".join(_spans(one.sample.row, reader.config, reader.tokenizer))
+    row = "".join(_spans(one.sample.tokens, reader.config, reader.tokenizer))
     return (
         f"<section><h2>{html.escape(one.sample.key)} <small>{html.escape(one.split)}, "
-        f"{len(one.sample.row.ids)} tokens</small></h2>"
+        f"{len(one.sample.tokens.ids)} tokens</small></h2>"
         f'<div class="media">{views}</div><p class="row">{row}</p></section>'
     )
 
@@ -174,7 +174,7 @@ def _element(kind: str, data: bytes) -> str:
     return f'<audio controls src="{source}"></audio>'
 
 
-def _spans(row: TokenRow, config: MimoConfig, tokenizer: Tokenizer) -> Iterator[str]:
+def _spans(row: TokenSequence, config: MimoConfig, tokenizer: Tokenizer) -> Iterator[str]:
     """A span a token, and one for a run of placeholders; learned tokens are marked."""
     names = {modality.token_id: name for name, modality in config.modalities.items()}
     colours = {name: number for number, name in enumerate(config.modalities)}

@@ -17,7 +17,7 @@ from examples.mimo.parallel.placement import (
 
 
 @dataclass(frozen=True)
-class Place:
+class RankGroup:
     """A stage of the shared model, or a module on ranks of its own; its ranks hold the same."""
 
     label: str
@@ -43,7 +43,7 @@ def placements(args: argparse.Namespace) -> list[Placement]:
     return [*encoder_placements(encoders, tensor_parallel, language.dp), language]
 
 
-def own_module(args: argparse.Namespace) -> str | None:
+def module_of_rank(args: argparse.Namespace) -> str | None:
     """The one module of this rank, where encoders have ranks of their own."""
     placed = placements(args)
     return here(placed, args.rank).name if placed else None
@@ -84,7 +84,7 @@ def encoder_tensor_parallel(words: Iterable[str] | None, names: Iterable[str]) -
     return sizes
 
 
-def shared_encoder_size(args: argparse.Namespace) -> int:
+def colocated_encoder_tp(args: argparse.Namespace) -> int:
     """The one tensor-parallel size of encoders on shared ranks; ValueError if there are two."""
     sizes = args.encoder_tensor_model_parallel_size.values()
     different = set(sizes) or {args.tensor_model_parallel_size}
@@ -96,27 +96,27 @@ def shared_encoder_size(args: argparse.Namespace) -> int:
     return different.pop()
 
 
-def sequence_multiple(args: argparse.Namespace) -> int:
+def cp_multiple(args: argparse.Namespace) -> int:
     """Context parallelism cuts a sequence into two chunks a rank."""
     size = args.context_parallel_size
     return 2 * size if size > 1 else 1
 
 
-def row_multiple(args: argparse.Namespace) -> int:
+def padding_multiple(args: argparse.Namespace) -> int:
     """Sequence parallelism divides what context parallelism leaves of a row."""
-    return args.tensor_model_parallel_size * sequence_multiple(args)
+    return args.tensor_model_parallel_size * cp_multiple(args)
 
 
-def places(args: argparse.Namespace) -> list[Place]:
+def places(args: argparse.Namespace) -> list[RankGroup]:
     """What ranks can hold, in the order of the model."""
     stages = args.pipeline_model_parallel_size
     placed = placements(args)
-    found = [Place(one.name, one.ranks, one.name) for one in placed[:-1]]
+    found = [RankGroup(one.name, one.ranks, one.name) for one in placed[:-1]]
     ranks = placed[-1].ranks if placed else range(args.world_size)
     module = LANGUAGE if placed else None
     each = len(ranks) // stages
     for stage in range(stages):
         part = ranks[stage * each : (stage + 1) * each]
         label = LANGUAGE if placed and stages == 1 else f"stage {stage}"
-        found.append(Place(label, part, module, stage))
+        found.append(RankGroup(label, part, module, stage))
     return found

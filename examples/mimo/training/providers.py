@@ -28,14 +28,14 @@ from examples.mimo.data.conversation import Sample, SampleReader
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model, freeze_parts
-from examples.mimo.parallel.noncolocated import build_own_ranks_model, finalize_on_own_ranks
+from examples.mimo.parallel.noncolocated import build_noncolocated_model, finalize_noncolocated
 from examples.mimo.parallel.replicas import EncoderGroups, encoder_groups
 from examples.mimo.shards.mixtures import read_mixture
 from examples.mimo.training.layout import (
+    colocated_encoder_tp,
+    cp_multiple,
+    padding_multiple,
     placements,
-    row_multiple,
-    sequence_multiple,
-    shared_encoder_size,
 )
 
 
@@ -98,12 +98,12 @@ def model_provider(
     config = config or transformer_config(args)
     model: StageMimoModel
     if grids:
-        config.finalize_model_grads_func = finalize_on_own_ranks
-        model = build_own_ranks_model(
+        config.finalize_model_grads_func = finalize_noncolocated
+        model = build_noncolocated_model(
             mimo, config, pg_collection, placements(args), grids, pre_process, post_process
         )
     else:
-        groups = _encoder_groups(shared_encoder_size(args))
+        groups = _encoder_groups(colocated_encoder_tp(args))
         if groups:
             config.finalize_model_grads_func = groups.finalizer()
         model = build_mimo_model(
@@ -144,7 +144,7 @@ def data_provider(
 ) -> tuple[Iterator[Batch], Iterator[Batch] | None, None]:
     """Training and validation iterators of this data-parallel rank; there is no test split."""
     args = get_args()
-    multiple = row_multiple(args)
+    multiple = padding_multiple(args)
     if is_sharded(args):
         module, reader = _shards(args, mimo)
         collate_valid = functools.partial(collate, multiple=multiple)
@@ -271,12 +271,10 @@ def _collate_share(
 
 def _collate(args: argparse.Namespace) -> Callable[[Sequence[Sample]], Batch]:
     if not args.pack_sequences:
-        return functools.partial(collate, multiple=row_multiple(args))
+        return functools.partial(collate, multiple=padding_multiple(args))
     # Rows that are filled from a buffer all have one length.
-    multiple = args.total_seq_length if args.packing_buffer_size else row_multiple(args)
-    return functools.partial(
-        collate_packed, multiple=multiple, sample_multiple=sequence_multiple(args)
-    )
+    multiple = args.total_seq_length if args.packing_buffer_size else padding_multiple(args)
+    return functools.partial(collate_packed, multiple=multiple, sample_multiple=cp_multiple(args))
 
 
 def first_batches(args: argparse.Namespace, mimo: MimoConfig, num_samples: int) -> list[Batch]:

@@ -40,7 +40,7 @@ def forward_step(
             input_ids=batch.input_ids,
             labels=batch.labels if model.training else None,
             modality_inputs=batch.modality_inputs,
-            bounds=batch.bounds,
+            cu_seqlens=batch.cu_seqlens,
         )
     except MediaCountError as error:
         raise ValueError(error.explain(batch.items)) from None
@@ -51,7 +51,7 @@ def forward_step(
 def next_batch(data_iterator: Iterator[Batch] | None, stage: StageMimoModel) -> Batch:
     """What this stage needs of the next micro-batch; a middle stage needs a packed row's bounds."""
     if stage.needs == Needs() and not get_args().pack_sequences:
-        return Batch(num_rows=0, num_columns=0, num_tokens=0, keys=[])
+        return Batch(batch_size=0, seq_length=0, num_tokens=0, keys=[])
     start = time.perf_counter()
     group = mpu.get_tensor_model_parallel_group()
     batch = next(data_iterator) if data_iterator is not None and group.rank() == 0 else None
@@ -69,8 +69,8 @@ def shard_targets(batch: Batch) -> Batch:
         return batch
     return dataclasses.replace(
         batch,
-        labels=shard_sequence(batch.labels, 1, group, batch.bounds),
-        loss_mask=shard_sequence(batch.loss_mask, 1, group, batch.bounds),
+        labels=shard_sequence(batch.labels, 1, group, batch.cu_seqlens),
+        loss_mask=shard_sequence(batch.loss_mask, 1, group, batch.cu_seqlens),
     )
 
 
