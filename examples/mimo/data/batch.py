@@ -19,7 +19,8 @@ from examples.mimo.data.conversation import Sample
 class Batch:
     """B rows of S tokens; a stage holds what it needs, and None for the rest.
 
-    `modality_inputs[modality][name]` has the rows of all items, in the order of the placeholders;
+    `modality_inputs[modality][name]` has the rows of all items, in the order of the placeholders,
+    and its modalities come in the order of the samples, so ranks' orders differ;
     `items[modality]` says of each item its sample's key and its file. In a packed batch the one
     row holds all samples, and `bounds` are their starts and the row's end. `refused` are samples
     that were skipped on the way here.

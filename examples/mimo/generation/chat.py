@@ -27,7 +27,8 @@ class Conversation:
 
     def request(self, prompt: str) -> Request:
         """The whole conversation with `prompt` as its last turn."""
-        names = self.files.keys() | self.added.keys()
+        # In the order they were named: a set's would differ from one process to the next.
+        names = dict.fromkeys([*self.files, *self.added])
         files = {n: [*self.files.get(n, []), *self.added.get(n, [])] for n in names}
         return Request(prompt, files, "this turn", tuple(self.turns))
 

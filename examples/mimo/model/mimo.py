@@ -175,11 +175,18 @@ class StageMimoModel(MimoModel):
     def _encode_media(
         self, modality_inputs: dict[str, dict[str, Any]], device: torch.device
     ) -> dict[str, torch.Tensor]:
-        """(tokens, H) of each modality; in training also of those that have no item."""
-        rows = {name: self._encode(name, inputs) for name, inputs in modality_inputs.items()}
-        if self.training and torch.is_grad_enabled():
-            idle = self.dummy_inputs.keys() - rows.keys()
-            rows |= {name: self._encode_dummy(name, device) for name in idle}
+        """(tokens, H) of each modality; in training also of those that have no item.
+
+        Always in the order of the config: a batch's own order differs between ranks, and encoders
+        that run in another order bring other collectives and other gradients first.
+        """
+        learns = self.training and torch.is_grad_enabled()
+        rows: dict[str, torch.Tensor] = {}
+        for name in self.special_token_ids:
+            if name in modality_inputs:
+                rows[name] = self._encode(name, modality_inputs[name])
+            elif learns:
+                rows[name] = self._encode_dummy(name, device)
         return rows
 
     def _encode(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

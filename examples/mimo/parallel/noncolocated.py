@@ -126,11 +126,14 @@ class NonColocatedMimoModel(StageMimoModel):
     def _encode_media(
         self, modality_inputs: dict[str, dict[str, Any]], device: torch.device
     ) -> dict[str, torch.Tensor]:
-        """What the encoders sent; each context-parallel rank uses a part of it."""
+        """What the encoders sent, in the order of the config, on which the backward pass depends.
+
+        Each context-parallel rank uses a part of it.
+        """
         group = self.pg_collection.cp
         return {
-            name: copy_to_tensor_model_parallel_region(rows, group=group)
-            for name, rows in self.input_tensors.items()
+            name: copy_to_tensor_model_parallel_region(self.input_tensors[name], group=group)
+            for name in self.special_token_ids
         }
 
 
