@@ -147,7 +147,11 @@ def test_longer_rows_need_no_second_flag(parse):
         (1, ("--set", "video.encoder.num_layers=1"), "with a modality of images, audios"),
         (1, ("--set", "images.encoder.num_layers=two"), "'two' is not of type int"),
         (1, ("--set", "images.encoder=1"), "this field holds others"),
-        (1, ("--model-provider", "tiny_avlm", "--global-batch-size", "3"), "3"),
+        (
+            1,
+            ("--model-provider", "tiny_avlm", "--global-batch-size", "3"),
+            "(3) must be divisible by",
+        ),
     ],
 )
 def test_wrong_flags_are_named(parse, processes, flags, message):

@@ -52,7 +52,7 @@ def at_work(worker):
 
 def end(worker, thread):
     worker.stop()
-    thread.join(timeout=10)
+    thread.join(timeout=120)
     assert not thread.is_alive()
     assert worker.num_running == worker.num_waiting == 0
 
