@@ -14,11 +14,11 @@ SMALL = (
     *("--num-attention-heads", "4", "--num-query-groups", "2", "--kv-channels", "16"),
 )
 SMALL_ENCODERS = {
-    "images": ("images.encoder.num_layers=2", "images.encoder.width=64"),
-    "audios": ("audios.encoder.num_layers=1", "audios.encoder.width=64"),
-    "videos": ("videos.encoder.num_layers=2", "videos.encoder.width=64"),
+    "images": ("images.encoder.num_layers=2", "images.encoder.hidden_size=64"),
+    "audios": ("audios.encoder.num_layers=1", "audios.encoder.hidden_size=64"),
+    "videos": ("videos.encoder.num_layers=2", "videos.encoder.hidden_size=64"),
 }
-SMALL_HEADS = {name: (f"{name}.encoder.num_heads=4",) for name in SMALL_ENCODERS}
+SMALL_HEADS = {name: (f"{name}.encoder.num_attention_heads=4",) for name in SMALL_ENCODERS}
 MODALITIES = {"llava_vlm": ("images",), "video_llava_vlm": ("videos",)}
 MODALITIES["llava_avlm"] = ("images", "audios")
 for name in ("scale_1b_avlm", "llava_avlm_tuned", "qwen3_avlm", "smollm2_avlm"):
