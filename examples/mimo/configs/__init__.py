@@ -44,11 +44,15 @@ def get_model_config(name: str) -> MimoConfig:
         )
     # At the end of the path and for this import only: nothing in the current directory may stand
     # in for a package that is imported later, or that is not installed.
-    sys.path.append(os.getcwd())
+    folder = os.getcwd()
+    is_new = folder not in sys.path
+    if is_new:
+        sys.path.append(folder)
     try:
         return replace(_call(flag, module, function), name=name)
     finally:
-        sys.path.remove(os.getcwd())
+        if is_new:
+            sys.path.remove(folder)
 
 
 def _call(flag: str, module_name: str, function: str) -> Any:
