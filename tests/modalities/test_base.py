@@ -290,7 +290,7 @@ def test_weights_without_a_hugging_face_family():
     assert family_for_export(encoder) is None
     assert family_for_export(projector) is None
     assert family_for_export(config.language).name == "llama"
-    with pytest.raises(ValueError, match="model type 'clip' is none of none"):
+    with pytest.raises(ValueError, match="folder: no weights of Hugging Face fit a SensorConfig"):
         family_of("clip", encoder, "folder")
     video = get_model_config("video_llava_vlm").modalities["videos"].encoder
     assert family_for_export(video).name == "clip_vision_model"

@@ -181,10 +181,12 @@ def families_for(config: Any) -> list[Family]:
 def family_of(model_type: str, config: Any, where: str) -> Family:
     """The family a folder's `model_type` belongs to; ValueError when `config` takes no such."""
     families = families_for(config)
+    if not families:
+        raise ValueError(f"{where}: no weights of Hugging Face fit a {type(config).__name__}")
     for family in families:
         if model_type in family.sections:
             return family
-    known = ", ".join(name for family in families for name in family.sections) or "none"
+    known = ", ".join(name for family in families for name in family.sections)
     raise ValueError(f"{where}: model type {model_type!r} is none of {known}")
 
 
