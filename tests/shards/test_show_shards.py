@@ -8,7 +8,7 @@ import pytest
 
 from examples.mimo.data.conversation import SampleReader
 from examples.mimo.shards.show import look, page
-from examples.mimo.shards.write import Options, prepare
+from examples.mimo.shards.write import WriteOptions, prepare_shards
 from tests.conftest import run_command
 
 pytest.importorskip("megatron.energon")

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
 from examples.mimo.checkpoint.resuming import check_same_optimizer, has_random_states
 from examples.mimo.cli.flags import SHARDED
+from examples.mimo.cli.observer import BAD_SAMPLES
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
 from examples.mimo.data.conversation import Sample, SampleReader
@@ -29,11 +30,13 @@ from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model, freeze_parts
 from examples.mimo.parallel.noncolocated import build_noncolocated_model, finalize_noncolocated
+from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.parallel.replicas import EncoderGroups, encoder_groups
 from examples.mimo.shards.mixtures import read_mixture
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
     cp_multiple,
+    module_of_rank,
     padding_multiple,
     placements,
 )
@@ -148,7 +151,10 @@ def data_provider(
     if is_sharded(args):
         module, reader = _shards(args, mimo)
         collate_valid = functools.partial(collate, multiple=multiple)
-        return *module.shard_iterators(args, reader, _collate(args), collate_valid), None
+        options = shard_options(args, module.ShardOptions)
+        train, valid = module.shard_iterators(options, reader, _collate(args), collate_valid)
+        BAD_SAMPLES.count = train.num_bad_samples
+        return train, valid, None
     build = DATASETS[args.dataset_provider]
     train, valid = build(args, mimo, num_samples[0], num_samples[1] or 0)
     train_iterator = _batches(
@@ -217,6 +223,34 @@ def _shards(args: argparse.Namespace, mimo: MimoConfig) -> tuple[Any, SampleRead
     return module, _reader(args, mimo)
 
 
+def shard_options(args: argparse.Namespace, options_class: type[Any]) -> Any:
+    """The flags about shards as a `ShardOptions`, whose module needs energon."""
+    resumes = args.load and getattr(args, "iteration", 0) and not args.finetune
+    samples = args.eval_iters * (args.eval_global_batch_size or 0) // args.data_parallel_size
+    # Only the language model's first context-parallel rank saves; a dry run has no ranks.
+    running = torch.distributed.is_initialized()
+    saves = running and mpu.get_context_parallel_rank() == 0
+    return options_class(
+        data_path=Path(args.data_path[0]),
+        train_split=args.train_split,
+        valid_split=args.valid_split,
+        data_parallel_size=args.data_parallel_size,
+        micro_batch_size=args.micro_batch_size,
+        num_workers=args.num_workers,
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        max_bad_samples=args.max_bad_samples,
+        seed=args.seed,
+        augment=args.augment,
+        packing_buffer_size=args.packing_buffer_size or 0,
+        packed_seq_length=args.total_seq_length or 0,
+        sample_multiple=cp_multiple(args),
+        eval_micro_batch_size=args.eval_micro_batch_size,
+        eval_batches=samples // args.eval_micro_batch_size if args.eval_iters else 0,
+        checkpoint=Path(args.load) / f"iter_{args.iteration:07d}" if resumes else None,
+        saves_state=saves and module_of_rank(args) in (None, LANGUAGE),
+    )
+
+
 DATASETS: dict[str, Callable[..., tuple[Dataset, Dataset]]] = {
     "mock": _mock,
     "conversations": _conversations,
@@ -283,7 +317,8 @@ def first_batches(args: argparse.Namespace, mimo: MimoConfig, num_samples: int) 
     if is_sharded(args):
         module, reader = _shards(args, mimo)
         count = max(1, num_samples // size)
-        return module.first_shard_batches(args, reader, _collate(args), count)
+        options = shard_options(args, module.ShardOptions)
+        return module.first_shard_batches(options, reader, _collate(args), count)
     dataset, _ = DATASETS[args.dataset_provider](args, mimo, num_samples, 0)
     starts = range(0, max(size, num_samples - size + 1), size)
     return [_collate(args)([dataset[start + i] for i in range(size)]) for start in starts]
