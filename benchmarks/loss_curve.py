@@ -127,11 +127,12 @@ def draw(curves: Curves, title: str) -> str:
         height = y(tick, loss_ticks)
         parts.append(f'<path class="grid" d="M{LEFT},{height:.1f}H{right}"/>')
         parts.append(_text(LEFT - 8, height + 4, f"{tick:g}", "end"))
-    for tick in x_ticks:
-        if tick <= last:
-            parts.append(_text(x(tick), bottom + 18, f"{tick:,.0f}", "middle"))
-    for stage in curves.stages:
-        parts.append(f'<path class="stage" d="M{x(stage):.1f},{TOP}V{bottom}"/>')
+    parts += [
+        _text(x(tick), bottom + 18, f"{tick:,.0f}", "middle") for tick in x_ticks if tick <= last
+    ]
+    parts += [
+        f'<path class="stage" d="M{x(stage):.1f},{TOP}V{bottom}"/>' for stage in curves.stages
+    ]
     parts.append(f'<path class="raw" d="{path(curves.loss, loss_ticks)}"/>')
     parts.append(f'<path class="loss" d="{path(smooth(curves.loss), loss_ticks)}"/>')
     parts.append(_text((LEFT + right) / 2, HEIGHT - 10, "iteration", "middle"))
@@ -140,8 +141,10 @@ def draw(curves: Curves, title: str) -> str:
     legend = [("loss", "training loss (smoothed)")]
     if curves.exact_match:
         legend.append(("match", "exact match, held out"))
-        for tick in match_ticks:
-            parts.append(_text(right + 8, y(tick, match_ticks) + 4, f"{100 * tick:.0f} %", "start"))
+        parts += [
+            _text(right + 8, y(tick, match_ticks) + 4, f"{100 * tick:.0f} %", "start")
+            for tick in match_ticks
+        ]
         parts.append(_text(WIDTH - 12, middle, "exact match, held out", "middle", turn=90))
         parts.append(f'<path class="match" d="{path(curves.exact_match, match_ticks)}"/>')
         parts += [
@@ -171,7 +174,8 @@ svg {{ --ground: #0d1117; --ink: #c4cad2; --grid: #2b313a; --loss: #6cb0ff; --ma
 text {{ font: 12px system-ui, sans-serif; fill: var(--ink); }}
 .title {{ font-size: 15px; font-weight: 600; }}
 path {{ fill: none; stroke-linejoin: round; }}
-.grid {{ stroke: var(--grid); }} .stage {{ stroke: var(--ink); stroke-dasharray: 4 4; opacity: .6; }}
+.grid {{ stroke: var(--grid); }}
+.stage {{ stroke: var(--ink); stroke-dasharray: 4 4; opacity: .6; }}
 .raw {{ stroke: var(--loss); opacity: .25; }} .loss {{ stroke: var(--loss); stroke-width: 2; }}
 .match {{ stroke: var(--match); stroke-width: 2; }}
 .dot {{ fill: var(--match); stroke: var(--ground); stroke-width: 1.5; }}

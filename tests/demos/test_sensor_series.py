@@ -97,7 +97,7 @@ def test_the_tokenizer_fits_the_model(folder, config):
 
 
 def test_a_model_without_sensors_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="tiny_avlm takes images, audios, but .* of sensors"):
+    with pytest.raises(ValueError, match=r"tiny_avlm takes images, audios, but .* of sensors"):
         write_series(tmp_path, tiny, seed=0, samples=4)
 
 
