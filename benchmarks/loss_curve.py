@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import itertools
 import json
 import math
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 WIDTH, HEIGHT = 760, 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 64, 44, 52
-SMOOTHING = 0.95
+SMOOTHING = 0.9
 
 Point = tuple[float, float]
 
@@ -131,10 +132,13 @@ def draw(curves: Curves, title: str) -> str:
         _text(x(tick), bottom + 18, f"{tick:,.0f}", "middle") for tick in x_ticks if tick <= last
     ]
     parts += [
-        f'<path class="stage" d="M{x(stage):.1f},{TOP}V{bottom}"/>' for stage in curves.stages
+        f'<path class="stage" d="M{x(begin):.1f},{TOP}V{bottom}"/>' for begin in curves.stages
     ]
-    parts.append(f'<path class="raw" d="{path(curves.loss, loss_ticks)}"/>')
-    parts.append(f'<path class="loss" d="{path(smooth(curves.loss), loss_ticks)}"/>')
+    # Each stage has a line of its own, since the loss jumps where the samples change.
+    for start, end in itertools.pairwise([0.0, *curves.stages, last]):
+        stage = [(i, value) for i, value in curves.loss if start < i <= end]
+        parts.append(f'<path class="raw" d="{path(stage, loss_ticks)}"/>')
+        parts.append(f'<path class="loss" d="{path(smooth(stage), loss_ticks)}"/>')
     parts.append(_text((LEFT + right) / 2, HEIGHT - 10, "iteration", "middle"))
     middle = TOP + inner_height / 2
     parts.append(_text(16, middle, "training loss", "middle", turn=-90))

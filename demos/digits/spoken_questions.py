@@ -49,7 +49,7 @@ class Sizes:
 
 @dataclass
 class Stock:
-    """What samples are drawn from: per split, picture files by digit and takes by kind."""
+    """The files samples are drawn from, by split: pictures by digit, recordings by question."""
 
     pictures: dict[str, dict[int, list[str]]]
     takes: dict[str, dict[str, list[str]]]
@@ -87,7 +87,7 @@ def _write_pictures(root: Path) -> dict[str, dict[int, list[str]]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    found: dict[str, dict[int, list[str]]] = {
+    pictures: dict[str, dict[int, list[str]]] = {
         split: {digit: [] for digit in range(10)} for split in SPLITS
     }
     for split in SPLITS:
@@ -97,8 +97,8 @@ def _write_pictures(root: Path) -> dict[str, dict[int, list[str]]]:
         file = f"images/{split}/{index:04d}.png"
         picture = Image.fromarray((pixels * (255 / 16)).astype(np.uint8))
         picture.resize((PICTURE_SIDE,) * 2, Image.Resampling.BICUBIC).save(root / file)
-        found[split][int(digit)].append(file)
-    return found
+        pictures[split][int(digit)].append(file)
+    return pictures
 
 
 def _write_speech(

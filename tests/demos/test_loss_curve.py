@@ -45,13 +45,14 @@ def test_an_iteration_that_was_trained_again_counts_once(tmp_path):
 
 def test_the_svg_has_both_series_with_labelled_axes(stages):
     root = ElementTree.fromstring(draw(read_curves(stages), "Digits & <questions>"))
-    paths = {path.get("class"): path.get("d") for path in root.iter(f"{SVG}path")}
-    assert paths["raw"].count("L") == 4
-    assert {"grid", "stage", "loss", "match"} <= set(paths)
+    paths = [(path.get("class"), path.get("d")) for path in root.iter(f"{SVG}path")]
+    raw = [d.removeprefix("M").split("L") for kind, d in paths if kind == "raw"]
+    assert list(map(len, raw)) == [3, 2]
+    assert {"grid", "stage", "loss", "match"} <= {kind for kind, _ in paths}
     assert len(list(root.iter(f"{SVG}circle"))) == 2
     texts = [text.text for text in root.iter(f"{SVG}text")]
     assert {"Digits & <questions>", "iteration", "training loss", "100 %"} <= set(texts)
-    x = [float(point.split(",")[0]) for point in paths["raw"].removeprefix("M").split("L")]
+    x = [float(point.split(",")[0]) for stage in raw for point in stage]
     assert x == sorted(x)
     assert 64 <= x[0] < x[-1] <= 760 - 64
 
