@@ -8,17 +8,15 @@ lists, dicts and tensors alone. A run resumes only with the sharding that it was
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from megatron.core import mpu
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.rng import SystemRngState
 from megatron.energon.savable_loader import (
@@ -29,8 +27,8 @@ from megatron.energon.savable_loader import (
 )
 from megatron.energon.state import FlexState
 
-from examples.mimo.data.batch import Batch, take_share
-from examples.mimo.data.conversation import Sample, SampleReader
+from examples.mimo.data.batch import Batch
+from examples.mimo.data.conversation import SampleReader
 from examples.mimo.shards.mixtures import num_samples, read_mixture
 from examples.mimo.shards.read import (
     Collate,
@@ -58,19 +56,27 @@ STATE_CLASSES = {
 }
 
 
+class BadSampleCount(Protocol):
+    """How many samples this data-parallel rank could not read since training began."""
+
+    count: int
+
+
 @dataclass(frozen=True)
 class ShardOptions:
     """What a run's flags say about reading shards.
 
-    `data_parallel_size` is the language model's, `eval_batches` how many micro-batches a rank
-    validates on, and `checkpoint` the folder `iter_N` that this run resumes. With a
-    `packing_buffer_size`, training samples are packed into sequences of `packed_seq_length`.
+    `data_parallel_size` is the language model's, and `replicas` are those of its data-parallel
+    replicas that this rank reads for. `eval_batches` is how many micro-batches each validates on,
+    and `checkpoint` the folder `iter_N` that this run resumes. With a `packing_buffer_size`,
+    training samples are packed into sequences of `packed_seq_length`.
     """
 
     data_path: Path
     train_split: str
     valid_split: str
     data_parallel_size: int
+    replicas: range
     micro_batch_size: int
     num_workers: int
     shuffle_buffer_size: int
@@ -104,19 +110,20 @@ class ResumableBatches(ShardBatches):
     """Training batches whose position Megatron saves with every checkpoint.
 
     Of the ranks that read the same data one saves (`saves_state`): the first context-parallel rank
-    of the language model's first stage. `num_bad_samples` counts over the whole training.
+    of the language model's first stage. `bad_samples` counts over the whole training.
     """
 
-    def __init__(self, loaders: Sequence[Any], sharding: dict[str, Any], saves_state: bool) -> None:
+    def __init__(
+        self,
+        loaders: Sequence[Any],
+        sharding: dict[str, Any],
+        saves_state: bool,
+        bad_samples: BadSampleCount,
+    ) -> None:
         super().__init__(loaders)
         self.sharding = sharding
         self.saves_state = saves_state
-        self.num_bad_samples = 0
-
-    def __next__(self) -> Batch:
-        batch = super().__next__()
-        self.num_bad_samples += len(batch.refused)
-        return batch
+        self.bad_samples = bad_samples
 
     def save_state(self) -> Any:
         """For `megatron.training.checkpointing`; None where another rank saves."""
@@ -124,31 +131,26 @@ class ResumableBatches(ShardBatches):
             return None
         return {
             "sharding": self.sharding,
-            "bad_samples": self.num_bad_samples,
+            "bad_samples": self.bad_samples.count,
             "loaders": to_plain(super().save_state()),
         }
 
 
 def shard_iterators(
-    options: ShardOptions, reader: SampleReader, collate: Collate, collate_valid: Collate
-) -> tuple[ResumableBatches, Iterator[Batch] | None]:
-    """Training and validation batches of this data-parallel rank.
+    options: ShardOptions,
+    reader: SampleReader,
+    collate: Collate,
+    collate_valid: Collate,
+    bad_samples: BadSampleCount,
+) -> tuple[Iterator[Batch], Iterator[Batch] | None]:
+    """Training and validation batches of this rank, which reads for `options.replicas`.
 
-    A data-parallel replica of a non-colocated encoder reads for one replica of the language model,
-    for several, whose micro-batches it joins, or encodes a share of one's media.
+    A batch joins a micro-batch of each of these data-parallel replicas of the language model.
     """
-    replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    shares = max(1, replicas // options.data_parallel_size)
-    served = options.data_parallel_size * shares // replicas
-    if shares > 1:
-        collate = functools.partial(_collate_share, collate, replica % shares, shares)
-        collate_valid = functools.partial(_collate_share, collate_valid, replica % shares, shares)
-    first = replica // shares * served
-    ranks = range(first, first + served)
-    loaders = [_training_loader(options, reader, collate, rank) for rank in ranks]
-    train = ResumableBatches(loaders, options.sharding(), options.saves_state)
+    loaders = [_training_loader(options, reader, collate, rank) for rank in options.replicas]
+    train = ResumableBatches(loaders, options.sharding(), options.saves_state, bad_samples)
     if options.checkpoint:
-        _restore(options.checkpoint, train, ranks)
+        _restore(options.checkpoint, train, options.replicas)
     if not options.eval_batches:
         return train, None
     valid = [
@@ -160,7 +162,7 @@ def shard_iterators(
             options.eval_micro_batch_size,
             options.eval_batches,
         )
-        for rank in ranks
+        for rank in options.replicas
     ]
     return train, ShardBatches([endless(loader) for loader in valid])
 
@@ -193,15 +195,6 @@ def _training_loader(
     )
 
 
-def _collate_share(
-    collate: Callable[[Sequence[Sample]], Batch],
-    number: int,
-    shares: int,
-    samples: Sequence[Sample],
-) -> Batch:
-    return take_share(collate(samples), number, shares)
-
-
 def _restore(checkpoint: Path, train: ResumableBatches, ranks: Sequence[int]) -> None:
     """Continues `train` from the states of `ranks` in the checkpoint; ValueError if it cannot."""
     saved = sorted(checkpoint.glob("*/train_dataloader_dprank*.pt"))
@@ -222,7 +215,7 @@ def _restore(checkpoint: Path, train: ResumableBatches, ranks: Sequence[int]) ->
                     "epoch cannot be sharded anew: keep it, or start the data over with --finetune"
                 )
     train.restore_state([state["loaders"][0] for state in states])
-    train.num_bad_samples = sum(state["bad_samples"] for state in states)
+    train.bad_samples.count = sum(state["bad_samples"] for state in states)
 
 
 def _load_state(file: Path) -> dict[str, Any]:

@@ -151,9 +151,19 @@ def data_provider(
     if is_sharded(args):
         module, reader = _shards(args, mimo)
         collate_valid = functools.partial(collate, multiple=multiple)
-        options = shard_options(args, module.ShardOptions)
-        train, valid = module.shard_iterators(options, reader, _collate(args), collate_valid)
-        BAD_SAMPLES.count = train.num_bad_samples
+        # A replica of a non-colocated encoder reads for one replica of the language model, for
+        # several, or encodes a share of one's media.
+        replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        shares = max(1, replicas // args.data_parallel_size)
+        served = args.data_parallel_size * shares // replicas
+        first = replica // shares * served
+        options = shard_options(args, module.ShardOptions, range(first, first + served))
+        share = functools.partial(_collate_share, number=replica % shares, shares=shares)
+        collate_train = functools.partial(share, _collate(args))
+        collate_valid = functools.partial(share, collate_valid)
+        train, valid = module.shard_iterators(
+            options, reader, collate_train, collate_valid, BAD_SAMPLES
+        )
         return train, valid, None
     build = DATASETS[args.dataset_provider]
     train, valid = build(args, mimo, num_samples[0], num_samples[1] or 0)
@@ -223,7 +233,7 @@ def _shards(args: argparse.Namespace, mimo: MimoConfig) -> tuple[Any, SampleRead
     return module, _reader(args, mimo)
 
 
-def shard_options(args: argparse.Namespace, options_class: type[Any]) -> Any:
+def shard_options(args: argparse.Namespace, options_class: type[Any], replicas: range) -> Any:
     """The flags about shards as a `ShardOptions`, whose module needs energon."""
     resumes = args.load and getattr(args, "iteration", 0) and not args.finetune
     samples = args.eval_iters * (args.eval_global_batch_size or 0) // args.data_parallel_size
@@ -235,6 +245,7 @@ def shard_options(args: argparse.Namespace, options_class: type[Any]) -> Any:
         train_split=args.train_split,
         valid_split=args.valid_split,
         data_parallel_size=args.data_parallel_size,
+        replicas=replicas,
         micro_batch_size=args.micro_batch_size,
         num_workers=args.num_workers,
         shuffle_buffer_size=args.shuffle_buffer_size,
@@ -275,7 +286,8 @@ def _batches(
     copy, copies = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     shares = max(1, copies // get_args().data_parallel_size)
     if shares > 1:
-        collate_fn = functools.partial(_collate_share, collate_fn, copy % shares, shares)
+        share = {"number": copy % shares, "shares": shares}
+        collate_fn = functools.partial(_collate_share, collate_fn, **share)
     readers = copies // shares
     sampler = MegatronPretrainingSampler(
         total_samples=len(dataset),  # type: ignore[arg-type]
@@ -296,9 +308,9 @@ def _batches(
 
 def _collate_share(
     collate_fn: Callable[[Sequence[Sample]], Batch],
+    samples: Sequence[Sample],
     number: int,
     shares: int,
-    samples: Sequence[Sample],
 ) -> Batch:
     return take_share(collate_fn(samples), number, shares)
 
@@ -317,7 +329,7 @@ def first_batches(args: argparse.Namespace, mimo: MimoConfig, num_samples: int) 
     if is_sharded(args):
         module, reader = _shards(args, mimo)
         count = max(1, num_samples // size)
-        options = shard_options(args, module.ShardOptions)
+        options = shard_options(args, module.ShardOptions, range(1))
         return module.first_shard_batches(options, reader, _collate(args), count)
     dataset, _ = DATASETS[args.dataset_provider](args, mimo, num_samples, 0)
     starts = range(0, max(size, num_samples - size + 1), size)
