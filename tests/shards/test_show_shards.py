@@ -64,15 +64,15 @@ def test_the_page_marks_target_tokens_and_runs_nothing(inspected):
     assert "<b>cut" not in text
     assert "&lt;b&gt;cut" in text
     sections = text.split("<section>")[1:]
-    for one, section in zip(shown, sections, strict=True):
-        tokens = one.sample.tokens
+    for sample, section in zip(shown, sections, strict=True):
+        tokens = sample.sample.tokens
         targets = re.findall(r'class="target" title="(\d+)"', section)
         pairs = zip(tokens.labels, tokens.loss_mask, strict=True)
         assert list(map(int, targets)) == [label for label, mask in pairs if mask]
-        for name, items in one.previews.items():
+        for name, items in sample.previews.items():
             assert section.count(f"<figcaption>{name}") == len(items)
             runs = re.findall(rf"&lt;{name[:-1]}&gt; x (\d+)", section)
-            assert len(runs) == len(one.sample.media[name])
+            assert len(runs) == len(sample.sample.media[name])
 
 
 def preview(content_type, content):
@@ -120,7 +120,7 @@ def test_a_browser_shows_the_pictures_and_plays_the_sounds(inspected, tmp_path):
     )
     title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
     pictures, sounds = (
-        sum(len(one.previews.get(name, [])) for one in shown) for name in ("images", "audios")
+        sum(len(sample.previews.get(name, [])) for sample in shown) for name in ("images", "audios")
     )
     assert title == f"{pictures} pictures, {sounds} sounds"
 
