@@ -109,7 +109,7 @@ def write_series(root: Path, config: MimoConfig, seed: int, samples: int) -> Non
                 motion = MOTIONS[generator.integers(len(MOTIONS))]
                 readings, detail = draw_series(motion, generator)
                 np.save(root / file, readings)
-                question, answer = _question(motion, detail, generator)
+                question, answer = _question(motion, detail, config.prompt, generator)
                 texts |= {question, answer}
                 record: Record = {
                     "key": f"{split}-{number:05d}",
@@ -138,11 +138,13 @@ def draw_series(motion: Motion, generator: np.random.Generator) -> tuple[Reading
     return readings.astype(np.float32), detail
 
 
-def _question(motion: Motion, detail: str, generator: np.random.Generator) -> tuple[str, str]:
-    """A question and its answer; what was done is asked most."""
+def _question(
+    motion: Motion, detail: str, prompt: str, generator: np.random.Generator
+) -> tuple[str, str]:
+    """A question and its answer; `prompt`, which the model is asked by default, is one of them."""
     choices = [
         ("What was done?", motion.was_done),
-        ("What was done?", motion.was_done),
+        (prompt or "What was done?", motion.was_done),
         ("Was it moved?", "no" if motion.name == "rest" else "yes"),
     ]
     if motion.name == "turn":

@@ -63,7 +63,7 @@ def stamps(args: argparse.Namespace) -> None:
 
 def sensor_series(args: argparse.Namespace) -> None:
     """Writes simulated sensor readings with questions about them."""
-    model = DatasetModel(args.model_provider or "tiny_sensor", tuple(args.config_fields))
+    model = DatasetModel(args.model_provider or "sensor_lm", tuple(args.config_fields))
     with _complete_folder(args, model) as draft:
         config = _config(model)
         _demo("sensors.series").write_series(draft, config, args.seed, args.samples)
@@ -323,7 +323,7 @@ def _add_demos(tasks: Any) -> None:
     sensors.add_argument(
         "--samples", type=int, default=4_000, metavar="N", help="series (%(default)s)"
     )
-    _add_model(sensors, "tiny_sensor")
+    _add_model(sensors, "sensor_lm")
     real = tasks.add_parser(
         "real-weights",
         allow_abbrev=False,

@@ -51,20 +51,20 @@ def test_the_same_seed_writes_the_same_data(folder, config, tmp_path):
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
 
 
-def test_answers_fit_the_motions(folder):
+def test_answers_fit_the_motions(folder, config):
     answers = {motion.name: motion.was_done for motion in MOTIONS}
     asked = collections.Counter()
     for record in read_records(folder / "train.jsonl"):
         question, answer = (turn["value"] for turn in record["conversations"])
         assert question.startswith("<sensor>")
         asked[question] += 1
-        if question.endswith("What was done?"):
+        if question.removeprefix("<sensor>") in ("What was done?", config.prompt):
             assert answer == answers[record["kind"]]
         elif question.endswith("Was it moved?"):
             assert answer == ("no" if record["kind"] == "rest" else "yes")
         else:
             assert record["kind"] in ("turn", "tap")
-    assert len(asked) == 4
+    assert len(asked) == 5
     # Nobody who ignores the readings gets far.
     assert max(asked.values()) < 0.75 * 360
 
@@ -101,17 +101,17 @@ def test_a_model_without_sensors_is_refused(tiny, tmp_path):
         write_series(tmp_path, tiny, seed=0, samples=4)
 
 
-@pytest.mark.skipif("tiny_sensor" not in MODEL_PROVIDERS, reason="no config takes sensor readings")
+@pytest.mark.skipif("sensor_lm" not in MODEL_PROVIDERS, reason="no config takes sensor readings")
 def test_the_command_and_shards_of_its_data(tmp_path):
     data, shards = tmp_path / "data", tmp_path / "shards"
     done = run_command("prepare_data.py", "sensor-series", "--output", str(data), "--samples", "60")
     assert done.returncode == 0, done.stderr
-    assert json.loads((data / "about.json").read_text())["model_provider"] == "tiny_sensor"
+    assert json.loads((data / "about.json").read_text())["model_provider"] == "sensor_lm"
     pytest.importorskip("megatron.energon")
     manifest = ("--manifest", str(data / "train.jsonl"), "--output", str(shards))
     done = run_command("prepare_data.py", "webdataset", *manifest)
     assert done.returncode == 0, done.stderr
-    assert "samples for tiny_sensor in" in done.stderr
+    assert "samples for sensor_lm in" in done.stderr
     page = tmp_path / "page.html"
     done = run_command("prepare_data.py", "show", str(shards), "--html", str(page))
     assert done.returncode == 0, done.stderr
