@@ -57,17 +57,17 @@ def test_splits_share_no_picture_no_voice_and_no_pair(data_folder):
     train = [*records(data_folder, "align"), *records(data_folder, "train")]
     heldout = [*records(data_folder, "heldout"), *records(data_folder, "heldout_pairs")]
 
-    def pictures(found):
-        return {file.split("/")[-1] for record in found for file in record["images"]}
+    def pictures(records):
+        return {file.split("/")[-1] for record in records for file in record["images"]}
 
-    def voices(found):
-        return {file.split("-")[1] for record in found for file in record["audios"]}
+    def voices(records):
+        return {file.split("-")[1] for record in records for file in record["audios"]}
 
     assert not pictures(train) & pictures(heldout)
     assert not voices(train) & voices(heldout)
 
-    def pairs(found):
-        return {(r["kind"], r["digit"]) for r in found if r["task"] in ("spoken", "written")}
+    def pairs(records):
+        return {(r["kind"], r["digit"]) for r in records if r["task"] in ("spoken", "written")}
 
     assert not pairs(train) & HELD_OUT_PAIRS
     assert not pairs(records(data_folder, "heldout")) & HELD_OUT_PAIRS
@@ -88,8 +88,8 @@ def test_every_answer_matches_its_kind_and_digit(data_folder):
     answers = {kind.name: kind.answer for kind in KINDS}
     for record in records(data_folder, "train"):
         if record["task"] in ("spoken", "written", "words"):
-            wanted = answers[record["kind"]](record["digit"])
-            assert record["conversations"][-1]["value"] == wanted
+            expected = answers[record["kind"]](record["digit"])
+            assert record["conversations"][-1]["value"] == expected
 
 
 def test_speech_is_sound_and_voices_differ():

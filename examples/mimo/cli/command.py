@@ -127,14 +127,26 @@ EVERY_SECONDS = 5.0
 class ProgressBar:
     """Says on stderr how many of `total` are done and how long the rest takes."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str = "", total: int | None = None) -> None:
         self.title, self.total = title, total
-        self.started = self.spoken = time.perf_counter()
+        self.started = self.last_printed = time.perf_counter()
 
     def __call__(self, done: int) -> None:
-        """`done` of them are done."""
+        """Prints a line if `done` are done, more are left and five seconds have passed."""
         now = time.perf_counter()
-        if now - self.spoken > EVERY_SECONDS and done < self.total and os.environ["RANK"] == "0":
-            self.spoken = now
-            left = (now - self.started) / done * (self.total - done)
-            print(f"  {self.title}: {done} of {self.total}, {left:.0f} s left", file=sys.stderr)
+        is_due = now - self.last_printed > EVERY_SECONDS and done != self.total
+        if not is_due or os.environ.get("RANK", "0") != "0":
+            return
+        self.last_printed = now
+        line = f"  {self.title}: {done:,}"
+        if self.total is not None:
+            left = (now - self.started) / max(done, 1) * (self.total - done)
+            line += f" of {self.total:,}, {left:.0f} s left"
+        say(line)
+
+    def step(self, title: str, done: int, total: int | None) -> None:
+        """The same for a task of several steps; `total` is None while it is not known."""
+        if title != self.title:
+            self.started = self.last_printed = time.perf_counter()
+        self.title, self.total = title, total
+        self(done)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
 from examples.mimo.checkpoint.resuming import check_same_optimizer, has_random_states
 from examples.mimo.cli.flags import SHARDED
+from examples.mimo.cli.observer import BAD_SAMPLES
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
 from examples.mimo.data.conversation import Sample, SampleReader
@@ -28,11 +29,13 @@ from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model, freeze_parts
 from examples.mimo.parallel.noncolocated import build_noncolocated_model, finalize_noncolocated
+from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.parallel.replicas import EncoderGroups, encoder_groups
 from examples.mimo.shards.mixtures import read_mixture
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
     cp_multiple,
+    module_of_rank,
     padding_multiple,
     placements,
 )
@@ -147,7 +150,20 @@ def data_provider(
     if is_sharded(args):
         module, reader = _shards(args, mimo)
         collate_valid = functools.partial(collate, multiple=multiple)
-        return *module.shard_iterators(args, reader, _collate(args), collate_valid), None
+        # A replica of a non-colocated encoder reads for one replica of the language model, for
+        # several, or encodes a share of one's media.
+        replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        shares = max(1, replicas // args.data_parallel_size)
+        served = args.data_parallel_size * shares // replicas
+        first = replica // shares * served
+        options = shard_options(args, module.ShardOptions, range(first, first + served))
+        share = functools.partial(_collate_share, number=replica % shares, shares=shares)
+        collate_train = functools.partial(share, _collate(args))
+        collate_valid = functools.partial(share, collate_valid)
+        train, valid = module.shard_iterators(
+            options, reader, collate_train, collate_valid, BAD_SAMPLES
+        )
+        return train, valid, None
     build = DATASETS[args.dataset_provider]
     train, valid = build(args, mimo, num_samples[0], num_samples[1] or 0)
     train_iterator = _batches(
@@ -216,6 +232,35 @@ def _shards(args: argparse.Namespace, mimo: MimoConfig) -> tuple[Any, SampleRead
     return module, _reader(args, mimo)
 
 
+def shard_options(args: argparse.Namespace, options_class: type[Any], replicas: range) -> Any:
+    """The flags about shards as a `ShardOptions`, whose module needs energon."""
+    resumes = args.load and getattr(args, "iteration", 0) and not args.finetune
+    samples = args.eval_iters * (args.eval_global_batch_size or 0) // args.data_parallel_size
+    # Only the language model's first context-parallel rank saves; a dry run has no ranks.
+    running = torch.distributed.is_initialized()
+    saves = running and mpu.get_context_parallel_rank() == 0
+    return options_class(
+        data_path=Path(args.data_path[0]),
+        train_split=args.train_split,
+        valid_split=args.valid_split,
+        data_parallel_size=args.data_parallel_size,
+        replicas=replicas,
+        micro_batch_size=args.micro_batch_size,
+        num_workers=args.num_workers,
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        max_bad_samples=args.max_bad_samples,
+        seed=args.seed,
+        augment=args.augment,
+        packing_buffer_size=args.packing_buffer_size or 0,
+        packed_seq_length=args.total_seq_length or 0,
+        sample_multiple=cp_multiple(args),
+        eval_micro_batch_size=args.eval_micro_batch_size,
+        eval_batches=samples // args.eval_micro_batch_size if args.eval_iters else 0,
+        checkpoint=Path(args.load) / f"iter_{args.iteration:07d}" if resumes else None,
+        saves_state=saves and module_of_rank(args) in (None, LANGUAGE),
+    )
+
+
 DATASETS: dict[str, Callable[..., tuple[Dataset, Dataset]]] = {
     "mock": _mock,
     "conversations": _conversations,
@@ -240,7 +285,8 @@ def _batches(
     copy, copies = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     shares = max(1, copies // get_args().data_parallel_size)
     if shares > 1:
-        collate_fn = functools.partial(_collate_share, collate_fn, copy % shares, shares)
+        share = {"number": copy % shares, "shares": shares}
+        collate_fn = functools.partial(_collate_share, collate_fn, **share)
     readers = copies // shares
     sampler = MegatronPretrainingSampler(
         total_samples=len(dataset),  # type: ignore[arg-type]
@@ -261,9 +307,9 @@ def _batches(
 
 def _collate_share(
     collate_fn: Callable[[Sequence[Sample]], Batch],
+    samples: Sequence[Sample],
     number: int,
     shares: int,
-    samples: Sequence[Sample],
 ) -> Batch:
     return take_share(collate_fn(samples), number, shares)
 
@@ -282,7 +328,8 @@ def first_batches(args: argparse.Namespace, mimo: MimoConfig, num_samples: int) 
     if is_sharded(args):
         module, reader = _shards(args, mimo)
         count = max(1, num_samples // size)
-        return module.first_shard_batches(args, reader, _collate(args), count)
+        options = shard_options(args, module.ShardOptions, range(1))
+        return module.first_shard_batches(options, reader, _collate(args), count)
     dataset, _ = DATASETS[args.dataset_provider](args, mimo, num_samples, 0)
     starts = range(0, max(size, num_samples - size + 1), size)
     return [_collate(args)([dataset[start + i] for i in range(size)]) for start in starts]
