@@ -73,7 +73,7 @@ def webdataset(args: argparse.Namespace) -> None:
         num_workers,
         tokenizer,
     )
-    about = prepare(options, config, _Progress())
+    about = prepare(options, config, command.ProgressBar().step)
     counts = ", ".join(f"{name} {count:,}" for name, count in sorted(about["samples"].items()))
     refused = f"; {about['rejected']:,} refused, see rejected.jsonl" * bool(about["rejected"])
     print(f"{args.output}: {counts} samples in {about['shards']} shards{refused}", file=sys.stderr)
@@ -306,7 +306,7 @@ def _write_spoken_questions(draft: Path, args: argparse.Namespace) -> None:
     sizes = Sizes(voices=args.voices)
     if args.samples is not None:
         sizes = dataclasses.replace(sizes, align=args.samples, train=args.samples)
-    write_spoken_questions(draft, args.seed, sizes, _Progress())
+    write_spoken_questions(draft, args.seed, sizes, command.ProgressBar().step)
 
 
 def _check_output(
@@ -320,25 +320,6 @@ def _check_output(
         raise ValueError(f"--output {output}: the folder holds something else; name a new one")
     if not overwrite:
         raise ValueError(f"--output {output}: holds data already; add --overwrite to replace it")
-
-
-class _Progress:
-    """A line on stderr every five seconds of a long step, with the time left if that is known."""
-
-    def __init__(self) -> None:
-        self.step, self.started, self.spoken = "", 0.0, 0.0
-
-    def __call__(self, step: str, done: int, total: int | None) -> None:
-        now = time.perf_counter()
-        if step != self.step:
-            self.step, self.started, self.spoken = step, now, now
-        elif now - self.spoken > 5 and (total is None or done < total):
-            self.spoken = now
-            text = f"  {step}: {done}"
-            if total is not None:
-                left = (now - self.started) / done * (total - done)
-                text += f" of {total}, {left:.0f} s left"
-            print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

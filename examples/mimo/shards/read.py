@@ -243,7 +243,7 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         """A micro-batch of samples, or of one packed row."""
         chosen = samples[0] if self.packing else samples
         batch = self.collate([one.sample for one in chosen])
-        batch.refused, self.refused = self.refused, []
+        batch.bad_samples, self.refused = self.refused, []
         return batch
 
 

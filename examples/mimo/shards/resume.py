@@ -30,8 +30,7 @@ from megatron.energon.savable_loader import (
 from megatron.energon.state import FlexState
 from megatron.training import get_args
 
-from examples.mimo.cli.observer import BAD_SAMPLES
-from examples.mimo.data.batch import Batch, take_share
+from examples.mimo.data.batch import BadSampleCount, Batch, take_share
 from examples.mimo.data.conversation import Sample, SampleReader
 from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.shards.mixtures import num_samples, read_mixture
@@ -104,9 +103,12 @@ class RememberedBatches(ShardBatches):
     language model's first stage, where Megatron asks.
     """
 
-    def __init__(self, loaders: Sequence[Any], sharding: dict[str, Any]) -> None:
+    def __init__(
+        self, loaders: Sequence[Any], sharding: dict[str, Any], bad_samples: BadSampleCount
+    ) -> None:
         super().__init__(loaders)
         self.sharding = sharding
+        self.bad_samples = bad_samples
 
     def save_state(self) -> Any:
         """For `megatron.training.checkpointing`; None where another rank saves."""
@@ -114,7 +116,7 @@ class RememberedBatches(ShardBatches):
             return None
         return {
             "sharding": self.sharding,
-            "bad_samples": BAD_SAMPLES.count,
+            "bad_samples": self.bad_samples.count,
             "loaders": to_plain(super().save_state()),
         }
 
@@ -124,6 +126,7 @@ def shard_iterators(
     reader: SampleReader,
     collate: Collate,
     collate_valid: Collate,
+    bad_samples: BadSampleCount,
 ) -> tuple[Iterator[Batch], Iterator[Batch] | None]:
     """Training and validation batches of this data-parallel rank.
 
@@ -150,7 +153,7 @@ def shard_iterators(
         )
         for rank in ranks
     ]
-    train = RememberedBatches(loaders, _sharding(args, path))
+    train = RememberedBatches(loaders, _sharding(args, path), bad_samples)
     _restore(args, train, ranks)
     if not args.eval_iters:
         return train, None
@@ -213,7 +216,7 @@ def _restore(args: argparse.Namespace, train: RememberedBatches, ranks: Sequence
     for state in states:
         _check_same_sharding(folder, state["sharding"], train.sharding)
     train.restore_state([state["loaders"][0] for state in states])
-    BAD_SAMPLES.count = sum(state["bad_samples"] for state in states)
+    train.bad_samples.count = sum(state["bad_samples"] for state in states)
 
 
 def _load_state(file: Path) -> dict[str, Any]:

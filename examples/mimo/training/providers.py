@@ -23,7 +23,7 @@ from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_
 from examples.mimo.checkpoint.resuming import check_same_optimizer, has_random_states
 from examples.mimo.cli.flags import SHARDED
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
+from examples.mimo.data.batch import BadSampleCount, Batch, collate, collate_packed, take_share
 from examples.mimo.data.conversation import Sample, SampleReader
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
@@ -140,15 +140,22 @@ def starting_point(args: argparse.Namespace) -> Path | None:
 
 
 def data_provider(
-    mimo: MimoConfig, num_samples: tuple[int, int, int], vp_stage: int | None = None
+    mimo: MimoConfig,
+    bad_samples: BadSampleCount,
+    num_samples: tuple[int, int, int],
+    vp_stage: int | None = None,
 ) -> tuple[Iterator[Batch], Iterator[Batch] | None, None]:
-    """Training and validation iterators of this data-parallel rank; there is no test split."""
+    """Training and validation iterators of this data-parallel rank; there is no test split.
+
+    `bad_samples` is the run's count, which checkpoints of shards save and restore.
+    """
     args = get_args()
     multiple = padding_multiple(args)
     if is_sharded(args):
         module, reader = _shards(args, mimo)
         collate_valid = functools.partial(collate, multiple=multiple)
-        return *module.shard_iterators(args, reader, _collate(args), collate_valid), None
+        iterators = module.shard_iterators(args, reader, _collate(args), collate_valid, bad_samples)
+        return *iterators, None
     build = DATASETS[args.dataset_provider]
     train, valid = build(args, mimo, num_samples[0], num_samples[1] or 0)
     train_iterator = _batches(
