@@ -130,31 +130,60 @@ def torch_replacements() -> list[Replacement]:
         torch.empty(0)  # torch now remembers its own factories, for `with torch.device(...)`
     cuda, tensor, module, comms = torch.cuda, torch.Tensor, torch.nn.Module, torch.distributed
     type_name, barrier = _named_alike(tensor.type), _without_device_ids(comms.barrier)
-    factories = "training.py, schedules.py, clip_grads.py: device='cuda' and pin_memory=True"
+    factories = "training.py, schedules.py, clip_grads.py: device='cuda', pin_memory"
     return [
-        Replacement(cuda, "current_device", _returns(CPU), "training.py and 40 more: device="),
-        Replacement(cuda, "device_count", _returns(1), "initialize.py: _set_random_seed"),
-        Replacement(cuda, "set_device", _returns(), "initialize.py: _initialize_distributed"),
+        Replacement(
+            cuda,
+            "current_device",
+            _returns(CPU),
+            "training.py and 40 more: device=current_device()",
+        ),
+        Replacement(
+            cuda,
+            "device_count",
+            _returns(1),
+            "initialize.py: _set_random_seed asks whether there is any",
+        ),
+        Replacement(
+            cuda, "set_device", _returns(), "initialize.py: _initialize_distributed, its own"
+        ),
         Replacement(
             cuda, "get_device_properties", _returns(PROPERTIES), "common_utils.py: architecture"
         ),
         Replacement(cuda, "get_device_capability", _returns((0, 0)), "core/utils.py: architecture"),
-        Replacement(cuda, "synchronize", _returns(), "timers.py, p2p_communication.py"),
-        Replacement(cuda, "empty_cache", _returns(), "training.py: train_step"),
-        Replacement(cuda, "Stream", StreamOnCpu, "training.py: get_model"),
-        Replacement(cuda, "Event", EventOnCpu, "param_and_grad_buffer.py: overlap"),
-        Replacement(cuda, "current_stream", _returns(StreamOnCpu()), "training.py: get_model"),
-        Replacement(cuda, "stream", _in_stream, "training.py: get_model"),
+        Replacement(
+            cuda, "synchronize", _returns(), "timers.py, p2p_communication.py: wait for kernels"
+        ),
+        Replacement(cuda, "empty_cache", _returns(), "training.py: train_step may empty it"),
+        Replacement(
+            cuda, "Stream", StreamOnCpu, "training.py: get_model wraps with DDP on a side stream"
+        ),
+        Replacement(cuda, "Event", EventOnCpu, "param_and_grad_buffer.py: overlaps communication"),
+        Replacement(
+            cuda,
+            "current_stream",
+            _returns(StreamOnCpu()),
+            "training.py: get_model wraps with DDP on a side stream",
+        ),
+        Replacement(
+            cuda, "stream", _in_stream, "training.py: get_model wraps with DDP on a side stream"
+        ),
         Replacement(cuda, "get_rng_state", _gets_rng_state(), "checkpointing.py: saves it"),
         Replacement(
-            cuda.random, "get_rng_state", _gets_rng_state(), "tensor_parallel/random.py: fork"
+            cuda.random,
+            "get_rng_state",
+            _gets_rng_state(),
+            "tensor_parallel/random.py: a state per region",
         ),
         Replacement(cuda, "set_rng_state", _sets_rng_state(), "checkpointing.py: restores it"),
         Replacement(
-            cuda, "manual_seed", lambda seed: torch.manual_seed(seed), "tensor_parallel/random.py"
+            cuda,
+            "manual_seed",
+            lambda seed: torch.manual_seed(seed),
+            "tensor_parallel/random.py: seeds",
         ),
         Replacement(tensor, "cuda", lambda self, *_, **__: self, "clip_vit_model.py: position_ids"),
-        Replacement(module, "cuda", lambda self, *_, **__: self, "training.py: get_model"),
+        Replacement(module, "cuda", lambda self, *_, **__: self, "training.py: get_model moves it"),
         Replacement(tensor, "type", type_name, "optimizer.py, clip_grads.py: compare type names"),
         Replacement(comms, "barrier", barrier, "parallel_state.py: gloo takes no device_ids"),
         *(Replacement(torch, name, _on_cpu(getattr(torch, name)), factories) for name in FACTORIES),
@@ -175,7 +204,10 @@ def megatron_replacements() -> list[Replacement]:
     return [
         Replacement(training, "initialize_megatron", start, "training.py: pretrain asserts CUDA"),
         Replacement(
-            initialize, "initialize_megatron", start_too, "initialize.py: asserts CUDA for answers"
+            initialize,
+            "initialize_megatron",
+            start_too,
+            "initialize.py: asserts CUDA when answering, too",
         ),
         Replacement(training, "set_jit_fusion_options", _returns(), warm_up),
         Replacement(training, "report_memory", _returns(), "training.py: reads CUDA's allocator"),
