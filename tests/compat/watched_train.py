@@ -39,32 +39,36 @@ def their_modules():
     ]
 
 
+def unwrapped(value):
+    """The function of a method or property; other values as they are."""
+    if isinstance(value, (classmethod, staticmethod, types.MethodType)):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
+
+
 def is_ours(value):
-    """Whether a function, method or class is defined in the package."""
-    value = getattr(value, "__func__", value)
-    value = getattr(value, "fget", None) or value
-    code = getattr(value, "__code__", None)
-    if isinstance(code, types.CodeType):
-        return code.co_filename.startswith(PACKAGE)
+    """Whether a function or class is defined in the package."""
+    if isinstance(value, types.FunctionType):
+        return value.__code__.co_filename.startswith(PACKAGE)
     return isinstance(value, type) and str(value.__module__).startswith("examples.mimo")
 
 
 def ours_within_theirs():
-    """Names in their modules and classes under which code of the package is found."""
+    """Code of the package that is found in their modules and classes, by name."""
     modules = their_modules()
-    owners = {f"{m.__name__}": m for m in modules}
+    owners = {module.__name__: module for module in modules}
     owners |= {
         f"{value.__module__}.{value.__qualname__}": value
         for module in modules
         for value in list(vars(module).values())
-        if isinstance(value, type) and value.__module__.split(".")[0] in THEIRS
+        if isinstance(value, type) and str(value.__module__).split(".")[0] in THEIRS
     }
-    return {
-        f"{name}.{attribute}": value
+    values = {
+        f"{name}.{attribute}": unwrapped(value)
         for name, owner in owners.items()
         for attribute, value in list(vars(owner).items())
-        if is_ours(value)
     }
+    return {name: value for name, value in values.items() if is_ours(value)}
 
 
 def main():
@@ -85,7 +89,7 @@ def main():
         "elsewhere": [name for name, file in assignments if file != COMPAT],
         "unlisted": sorted(
             {name for name, _ in assignments if name not in listed}
-            # Megatron's own `from module import name` may hold a listed replacement once more.
+            # Theirs take some from one another by name; those are listed where they come from.
             | {name for name, value in ours_within_theirs().items() if id(value) not in values}
         ),
         "set": sorted({name for name, _ in assignments}),

@@ -104,7 +104,7 @@ def replacements() -> dict[str, list[Replacement]]:
     from examples.mimo.compat import megatron
 
     return {
-        "every command": entries,
+        "every command and Mimo.load": entries,
         "train.py": [
             *megatron.observer_hooks(None),
             *megatron.adam_replacements(),
