@@ -17,25 +17,26 @@ COMPAT = str(Path(compat.__file__))
 THEIRS = ("torch", "megatron")
 
 
-class WatchedModule(types.ModuleType):
-    """A module that notes the attributes which code of the package sets."""
-
-    def __setattr__(self, name, value):
-        file = sys._getframe(1).f_code.co_filename
-        if file.startswith(PACKAGE):
-            assignments.append((f"{self.__name__}.{name}", file))
-        super().__setattr__(name, value)
-
-
 assignments = []
 
 
+def watched(module_class):
+    """The class of a module, which notes the attributes that code of the package sets."""
+
+    def set_attribute(self, name, value):
+        file = sys._getframe(1).f_code.co_filename
+        if file.startswith(PACKAGE):
+            assignments.append((f"{self.__name__}.{name}", file))
+        module_class.__setattr__(self, name, value)
+
+    return type(module_class.__name__, (module_class,), {"__setattr__": set_attribute})
+
+
 def their_modules():
-    # Some are lazy objects of other types, which make attributes when asked for them.
     return [
         module
         for name, module in list(sys.modules.items())
-        if name.split(".")[0] in THEIRS and type(module) in (types.ModuleType, WatchedModule)
+        if name.split(".")[0] in THEIRS and isinstance(module, types.ModuleType)
     ]
 
 
@@ -81,7 +82,8 @@ def main():
     import examples.mimo.training.step  # noqa: F401
 
     for module in their_modules():
-        module.__class__ = WatchedModule
+        # Modules of settings refuse attributes of other names.
+        types.ModuleType.__setattr__(module, "__class__", watched(type(module)))
     train.main()
     values = {id(entry.replacement) for entry in table}
     values |= {id(getattr(entry.owner, entry.attribute)) for entry in table}
