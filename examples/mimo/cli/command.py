@@ -69,8 +69,7 @@ def check_source_tree() -> None:
         root = script_folder.parents[1]
         raise ValueError(
             f"this script is {script_folder / Path(script).name}, but the code it would run is "
-            f"that of {package}, which is installed; run `pip install -e .` in {root}, or set "
-            f"PYTHONPATH={root}"
+            f"that of {package}; run `pip install -e .` in {root}, or set PYTHONPATH={root}"
         )
 
 
