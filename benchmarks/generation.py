@@ -21,7 +21,7 @@ from typing import Any
 from examples.mimo.cli import command
 
 command.prepare_environment()
-command.alone_unless_launched()
+command.single_process_unless_launched()
 
 from examples.mimo import compat
 

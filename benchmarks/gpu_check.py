@@ -160,7 +160,7 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
     from examples.mimo.cli import command
 
     command.prepare_environment()
-    command.alone_unless_launched()
+    command.single_process_unless_launched()
     compat.install()
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.checkpoint.loading import load_model

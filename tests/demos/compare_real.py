@@ -9,7 +9,7 @@ from examples.mimo import compat
 from examples.mimo.cli import command
 
 command.prepare_environment()
-command.alone_unless_launched()
+command.single_process_unless_launched()
 compat.install()
 
 import torch

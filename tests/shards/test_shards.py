@@ -237,7 +237,7 @@ def test_broken_samples_are_skipped_and_named(read, broken_shards, workers):
     good = {f"good-{number}" for number in range(60)}
     # What comes after the last good sample is named by the next epoch's first batch.
     assert set(flat(batch.keys for batch in found)) <= good
-    bad_samples = {bad.key: bad.reason for batch in found for bad in batch.refused}
+    bad_samples = {bad.key: bad.reason for batch in found for bad in batch.bad_samples}
     cases = broken.cases()
     assert len(cases) == 60
     assert len(bad_samples) >= 50

@@ -22,8 +22,8 @@ class Batch:
     `modality_inputs[modality][name]` has the rows of all items, in the order of the placeholders,
     and its modalities come in the order of the samples, so ranks' orders differ;
     `items[modality]` says of each item its sample's key and its file. In a packed batch the one
-    row holds all samples, and `bounds` are their starts and the row's end. `refused` are samples
-    that were skipped on the way here.
+    row holds all samples, and `bounds` are their starts and the row's end. `bad_samples` are
+    samples that were skipped on the way here.
     """
 
     batch_size: int
@@ -32,7 +32,7 @@ class Batch:
     keys: list[str]
     items: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     cu_seqlens: list[int] | None = None
-    refused: list[BadSample] = field(default_factory=list)
+    bad_samples: list[BadSample] = field(default_factory=list)
     input_ids: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
@@ -45,6 +45,14 @@ class BadSample:
 
     key: str
     reason: str
+
+
+@dataclass
+class BadSampleCount:
+    """How many samples a data-parallel rank could not read since training began, and the last."""
+
+    count: int = 0
+    last: BadSample | None = None
 
 
 def num_inputs(batch: Batch, modality: str) -> int:
@@ -157,7 +165,7 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         keys=[key for batch in batches for key in batch.keys],
         items={n: [item for b in batches for item in b.items.get(n, [])] for n in names},
         cu_seqlens=cu_seqlens,
-        refused=[bad for batch in batches for bad in batch.refused],
+        bad_samples=[bad for batch in batches for bad in batch.bad_samples],
         input_ids=joined("input_ids"),
         labels=joined("labels"),
         loss_mask=joined("loss_mask"),
@@ -182,8 +190,8 @@ def take_share(batch: Batch, number: int, shares: int) -> Batch:
 
     shared = {modality: mine(inputs) for modality, inputs in batch.modality_inputs.items()}
     # One share counts what was skipped on the way.
-    refused = batch.refused if number == 0 else []
-    return dataclasses.replace(batch, modality_inputs=shared, refused=refused)
+    bad_samples = batch.bad_samples if number == 0 else []
+    return dataclasses.replace(batch, modality_inputs=shared, bad_samples=bad_samples)
 
 
 def share_batch(

@@ -90,7 +90,7 @@ class Answerer:
     @classmethod
     def open(cls, folder: str | Path, tp: int = 1, pp: int = 1) -> Answerer:
         """The model in `folder`; tp x pp processes under torchrun, else this one alone."""
-        command.alone_unless_launched()
+        command.single_process_unless_launched()
         with command.stdout_to(os.devnull):
             return cls(open_checkpoint(Path(folder)), tp, pp)
 

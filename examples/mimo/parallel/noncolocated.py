@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -33,7 +33,6 @@ from megatron.core.process_groups_config import (
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.training import initialize
-from megatron.training import training as megatron_training
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Needs
@@ -231,10 +230,15 @@ class OwnRanks(NamedTuple):
     groups: ModuleGroups | None = None
 
 
-def prepare(args: argparse.Namespace, transformer: Any) -> OwnRanks:
+def prepare(
+    args: argparse.Namespace,
+    transformer: Any,
+    install: Callable[[dict[str, Any], Callable[..., Any]], None],
+) -> OwnRanks:
     """Process groups, random state and bridges; `transformer` is a TransformerConfig.
 
-    Every rank of the world must call this.
+    Every rank of the world must call this. `install` gives Megatron the parallel state of this
+    rank's module and wraps the function that builds its optimizer (`compat`).
     """
     if not args.encoder_ranks:
         return OwnRanks()
@@ -248,7 +252,7 @@ def prepare(args: argparse.Namespace, transformer: Any) -> OwnRanks:
         world_size=args.world_size,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
-    create_groups(
+    parallel_state_of_module = create_groups(
         placed,
         own,
         create_gloo_process_groups=args.use_gloo_process_groups,
@@ -256,39 +260,43 @@ def prepare(args: argparse.Namespace, transformer: Any) -> OwnRanks:
         high_priority_stream_groups=args.high_priority_stream_groups,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
+    install(parallel_state_of_module, functools.partial(_for_all_modules, own, placed))
     initialize._set_random_seed(
         args.seed, args.data_parallel_random_init, args.te_rng_tracker, args.inference_rng_tracker
     )
     grids = create_grids(placed)
-    megatron_training.get_megatron_optimizer = _for_all_modules(
-        own, placed, megatron_training.get_megatron_optimizer
-    )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     language = LANGUAGE if own.name == LANGUAGE else None
     return OwnRanks(grids, Bridges(grids, transformer), ModuleGroups({own.name: groups}, language))
 
 
-def create_groups(placed: Sequence[Placement], own: Placement, **options: Any) -> None:
-    """Megatron's parallel state, of one module; every rank of the world makes all modules' groups.
+def create_groups(placed: Sequence[Placement], own: Placement, **options: Any) -> dict[str, Any]:
+    """The globals of Megatron's parallel state for this rank's module, `own`.
 
-    `options` are those of `initialize_model_parallel` that are no sizes.
+    Every rank of the world makes all modules' groups, in one order. `options` are those of
+    `initialize_model_parallel` that are no sizes.
     """
     kept: dict[str, Any] = {}
     for placement in placed:
-        mpu.initialize_model_parallel(
-            placement.tp,
-            placement.pp,
-            context_parallel_size=placement.cp,
-            rank_offset=placement.ranks.start,
-            local_world_size=len(placement.ranks),
-            **options,
-        )
+        initialize_module_parallel(placement, **options)
         if placement == own:
             state = vars(parallel_state)
             kept = {name: state[name] for name in state if name.startswith("_") and name.isupper()}
         # Forgets the groups and leaves them as they are.
         mpu.destroy_model_parallel()
-    vars(parallel_state).update(kept)
+    return kept
+
+
+def initialize_module_parallel(placement: Placement, **options: Any) -> None:
+    """Make Megatron's parallel state that of one module, on the ranks where it is placed."""
+    mpu.initialize_model_parallel(
+        placement.tp,
+        placement.pp,
+        context_parallel_size=placement.cp,
+        rank_offset=placement.ranks.start,
+        local_world_size=len(placement.ranks),
+        **options,
+    )
 
 
 def finalize_noncolocated(

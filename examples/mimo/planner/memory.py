@@ -28,7 +28,10 @@ from examples.mimo.model.mimo import (
     part_names,
     parts,
 )
-from examples.mimo.parallel.noncolocated import build_noncolocated_model, create_groups
+from examples.mimo.parallel.noncolocated import (
+    build_noncolocated_model,
+    initialize_module_parallel,
+)
 from examples.mimo.parallel.placement import Placement, create_grids, here
 from examples.mimo.parallel.replicas import encoder_groups
 from examples.mimo.training.layout import RankGroup, colocated_encoder_tp, placements
@@ -80,7 +83,7 @@ def _made_up_world(
         "fake", rank=place.ranks[0], world_size=args.world_size, store=FakeStore()
     )
     if placed:
-        create_groups(placed, here(placed, place.ranks[0]), create_gloo_process_groups=False)
+        initialize_module_parallel(here(placed, place.ranks[0]), create_gloo_process_groups=False)
     else:
         mpu.initialize_model_parallel(
             args.tensor_model_parallel_size,

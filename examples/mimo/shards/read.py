@@ -248,7 +248,7 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         """Collates a micro-batch of samples, or one packed sequence of them."""
         members = samples[0] if self.packing else samples
         batch = self.collate([member.sample for member in members])
-        batch.refused, self.bad_samples = self.bad_samples, []
+        batch.bad_samples, self.bad_samples = self.bad_samples, []
         return batch
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from megatron.energon.savable_loader import (
 )
 from megatron.energon.state import FlexState
 
-from examples.mimo.data.batch import Batch
+from examples.mimo.data.batch import BadSampleCount, Batch
 from examples.mimo.data.conversation import SampleReader
 from examples.mimo.shards.mixtures import num_samples, read_mixture
 from examples.mimo.shards.read import (
@@ -54,12 +54,6 @@ STATE_CLASSES = {
         SystemRngState,
     )
 }
-
-
-class BadSampleCount(Protocol):
-    """How many samples this data-parallel rank could not read since training began."""
-
-    count: int
 
 
 @dataclass(frozen=True)

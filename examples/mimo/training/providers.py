@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
 from examples.mimo.checkpoint.resuming import check_same_optimizer, has_random_states
 from examples.mimo.cli.flags import SHARDED
-from examples.mimo.cli.observer import BAD_SAMPLES
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
+from examples.mimo.data.batch import BadSampleCount, Batch, collate, collate_packed, take_share
 from examples.mimo.data.conversation import Sample, SampleReader
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
@@ -142,9 +142,15 @@ def starting_point(args: argparse.Namespace) -> Path | None:
 
 
 def data_provider(
-    mimo: MimoConfig, num_samples: tuple[int, int, int], vp_stage: int | None = None
+    mimo: MimoConfig,
+    bad_samples: BadSampleCount,
+    num_samples: tuple[int, int, int],
+    vp_stage: int | None = None,
 ) -> tuple[Iterator[Batch], Iterator[Batch] | None, None]:
-    """Training and validation iterators of this data-parallel rank; there is no test split."""
+    """Training and validation iterators of this data-parallel rank; there is no test split.
+
+    `bad_samples` is the run's count, which checkpoints of shards save and restore.
+    """
     args = get_args()
     multiple = padding_multiple(args)
     if is_sharded(args):
@@ -161,7 +167,7 @@ def data_provider(
         collate_train = functools.partial(share, _collate(args))
         collate_valid = functools.partial(share, collate_valid)
         train, valid = module.shard_iterators(
-            options, reader, collate_train, collate_valid, BAD_SAMPLES
+            options, reader, collate_train, collate_valid, bad_samples
         )
         return train, valid, None
     build = DATASETS[args.dataset_provider]

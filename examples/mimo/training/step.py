@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,6 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from examples.mimo.cli import observer
-from examples.mimo.cli.observer import BAD_SAMPLES, COUNTERS
 from examples.mimo.data.batch import Batch, Needs, share_batch
 from examples.mimo.model.layers import device
 from examples.mimo.model.mimo import MediaCountError, StageMimoModel
@@ -24,16 +23,21 @@ Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def forward_step(
-    data_iterator: Iterator[Batch] | None, model: torch.nn.Module
+    observer: Any, data_iterator: Iterator[Batch] | None, model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Reduced]]:
     """This stage's output for the next micro-batch, and the function that makes it a loss.
 
     In evaluation the last stage returns logits, from which come the loss and exact match.
+    `observer` follows the run: `enter(phase)` and `add_batch(batch, wait_seconds)`.
     """
     stage: StageMimoModel = unwrap_model(model)
     where = "iteration {iteration}" if model.training else "evaluation after iteration {iteration}"
     observer.enter(f"{where}, reading a batch")
-    batch = shard_targets(next_batch(data_iterator, stage))
+    start = time.perf_counter()
+    batch = next_batch(data_iterator, stage)
+    if model.training:
+        observer.add_batch(batch, time.perf_counter() - start)
+    batch = shard_targets(batch)
     observer.enter(f"{where}, computing")
     try:
         output = model(
@@ -52,14 +56,9 @@ def next_batch(data_iterator: Iterator[Batch] | None, stage: StageMimoModel) -> 
     """What this stage needs of the next micro-batch; a middle stage needs a packed row's bounds."""
     if stage.needs == Needs() and not get_args().pack_sequences:
         return Batch(batch_size=0, seq_length=0, num_tokens=0, keys=[])
-    start = time.perf_counter()
     group = mpu.get_tensor_model_parallel_group()
     batch = next(data_iterator) if data_iterator is not None and group.rank() == 0 else None
-    shared = share_batch(batch, group, device(), stage.needs)
-    if stage.training:
-        BAD_SAMPLES.add(get_args(), shared.refused)
-        COUNTERS.add(shared, time.perf_counter() - start)
-    return shared
+    return share_batch(batch, group, device(), stage.needs)
 
 
 def shard_targets(batch: Batch) -> Batch:
