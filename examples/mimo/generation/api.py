@@ -145,7 +145,8 @@ class Mimo:
         that prompt. Media are file names for `find_file`, paths, or Blobs. ValueError, one line,
         for a wrong record or whatever reading a file raises.
         """
-        return _encode(self.sample_encoder(blank), self.with_placeholders(record), find_file)
+        record = _without_empty_answers(self.with_placeholders(record))
+        return _encode(self.sample_encoder(blank), record, find_file)
 
     def with_placeholders(self, record: Record) -> Record:
         """Put a placeholder for every new file in front of a prompt that names none itself."""
@@ -268,6 +269,23 @@ class Mimo:
         if not prompt.strip() and not any(sources.values()):
             raise ValueError("nothing to answer: give a prompt or a file")
         return {"key": key, "conversations": [{"role": "user", "content": prompt}], **sources}
+
+
+def _without_empty_answers(record: Record) -> Record:
+    """Drop answers without text from a conversation.
+
+    A model may answer nothing, or be stopped before it does; training data has no such turns, so
+    encoding refuses them.
+    """
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        return record  # which encoding refuses
+
+    def is_empty(turn: Mapping[str, Any]) -> bool:
+        is_answer = turn.get("from", turn.get("role")) in ANSWER_ROLES
+        return is_answer and not str(turn.get("value", turn.get("content"))).strip()
+
+    return {**record, "conversations": [turn for turn in turns if not is_empty(turn)]}
 
 
 # k2: encode. `SampleEncoder.encode(record, find_file)` takes Sources and turns what reading raises
