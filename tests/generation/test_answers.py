@@ -66,7 +66,7 @@ def test_answers_that_are_left_early_are_out_of_the_way(answers):
     for found in answers.values():
         number, tokens, met = found["left early"]
         assert tokens == found["tokens"][number]
-        assert "other answers are being written" in met
+        assert "other answers are being generated" in met
 
 
 def test_one_tensor_parallel_rank_chooses_for_all(answers):

@@ -58,10 +58,9 @@ def test_ctrl_c_ends_a_conversation_without_a_word(checkpoint):
 
 def test_in_python(say, checkpoint):
     script = (
-        "from examples.mimo.inference import Answerer, Request\n"
-        f"answerer = Answerer.open({str(checkpoint)!r})\n"
-        f"asked = answerer.read(Request({QUESTION!r}))\n"
-        "print(answerer.answer([asked])[0].text)\n"
+        "from examples.mimo.generation import Mimo\n"
+        f"model = Mimo.load({str(checkpoint)!r})\n"
+        f"print(model.generate({QUESTION!r}))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
