@@ -56,6 +56,7 @@ def train(argv: list[str]) -> None:
     from examples.mimo.training.providers import (
         check_inputs,
         data_provider,
+        fresh_parts,
         model_provider,
         starting_point,
         tokenizer_path,
@@ -73,6 +74,8 @@ def train(argv: list[str]) -> None:
         start = starting_point(args)
         known = start is not None and (start / FILE_NAME).is_file()
         sources = open_checkpoint(start).sources if start and known else {}
+        for part in fresh_parts(args):
+            sources.pop(part, None)
         save_description(Path(args.save), config, tokenizer_path(args), sources)
     if args.save:
         megatron.install_results_queue()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from examples.mimo.cli.command import Parser
-from examples.mimo.configs import MODEL_PROVIDERS
 
 # Other names of energon: those of Megatron's own multimodal example.
 SHARDED = ("energon", "llava_avlm", "llava_vlm", "video_llava_vlm")
@@ -87,6 +86,15 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="PART",
         help="parts that do not train: MODALITY.encoder, MODALITY.projector, language; without a "
         "name all parts train (default: what the model's config says)",
+    )
+    group.add_argument(
+        "--fresh",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts that start with random weights while all others load strictly: a modality, or "
+        "MODALITY.encoder, MODALITY.projector, language; with --pretrained-checkpoint, or --load "
+        "and --finetune. So a trained model gets another modality",
     )
     group.add_argument(
         "--balance-stages",
