@@ -31,3 +31,26 @@ def with_depth() -> MimoConfig:
         name="tests.helpers.models:with_depth",
         modalities={**base.modalities, "depths": depth},
     )
+
+
+def with_two_picture_modalities() -> MimoConfig:
+    """`tiny_avlm` with a second modality whose encoder is a CLIP."""
+    base = tiny_avlm()
+    maps = dataclasses.replace(
+        base.modalities["images"], singular="map", placeholder="<map>", token_id=6
+    )
+    return dataclasses.replace(
+        base,
+        name="tests.helpers.models:with_two_picture_modalities",
+        modalities={**base.modalities, "maps": maps},
+    )
+
+
+def without_pictures() -> MimoConfig:
+    """`tiny_avlm` with sound alone."""
+    base = tiny_avlm()
+    return dataclasses.replace(
+        base,
+        name="tests.helpers.models:without_pictures",
+        modalities={"audios": base.modalities["audios"]},
+    )
