@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from examples.mimo.cli.command import Parser
+from examples.mimo.configs import MODEL_PROVIDERS
 
 # Other names of energon: those of Megatron's own multimodal example.
 SHARDED = ("energon", "llava_avlm", "llava_vlm", "video_llava_vlm")
