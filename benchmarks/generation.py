@@ -37,9 +37,9 @@ from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.data.batch import collate, to_device
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation.engine import Engine, SequenceRequest
-from examples.mimo.hf.families import family_for_export
 from examples.mimo.hf.from_hf import from_hf, initialize_single_process
 from examples.mimo.hf.io import Folder
+from examples.mimo.hf.weights import family_for_export
 
 PROMPT, NEW, BATCHES = 600, 64, (1, 4, 16)
 UNCACHED = 4

@@ -180,7 +180,7 @@ def _media_flags(
     for name, modality in config.modalities.items():
         overflow = given.get(f"{modality.singular}_overflow")
         if overflow:
-            encoder = dataclasses.replace(modality.encoder, overflow=overflow)  # type: ignore[type-var]
+            encoder = dataclasses.replace(modality.encoder, overflow=overflow)  # type: ignore[call-arg]
             modality = dataclasses.replace(modality, encoder=encoder)
         modalities[name] = modality
     files = {name: given[f"{m.singular}_path"] for name, m in modalities.items()}

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig
-from examples.mimo.hf.families import family_for_export
 from examples.mimo.hf.from_hf import from_hf, initialize_single_process
 from examples.mimo.hf.io import Folder
+from examples.mimo.hf.weights import family_for_export
 
 LANGUAGE = LanguageConfig(
     num_layers=28,

@@ -202,7 +202,7 @@ def test_videos_in_the_layout_of_megatrons_example_train(data_folder, tmp_path):
     small = ("--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128")
     small += ("--num-attention-heads", "4", "--num-query-groups", "2", "--kv-channels", "16")
     small += ("--seq-length", "512", "--set", "videos.encoder.num_layers=2")
-    small += ("videos.encoder.width=64", "videos.encoder.num_heads=4")
+    small += ("videos.encoder.hidden_size=64", "videos.encoder.num_attention_heads=4")
     small += ("videos.encoder.image_size=56",)
     more = ("--model-provider", "video_llava_vlm", "--dataset-provider", "video_llava_vlm", *small)
     found = train(

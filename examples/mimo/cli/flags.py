@@ -17,10 +17,10 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("mimo")
     group.add_argument(
         "--model-provider",
-        choices=tuple(MODEL_PROVIDERS),
         default="tiny_avlm",
-        help="what the model is (%(choices)s; default %(default)s); its sizes become the "
-        "defaults of Megatron's flags",
+        metavar="NAME",
+        help=f"what the model is: {', '.join(MODEL_PROVIDERS)}, or package.module:function "
+        "(default %(default)s); its sizes become the defaults of Megatron's flags",
     )
     group.add_argument(
         "--dataset-provider",

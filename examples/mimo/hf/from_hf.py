@@ -5,7 +5,6 @@ A part without a folder starts with random weights, as Megatron would initialise
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -20,13 +19,12 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.training.checkpointing import _build_sharded_state_dict_metadata
 
 from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_description
 from examples.mimo.cli.arguments import parse_with_preset
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.hf.families import family_of
 from examples.mimo.hf.io import (
     CONFIG,
     OWN_MODEL_TYPE,
@@ -36,8 +34,8 @@ from examples.mimo.hf.io import (
     draft_folder,
     write_checkpoint,
 )
-from examples.mimo.hf.weights import Family, Row
-from examples.mimo.model.mimo import part_names, part_prefix, part_spec
+from examples.mimo.hf.weights import Family, Row, families_for, family_of
+from examples.mimo.model.mimo import build_part, part_names, part_prefix
 from examples.mimo.training.providers import transformer_config
 
 # What a user is told while a conversion runs, a line at a time.
@@ -104,12 +102,11 @@ def part_config_of(config: MimoConfig, part: str) -> Any:
 
 def modalities_that_take(model_type: str, config: MimoConfig) -> list[str]:
     """The modalities whose encoder takes weights out of a folder of this model type."""
-    names = []
-    for name, modality in config.modalities.items():
-        with contextlib.suppress(ValueError):  # k1: a list of families would do
-            family_of(model_type, modality.encoder, "")
-            names.append(name)
-    return names
+    return [
+        name
+        for name, modality in config.modalities.items()
+        if any(model_type in family.sections for family in families_for(modality.encoder))
+    ]
 
 
 def sharded_state(
@@ -123,10 +120,10 @@ def sharded_state(
     args.params_dtype = torch.float32
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device(device):
-        module = build_module(part_spec(config, part, transformer_config(args), groups))
+        module = build_part(config, part, transformer_config(args), groups)
     metadata = _build_sharded_state_dict_metadata(args)
     state: dict[str, Any] = {
-        "part": module.sharded_state_dict(prefix=part_prefix(part), metadata=metadata)
+        "part": sharded_state_dict_default(module, part_prefix(part), metadata=metadata)
     }
     apply_factories(state)
     tensors: ShardedTensors = {}

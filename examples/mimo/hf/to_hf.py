@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from examples.mimo.checkpoint.description import Checkpoint
 from examples.mimo.data.tokenizer import copy_tokenizer
-from examples.mimo.hf.families import family_for_export, family_of
 from examples.mimo.hf.from_hf import Progress, part_config_of
 from examples.mimo.hf.io import (
     CONFIG,
@@ -29,7 +28,7 @@ from examples.mimo.hf.io import (
     CheckpointReader,
     draft_folder,
 )
-from examples.mimo.hf.weights import Family, Row
+from examples.mimo.hf.weights import Family, Row, family_for_export, family_of
 from examples.mimo.model.mimo import part_names, part_prefix
 
 SHARD_BYTES = 2 * 2**30
@@ -61,20 +60,13 @@ def _hf_config(checkpoint: Checkpoint, part: str, part_config: Any) -> tuple[Fam
     """The part's family and config.json: where it came from, else what describes it, else None."""
     source = checkpoint.sources.get(part)
     if source is None:
-        family = _family_for_export(part_config)
+        family = family_for_export(part_config)
         return family, family.config(part_config) if family and family.config else None
     from transformers import CONFIG_MAPPING
 
     family = family_of(source["model_type"], part_config, f"{checkpoint.folder}: {part}")
     values = dict(source["config"])
     return family, CONFIG_MAPPING[values.get("model_type", family.name)].from_dict(values)
-
-
-def _family_for_export(part_config: Any) -> Family | None:
-    try:  # k1: family_for_export returns None instead
-        return family_for_export(part_config)
-    except ValueError:
-        return None
 
 
 def _write_own(folder: Path, reader: CheckpointReader, part: str, part_config: Any) -> None:

@@ -19,12 +19,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.data.batch import Needs, share_of
-from examples.mimo.model.encoder import projector_spec, split_over
+from examples.mimo.model.encoder import split_over
 from examples.mimo.model.layers import block_submodules
 from examples.mimo.parallel.context import gather_rows, shard_sequence
 from examples.mimo.parallel.replicas import EncoderGroups
@@ -34,6 +34,19 @@ ENCODER = "encoder"
 
 class Modality(ModalitySubmodules):
     """One encoder and its projector."""
+
+    @classmethod
+    def from_spec(cls, module_spec: ModuleSpec, *stages: Any, **named_stages: Any) -> Modality:
+        """Build what the configs describe; Megatron's own builds a spec for each module."""
+        modality, transformer_config = (
+            module_spec.params[name] for name in ("modality", "transformer_config")
+        )
+        groups = module_spec.params["pg_collection"]
+        encoder = modality.encoder.build(transformer_config, groups)
+        projector = modality.projector.build(
+            modality.encoder.output_size, transformer_config, groups
+        )
+        return cls({ENCODER: encoder}, input_projections=[projector], pg_collection=groups)
 
     def decode(self, embeddings: torch.Tensor, data_batch: dict) -> torch.Tensor:
         """This package's modalities are inputs only."""
@@ -290,18 +303,18 @@ def build_mimo_model(
     )
 
 
-def part_spec(
-    config: MimoConfig, part: str, language: TransformerConfig, pg_collection: Any
-) -> ModuleSpec:
+def build_part(
+    config: MimoConfig, part: str, transformer_config: TransformerConfig, pg_collection: Any
+) -> torch.nn.Module:
     """One part by its name (`images.encoder`, `images.projector`, `language`), whole."""
     if part == "language":
-        return language_spec(config.language, language, pg_collection, True, True, None)
+        spec = language_spec(config.language, transformer_config, pg_collection, True, True, None)
+        return build_module(spec)
     name, side = part.split(".")
-    spec = modality_spec(config.modalities[name], language, pg_collection)
-    assert spec.submodules is not None
-    if side == "projector":
-        return spec.submodules["input_projections"][0]
-    return spec.submodules["encoders"][ENCODER]
+    modality = config.modalities[name]
+    if side == "encoder":
+        return modality.encoder.build(transformer_config, pg_collection)
+    return modality.projector.build(modality.encoder.output_size, transformer_config, pg_collection)
 
 
 def part_prefix(part: str) -> str:
@@ -358,16 +371,8 @@ def modality_spec(
     modality: ModalityConfig, language: TransformerConfig, pg_collection: Any
 ) -> ModuleSpec:
     """An encoder and its projector; `language` says how they are computed."""
-    encoder = modality.encoder
-    projector = projector_spec(modality.projector, encoder.hidden_size, language, pg_collection)
-    return ModuleSpec(
-        module=Modality,
-        params={"pg_collection": pg_collection},
-        submodules={
-            "encoders": {ENCODER: encoder.spec(language, pg_collection)},
-            "input_projections": [projector],
-        },
-    )
+    params = {"modality": modality, "transformer_config": language}
+    return ModuleSpec(module=Modality, params={**params, "pg_collection": pg_collection})
 
 
 def part_names(config: MimoConfig) -> list[str]:

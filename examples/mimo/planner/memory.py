@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from examples.mimo.cli.header import PartSize, part_sizes
-from examples.mimo.configs.schema import EncoderConfig, MimoConfig
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.modalities.base import EncoderConfig
 from examples.mimo.model.mimo import (
     StageMimoModel,
     build_mimo_model,
@@ -215,12 +216,12 @@ def _kept_by_modality(
     def empty(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=args.params_dtype, requires_grad=trains)
 
-    kept = _kept_by(projector, empty(inputs * sizes.max_tokens, sizes.hidden_size))
+    kept = _kept_by(projector, empty(inputs * sizes.max_tokens, sizes.output_size))
     for block in encoder.modules():
         if isinstance(block, TransformerBlock):
             width = block.config.hidden_size
-            rows = sizes.max_tokens * sizes.hidden_size // width
-            kept += _kept_by(block, empty(rows, inputs, width), attention_mask=None)
+            hidden = empty(sizes.sequence_length, inputs, width)
+            kept += _kept_by(block, hidden, attention_mask=None)
     return kept
 
 

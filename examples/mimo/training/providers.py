@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import mpu
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -297,10 +296,3 @@ def first_batches(args: argparse.Namespace, mimo: MimoConfig, num_samples: int) 
     dataset, _ = DATASETS[args.dataset_provider](args, mimo, num_samples, 0)
     starts = range(0, max(size, num_samples - size + 1), size)
     return [_collate(args)([dataset[start + i] for i in range(size)]) for start in starts]
-
-
-def device() -> torch.device:
-    """Where this rank computes."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -16,9 +16,9 @@ from megatron.training import get_args
 from examples.mimo.cli import observer
 from examples.mimo.cli.observer import BAD_SAMPLES, COUNTERS
 from examples.mimo.data.batch import Batch, Needs, share_batch
+from examples.mimo.model.layers import device
 from examples.mimo.model.mimo import MediaCountError, StageMimoModel
 from examples.mimo.parallel.context import shard_sequence
-from examples.mimo.training.providers import device
 
 Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
