@@ -5,7 +5,8 @@ Parts of a model: what they are called, and which do not train.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -100,6 +101,9 @@ class StageMimoModel(MimoModel):
         self.vp_stage = vp_stage
         self.dummy_inputs = dummy_inputs
         self.encoder_groups = encoder_groups
+        # Parts that a checkpoint to start from need not have, and whether they are left out now.
+        self.fresh_parts: tuple[str, ...] = ()
+        self.hides_fresh_parts = False
         if encoder_groups:
             encoder_groups.tie(self.modality_submodules.parameters())
         self.share_embeddings_and_output_weights = (
@@ -127,7 +131,31 @@ class StageMimoModel(MimoModel):
         if self.encoder_groups:
             inside = f"{prefix}modality_submodules."
             self.encoder_groups.mark_copies({k: v for k, v in state.items() if inside in k})
+        if self.hides_fresh_parts:
+            hidden = tuple(prefix + part_prefix(part) for part in self.fresh_parts)
+            state = {key: value for key, value in state.items() if not key.startswith(hidden)}
         return state
+
+    @contextlib.contextmanager
+    def hide_loss_modules(self) -> Iterator[None]:
+        """Leave fresh parts out of what is asked of a checkpoint.
+
+        Megatron enters this under `--finetune` while it makes the sharded state that it loads. Its
+        name comes from distillation, where the parts that a checkpoint lacks are losses.
+        """
+        self.hides_fresh_parts = True
+        try:
+            yield
+        finally:
+            self.hides_fresh_parts = False
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; fresh parts that the state was made without keep the weights they have."""
+        fresh = tuple(part_prefix(part) for part in self.fresh_parts)
+        kept = {key: value for key, value in self.state_dict().items() if key.startswith(fresh)}
+        return super().load_state_dict({**kept, **state_dict}, strict, assign)
 
     def forward(
         self,

@@ -67,7 +67,10 @@ def check_inputs(args: argparse.Namespace, mimo: MimoConfig) -> None:
     for flag in ("load", "pretrained_checkpoint", "save"):
         folder = getattr(args, flag)
         if folder:
-            check_same_model(f"--{flag.replace('_', '-')}", Path(folder), mimo)
+            # A run that resumes, or saves into what is there, has all parts of the checkpoint.
+            fresh = flag == "pretrained_checkpoint" or (flag == "load" and args.finetune)
+            fresh_parts = args.fresh if fresh else ()
+            check_same_model(f"--{flag.replace('_', '-')}", Path(folder), mimo, fresh_parts)
     if resumes and not args.finetune and not args.no_load_optim:
         check_same_optimizer(Path(args.load), args.use_distributed_optimizer)
     if resumes and args.encoder_ranks:
@@ -118,6 +121,7 @@ def model_provider(
             encoder_groups=groups,
         )
     freeze_parts(model, args.freeze)
+    model.fresh_parts = fresh_parts(args)
     return model
 
 
@@ -139,6 +143,12 @@ def starting_point(args: argparse.Namespace) -> Path | None:
         if folder and (Path(folder) / TRACKER).is_file():
             return Path(folder)
     return None
+
+
+def fresh_parts(args: argparse.Namespace) -> tuple[str, ...]:
+    """The parts that keep their random weights when this run loads; none when it resumes."""
+    resumes = args.load and (Path(args.load) / TRACKER).is_file() and not args.finetune
+    return () if resumes else tuple(args.fresh)
 
 
 def data_provider(
