@@ -31,8 +31,9 @@ def main() -> None:
 
 def from_hf(args: argparse.Namespace, rest: list[str]) -> None:
     """A flag for each modality of the config names the folder of its encoder."""
+    from examples.mimo.cli.overrides import with_fields
     from examples.mimo.configs import get_model_config
-    from examples.mimo.configs.schema import MimoConfig, with_fields
+    from examples.mimo.configs.schema import MimoConfig
     from examples.mimo.hf import convert as importing
     from examples.mimo.hf.convert import start_alone
     from examples.mimo.hf.io import Folder

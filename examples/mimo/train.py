@@ -48,9 +48,9 @@ def train(argv: list[str]) -> None:
     from megatron.training.global_vars import set_global_variables
 
     from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
-    from examples.mimo.checkpoint.resuming import schedule_mismatch
+    from examples.mimo.checkpoint.loading import schedule_mismatch
     from examples.mimo.cli import observer
-    from examples.mimo.cli.arguments import parse_arguments
+    from examples.mimo.cli.arguments import balance_stages, parse_arguments
     from examples.mimo.compat import megatron
     from examples.mimo.parallel import noncolocated
     from examples.mimo.training.providers import (
@@ -64,6 +64,7 @@ def train(argv: list[str]) -> None:
     from examples.mimo.training.step import forward_step
 
     args, config = parse_arguments(argv)
+    balance_stages(args, config)
     if not args.show_megatron_output:
         # Importing Megatron set it lower.
         logging.getLogger().setLevel(logging.WARNING)

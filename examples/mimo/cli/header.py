@@ -14,8 +14,20 @@ from megatron.core import mpu
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.model.mimo import StageMimoModel, part_names, parts
 from examples.mimo.parallel.placement import Placement
-from examples.mimo.planner.stages import describe_pipeline, predicted_split, workload
-from examples.mimo.training.layout import colocated_encoder_tp, module_of_rank, placements, places
+from examples.mimo.planner.stages import (
+    COUNTED_SAMPLES,
+    describe_pipeline,
+    predicted_split,
+    workload,
+)
+from examples.mimo.training.layout import (
+    colocated_encoder_tp,
+    module_of_rank,
+    placements,
+    places,
+    run_shape,
+)
+from examples.mimo.training.providers import first_batches
 
 
 @dataclass(frozen=True)
@@ -32,9 +44,11 @@ class PartSize:
     trains: bool
 
 
-def part_sizes(model: StageMimoModel, args: argparse.Namespace) -> dict[str, PartSize]:
+def part_sizes(
+    model: StageMimoModel, tp: int, encoder_tp: Mapping[str, int]
+) -> dict[str, PartSize]:
     """The sizes of the parts this stage holds; works on meta tensors too."""
-    sizes = {"language": args.tensor_model_parallel_size, **args.encoder_tensor_model_parallel_size}
+    sizes = {"language": tp, **encoder_tp}
     return {
         name: _size(list(module.parameters()), sizes[name.split(".")[0]])
         for name, module in parts(model).items()
@@ -57,7 +71,10 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
     """The header, on rank 0; every rank must call it."""
     mine: dict[str, list[PartSize]] = {}
     for chunk in chunks:
-        for name, size in part_sizes(chunk, args).items():
+        sizes = part_sizes(
+            chunk, args.tensor_model_parallel_size, args.encoder_tensor_model_parallel_size
+        )
+        for name, size in sizes.items():
             mine.setdefault(name, []).append(size)
     everyone: list[Any] = [None] * dist.get_world_size()
     stage = mpu.get_pipeline_model_parallel_rank()
@@ -71,8 +88,9 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
         *parts_table(config, found, is_split(args)),
     ]
     if len(found) > 1 and args.rank == 0:
-        split = predicted_split(args, config, chunks[0].config, workload(args, config))
-        lines.append(f"pipeline: {describe_pipeline(split, args)}")
+        work = workload(config, first_batches(args, config, COUNTED_SAMPLES))
+        split = predicted_split(config, run_shape(args), chunks[0].config, work)
+        lines.append(f"pipeline: {describe_pipeline(split)}")
     return "\n".join(lines)
 
 
@@ -157,7 +175,7 @@ def parts_table(
         trains = any(size.trains for sizes in found for size in sizes)
         rows.append([name, "yes" if trains else "frozen", *_counts(found, tp)])
     everything = [[s for sizes in stage.values() for s in sizes] for stage in stages]
-    rows.append(["in all", "", *_counts(everything, tp)])
+    rows.append(["total", "", *_counts(everything, tp)])
     return aligned(rows)
 
 

@@ -36,7 +36,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from megatron.training import training as megatron_training
 
-from examples.mimo.checkpoint.resuming import CHECKPOINT_ERRORS, reason
+from examples.mimo.checkpoint.loading import CHECKPOINT_ERRORS, reason
 from examples.mimo.cli import command
 from examples.mimo.cli.header import describe_run
 from examples.mimo.configs.schema import MimoConfig

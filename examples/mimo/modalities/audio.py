@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.nn import functional
 from torchaudio.functional import resample
 from torchaudio.transforms import MelSpectrogram
 
-from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.modalities.base import Source, open_source
 from examples.mimo.model.encoder import encoder_transformer_config
 from examples.mimo.model.layers import block_submodules
@@ -92,7 +91,7 @@ def _check_header(
     if seconds > max_seconds and not truncate:
         raise ValueError(
             f"{source}: {seconds:.2f} seconds of sound, but {max_seconds:g} fit; cut the file, "
-            "raise the encoder's max_windows, or pass --audio-overflow truncate"
+            "raise the encoder's max_windows, or set its overflow to truncate"
         )
 
 
@@ -128,10 +127,10 @@ class WhisperConfig:
     num_heads: int
     ffn_hidden_size: int
     frames_per_token: int = 1
-    max_windows: int = 1
-    overflow: str = "error"
-    augment_noise: float = 0.0
-    augment_shift_seconds: float = 0.0
+    max_windows: int = field(default=1, metadata={"shapes_weights": False})
+    overflow: str = field(default="error", metadata={"shapes_weights": False})
+    augment_noise: float = field(default=0.0, metadata={"shapes_weights": False})
+    augment_shift_seconds: float = field(default=0.0, metadata={"shapes_weights": False})
 
     def __post_init__(self) -> None:
         if self.window_samples % (2 * self.hop_samples):
@@ -249,34 +248,6 @@ class WhisperConfig:
             module=WhisperEncoder,
             params={"whisper": self, "language": language, "pg_collection": pg_collection},
         )
-
-
-# Encoder sizes of the released models (arXiv:2212.04356, table 1): layers, width, heads, mel bins.
-RELEASED = {
-    "tiny": (4, 384, 6, 80),
-    "base": (6, 512, 8, 80),
-    "small": (12, 768, 12, 80),
-    "medium": (24, 1024, 16, 80),
-    "large": (32, 1280, 20, 80),
-    "large-v3": (32, 1280, 20, 128),
-}
-
-
-def whisper_fields(config: MimoConfig, name: str | None) -> list[str]:
-    """Fields of `--set` that give the Whisper encoders of `config` a released model's sizes."""
-    if name is None:
-        return []
-    size = name.removeprefix("openai/").removeprefix("whisper-").removesuffix(".en")
-    if size not in RELEASED:
-        known = ", ".join(f"openai/whisper-{size}" for size in RELEASED)
-        raise ValueError(f"--audio-encoder-model {name}: there are {known}")
-    ears = [n for n, m in config.modalities.items() if isinstance(m.encoder, WhisperConfig)]
-    if not ears:
-        raise ValueError(f"--audio-encoder-model {name}: {config.name} has no Whisper encoder")
-    layers, width, heads, bins = RELEASED[size]
-    fields = {"num_layers": layers, "width": width, "num_heads": heads, "num_mel_bins": bins}
-    fields["ffn_hidden_size"] = 4 * width
-    return [f"{ear}.encoder.{field}={value}" for ear in ears for field, value in fields.items()]
 
 
 @lru_cache

@@ -14,7 +14,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -228,11 +228,11 @@ class VitConfig:
     family: str = "clip"
     feature_layer: int = -1
     patches_per_token: int = 1
-    fit: str = "crop"
-    max_tiles: int = 0
-    augment_shift: float = 0.0
-    augment_degrees: float = 0.0
-    augment_scale: float = 0.0
+    fit: str = field(default="crop", metadata={"shapes_weights": False})
+    max_tiles: int = field(default=0, metadata={"shapes_weights": False})
+    augment_shift: float = field(default=0.0, metadata={"shapes_weights": False})
+    augment_degrees: float = field(default=0.0, metadata={"shapes_weights": False})
+    augment_scale: float = field(default=0.0, metadata={"shapes_weights": False})
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

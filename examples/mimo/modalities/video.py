@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -116,8 +116,8 @@ class VideoConfig(VitConfig):
     `frames_per_second` are taken, and of a longer video `max_frames` spread over all of it.
     """
 
-    frames_per_second: float = 1.0
-    max_frames: int = 8
+    frames_per_second: float = field(default=1.0, metadata={"shapes_weights": False})
+    max_frames: int = field(default=8, metadata={"shapes_weights": False})
 
     def __post_init__(self) -> None:
         super().__post_init__()
