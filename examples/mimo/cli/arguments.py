@@ -195,7 +195,7 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
 
 def _complete_data_flags(args: argparse.Namespace) -> None:
     """Fill in what was not typed; ValueError for flags that contradict each other."""
-    args.sharded = sharded = args.dataset_provider in SHARDED
+    sharded = args.dataset_provider in SHARDED
     args.valid_split = args.valid_split or ("val" if sharded else "heldout")
     if args.tokenizer_model and not Path(args.tokenizer_model).exists():
         raise ValueError(
@@ -338,7 +338,7 @@ def _check_virtual_stages(args: argparse.Namespace) -> None:
             "--encoder-ranks runs without virtual stages: Megatron's schedule for non-colocated "
             'modules is not interleaved ("MimoModel does not support virtual pipeline parallelism")'
         )
-    if args.sharded:
+    if args.dataset_provider in SHARDED:
         raise ValueError(
             f"--dataset-provider {args.dataset_provider} runs without virtual stages: Megatron "
             "saves the place in the data of one iterator a rank, not of one a virtual stage"

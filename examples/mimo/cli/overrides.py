@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -100,7 +102,6 @@ def whisper_assignments(config: MimoConfig, name: str | None) -> list[str]:
 def _with_assignments(value: Any, assignments: Sequence[Assignment]) -> Any:
     """The dataclass `value` with all assignments made at once, since fields may need each other."""
     fields = {field.name: field for field in dataclasses.fields(value)}
-    types_of_fields = typing.get_type_hints(type(value))
     by_field: dict[str, list[Assignment]] = {}
     for assignment in assignments:
         name = assignment.path[0]
@@ -126,12 +127,22 @@ def _with_assignments(value: Any, assignments: Sequence[Assignment]) -> Any:
         if deeper:
             raise ValueError(f"--set {deeper.source}: {name} is a value and holds no fields")
         choices = fields[name].metadata.get("choices")
-        changes[name] = _parse(types_of_fields[name], last, choices)
+        changes[name] = _parse(_field_type(value, name), last, choices)
     try:
         return dataclasses.replace(value, **changes)
     except ValueError as error:
         sources = " ".join(assignment.source for assignment in assignments)
         raise ValueError(f"--set {sources}: {error}") from None
+
+
+def _field_type(value: Any, name: str) -> Any:
+    """The declared type of a field; the type of its value where only type checkers know it."""
+    owner = next(c for c in type(value).__mro__ if name in inspect.get_annotations(c))
+    alone = types.SimpleNamespace(__annotations__={name: owner.__annotations__[name]})
+    try:
+        return typing.get_type_hints(alone, vars(sys.modules[owner.__module__]))[name]
+    except NameError:
+        return type(getattr(value, name))
 
 
 def _parse(kind: Any, assignment: Assignment, choices: Sequence[Any] | None) -> Any:

@@ -201,7 +201,7 @@ def _reader(args: argparse.Namespace, mimo: MimoConfig) -> SampleReader:
 
 def is_sharded(args: argparse.Namespace) -> bool:
     """Whether samples come out of shards, which megatron-energon reads."""
-    return bool(args.sharded)
+    return args.dataset_provider not in DATASETS
 
 
 def _shards(args: argparse.Namespace, mimo: MimoConfig) -> tuple[Any, SampleReader]:
