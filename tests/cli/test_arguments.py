@@ -1,8 +1,19 @@
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import ranks
-from examples.mimo.cli.arguments import parse_arguments
+from examples.mimo.cli.arguments import balance_stages, parse_arguments
+from examples.mimo.cli.flags import NEEDS, help_parser
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+from tests.conftest import ROOT
+
+COMMANDS = sorted(
+    path.name
+    for path in (ROOT / "examples/mimo").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.fixture
@@ -203,15 +214,8 @@ def test_commands_end_with_one_line_and_status_2(script, flags, message):
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize(
-    "script", ["train.py", "avlm_inference.py", "evaluate.py", "convert.py", "prepare_data.py"]
-)
-def test_help_imports_nothing_slow(script, tmp_path):
-    import subprocess
-    import sys
-
-    from tests.conftest import ROOT
-
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_imports_nothing_slow(script):
     path = ROOT / "examples/mimo" / script
     slow = ("torch", "megatron", "transformers", "torchaudio")
     code = (
@@ -223,3 +227,80 @@ def test_help_imports_nothing_slow(script, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "usage" in done.stdout
     assert done.stderr.strip() == "[]"
+
+
+FILES = ("--dataset-provider", "conversations", "--data-path", "tests")
+SHARDS = ("--dataset-provider", "energon", "--data-path", "tests")
+MOCK = "would do nothing here: --dataset-provider mock draws random data"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data-path", "tests"), f"--data-path {MOCK}"),
+        (("--data-path=tests",), f"--data-path {MOCK}"),
+        (("--train-split", "train"), f"--train-split {MOCK}"),
+        (("--valid-split=heldout", "--eval-iters=1"), f"--valid-split {MOCK}"),
+        (("--augment",), f"--augment {MOCK}"),
+        (("--max-bad-samples", "100"), f"--max-bad-samples {MOCK}"),
+        (("--shuffle-buffer-size", "100"), "only --dataset-provider energon fills a buffer"),
+        ((*FILES, "--shuffle-buffer-size", "100"), "only --dataset-provider energon fills"),
+        ((*FILES, "--packing-buffer-size", "8"), "only --dataset-provider energon fills"),
+        ((*FILES, "--valid-split", "heldout"), "nothing is evaluated; add --eval-iters N"),
+        ((*SHARDS, "--total-seq-length", "128"), "add --packing-buffer-size N"),
+        (("--tokenizer-model", "tests"), "--tokenizer-model would do nothing here: random data"),
+        ((*FILES, "--tokenizer-model", "nowhere"), "--tokenizer-model nowhere: no such file"),
+        ((*FILES, "benchmarks"), "--data-path tests benchmarks: one folder, or one mixture"),
+        (("--balance-stages",), "--balance-stages would do nothing here: there is one stage"),
+    ],
+)
+def test_flags_that_do_nothing_are_refused(parse, flags, message):
+    with pytest.raises(ValueError, match=r"^--") as error:
+        parse(1, *flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (*FILES, "--augment", "--train-split", "a", "--valid-split", "b", "--eval-iters", "1"),
+        (*FILES, "--max-bad-samples", "3", "--tokenizer-model", "tests"),
+        (*SHARDS, "--shuffle-buffer-size", "7", "--max-bad-samples", "3", "--augment"),
+        (*SHARDS, "--packing-buffer-size", "8", "--total-seq-length", "128"),
+        ("--tokenizer-model", "tests", "--save", "nowhere"),
+    ],
+)
+def test_flags_that_do_something_are_taken(parse, flags):
+    args, _ = parse(1, *flags)
+    assert args.train_split == ("a" if "a" in flags else "train")
+
+
+def test_every_flag_with_a_need_is_a_flag():
+    known = {option for action in help_parser()._actions for option in action.option_strings}
+    megatrons = {"--data-path", "--tokenizer-model"}
+    assert {flag for need in NEEDS for flag in need.flags} <= known | megatrons
+
+
+def test_balanced_stages_read_data_after_parsing(parse, monkeypatch):
+    """Flags alone split evenly, in whatever chunks; the samples then move layers."""
+    flags = (*PP2, "--balance-stages", "--num-layers", "5", *FILES)
+    args, config = parse(2, *flags)
+    assert args.pipeline_model_parallel_layout == "Ett|tttL"
+    with pytest.raises(ValueError, match="no tokenizer"):
+        balance_stages(args, config)
+    args, config = parse(2, *PP2, "--balance-stages", "--set", "images.encoder.num_layers=16")
+    balance_stages(args, config)
+    layers = [stage.count("t") for stage in args.pipeline_model_parallel_layout.split("|")]
+    assert sum(layers) == 4
+    assert layers[0] < 2
+    virtual = ("--num-virtual-stages-per-pipeline-rank", "2", "--global-batch-size", "8")
+    args, config = parse(2, *PP2, "--balance-stages", *virtual)
+    balance_stages(args, config)
+    assert args.virtual_pipeline_model_parallel_size == 2
+    assert args.pipeline_model_parallel_layout.count("|") == 3
+
+
+def test_a_model_of_ones_own_needs_no_entry(parse):
+    _, config = parse(1, "--model-provider", "examples.mimo.configs.tiny_avlm:tiny_avlm")
+    assert config.modalities == get_model_config("tiny_avlm").modalities

@@ -129,7 +129,7 @@ def language_transformer_config(
     Only fields that say how to train differ; a test names them.
     """
     on_cuda, has_engine = torch.cuda.is_available(), has_transformer_engine()
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.ffn_hidden_size,
@@ -153,8 +153,6 @@ def language_transformer_config(
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype is torch.bfloat16,
-        # Prompts differ in length, so stages tell each other how long a tensor is.
-        variable_seq_lengths=pp > 1,
         use_cpu_initialization=not on_cuda,
         transformer_impl="transformer_engine" if has_engine else "local",
         persist_layer_norm=has_engine,
@@ -166,6 +164,10 @@ def language_transformer_config(
         deallocate_pipeline_outputs=True,
         cp_comm_type="p2p",
     )
+    # Prompts differ in length, so stages tell each other how long a tensor is. Set afterwards:
+    # the constructor takes it for a matter of experts, which this model has none of.
+    config.variable_seq_lengths = pp > 1
+    return config
 
 
 def load_weights(
