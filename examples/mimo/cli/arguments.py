@@ -127,6 +127,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     check_freeze(args.freeze, preset)
     check_layout(args, resolve(preset, args))
     check_encoder_layout(args, preset)
+    _check_batch_sizes(args)
     if args.balance_stages:
         _split_evenly(args)
     _validate(args)
@@ -317,6 +318,17 @@ def _check_noncolocated(args: argparse.Namespace) -> None:
                 f"--encoder-ranks has room for {placement.dp} replicas of {placement.name}'s "
                 "encoder; drop the flag"
             )
+
+
+def _check_batch_sizes(args: argparse.Namespace) -> None:
+    parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    replicas = language_processes(args) // (parallel * args.context_parallel_size)
+    if args.global_batch_size and args.global_batch_size % (args.micro_batch_size * replicas):
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size "
+            f"{args.micro_batch_size} x {replicas} data-parallel replicas; choose a multiple of "
+            f"{args.micro_batch_size * replicas}"
+        )
 
 
 def _validate(args: argparse.Namespace) -> None:
