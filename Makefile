@@ -58,6 +58,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 layouts: $(VENV)/installed
 	$(BIN)/python -m benchmarks.layouts --output benchmarks/layouts.md

@@ -121,10 +121,10 @@ def train(case: Case, folder: Path) -> list[dict]:
 
 def iteration_flops(case: Case, iterations: int) -> list[int]:
     """What each iteration of `train` costs, from the batches it drew."""
+    from benchmarks.training_flops import training_flops
     from examples.mimo.configs import get_model_config
     from examples.mimo.data.batch import collate
     from examples.mimo.data.datasets import MockDataset
-    from examples.mimo.planner.flops import training_flops
 
     config, size = get_model_config(case.model), case.micro_batch_size
     dataset = MockDataset(config, config.language.seq_length, iterations * size, seed=1)

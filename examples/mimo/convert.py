@@ -35,8 +35,8 @@ def main() -> None:
 
 def convert_from_hf(args: argparse.Namespace, rest: list[str]) -> None:
     """Write a checkpoint; `rest` are the flags that the model's modalities add."""
+    from examples.mimo.cli.overrides import with_fields
     from examples.mimo.configs import get_model_config
-    from examples.mimo.configs.schema import with_fields
     from examples.mimo.hf.from_hf import from_hf, initialize_single_process
     from examples.mimo.hf.io import Folder
 

@@ -185,8 +185,8 @@ def _config(model: DatasetModel) -> MimoConfig:
     from examples.mimo import compat
 
     compat.install()
+    from examples.mimo.cli.overrides import with_fields
     from examples.mimo.configs import get_model_config
-    from examples.mimo.configs.schema import with_fields
 
     return with_fields(get_model_config(model.model_provider), model.config_fields)
 

@@ -50,7 +50,7 @@ def train(argv: list[str]) -> None:
 
     from examples.mimo import compat
     from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
-    from examples.mimo.cli.arguments import parse_arguments
+    from examples.mimo.cli.arguments import balance_stages, parse_arguments
     from examples.mimo.cli.observer import RunObserver
     from examples.mimo.parallel import noncolocated
     from examples.mimo.training import providers
@@ -58,6 +58,7 @@ def train(argv: list[str]) -> None:
 
     # `config` says what the model is, `args` holds Megatron's flags with its sizes as defaults.
     args, config = parse_arguments(argv)
+    balance_stages(args, config)
     if not args.show_megatron_output:
         # Megatron lowered the root logger's level when it was imported.
         logging.getLogger().setLevel(logging.WARNING)

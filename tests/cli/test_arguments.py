@@ -1,8 +1,19 @@
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import ranks
-from examples.mimo.cli.arguments import parse_arguments
+from examples.mimo.cli.arguments import balance_stages, parse_arguments
+from examples.mimo.cli.flags import NEEDS, help_parser
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+from tests.conftest import ROOT
+
+COMMANDS = sorted(
+    path.name
+    for path in (ROOT / "examples/mimo").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.fixture
@@ -57,30 +68,42 @@ def test_longer_rows_need_no_second_flag(parse):
     ("processes", "flags", "message"),
     [
         (3, TP2, "3 processes cannot hold"),
-        (8, ("--tensor-model-parallel-size", "8"), "--num-attention-heads 4 does not divide by"),
-        (2, (*TP2, "--vocab-size", "511"), "--vocab-size 511 does not divide by"),
+        (8, ("--tensor-model-parallel-size", "8"), "--num-attention-heads 4 is not divisible by"),
+        (2, (*TP2, "--vocab-size", "511"), "--vocab-size 511 is not divisible by"),
         (
             2,
-            (*TP2, "--set", "audios.encoder.num_attention_heads=1"),
-            "audios.encoder.num_attention_heads 1 does not divide by",
+            (*TP2, "--set", "audios.projector.ffn_hidden_size=255"),
+            "audios.projector.ffn_hidden_size 255 is not divisible by",
         ),
-        (3, ("--pipeline-model-parallel-size", "3"), "--num-layers 4 does not divide by"),
-        (2, (*TP2, "--sequence-parallel", "--seq-length", "127"), "--seq-length 127"),
+        (3, ("--pipeline-model-parallel-size", "3"), "--num-layers 4 is not divisible by"),
+        (
+            2,
+            (*TP2, "--sequence-parallel", "--seq-length", "127"),
+            "--seq-length 127 is not divisible by --tensor-model-parallel-size 2",
+        ),
         (1, ("--num-experts", "4"), "--num-experts would do nothing here: the language model"),
         (1, ("--mock-data",), "--mock-data would do nothing here: use --dataset-provider mock"),
         (1, ("--split=99,1,0",), "--split would do nothing here"),
         (1, ("--dataloader-type", "cyclic"), "--dataloader-type cyclic would do nothing here"),
         (1, ("--position-embedding-type", "none"), "the language model uses rotary positions"),
-        (1, ("--audio-encoder-model", "openai/whisper-huge"), "there are openai/whisper-tiny"),
+        (1, ("--audio-encoder-model", "openai/whisper-huge"), "choose one of openai/whisper-tiny"),
         (1, ("--hf-assign-unused-tokens", "<video>,7"), "a placeholder of <image>, <audio>"),
         (1, ("--hf-assign-unused-tokens", "<image>,5"), "images share token id 5"),
-        (1, ("--total-seq-length", "64"), "would do nothing without --packing-buffer-size"),
+        (
+            1,
+            ("--total-seq-length", "64"),
+            "--total-seq-length would do nothing here: it is the length of packed",
+        ),
         (
             2,
             (*PP2, "--num-layers-per-virtual-pipeline-stage=1", "--dataset-provider=energon"),
             "runs without virtual stages",
         ),
-        (1, ("--packing-buffer-size", "8"), "packs what --dataset-provider energon reads"),
+        (
+            1,
+            ("--packing-buffer-size", "8"),
+            "--packing-buffer-size would do nothing here: only --dataset-provider energon",
+        ),
         (
             1,
             ("--packing-buffer-size=8", "--dataset-provider=energon", "--micro-batch-size=2"),
@@ -89,16 +112,16 @@ def test_longer_rows_need_no_second_flag(parse):
         (
             2,
             (*TP2, "--packing-buffer-size=8", "--dataset-provider=energon", "--total-seq-length=9"),
-            "--total-seq-length 9 does not divide by 2",
+            "--total-seq-length 9 is not divisible by 2",
         ),
         (2, (*TP2, *ENCODER_TP, "4"), "4 does not divide --tensor-model-parallel-size 2"),
         (2, (*TP2, *ENCODER_TP, "0"), "0 does not divide --tensor-model-parallel-size 2"),
         (
             4,
             (*TP2, *ENCODER_TP, "1", "--encoder-data-parallel-size", "2"),
-            "4 processes hold 4 copies of the encoders",
+            "4 processes hold 4 replicas of the encoders",
         ),
-        (2, (*TP2, *ENCODER_TP, "images=1"), "on shared ranks all encoders have one size"),
+        (2, (*TP2, *ENCODER_TP, "images=1"), "colocated encoders all have one size"),
         (4, ("--encoder-ranks", "images=0"), "says nothing of audios"),
         (4, (*OWN, "images=0", "audios=0-1"), "images and audios both have rank 0"),
         (4, (*OWN, "images=0", "audios=4"), "audios=4: 4 processes have the ranks 0 to 3"),
@@ -122,7 +145,7 @@ def test_longer_rows_need_no_second_flag(parse):
         (
             5,
             (*OWN, "images=0-1", "audios=2", "--encoder-data-parallel-size", "2"),
-            "the ranks of --encoder-ranks make 1 of audios",
+            "--encoder-ranks has room for 1 replicas of audios's encoder",
         ),
         (
             4,
@@ -143,14 +166,14 @@ def test_longer_rows_need_no_second_flag(parse):
         ),
         (2, (*TP2, "--tp-comm-overlap"), "--tp-comm-overlap needs Transformer Engine"),
         (3, ("--context-parallel-size", "2"), "x --context-parallel-size 2 = 2; start a multiple"),
-        (1, ("--set", "images.encoder.depth=1"), "no field 'depth'; there are"),
+        (1, ("--set", "images.encoder.depth=1"), "no field 'depth'; choose one of"),
         (1, ("--set", "video.encoder.num_layers=1"), "with a modality of images, audios"),
         (1, ("--set", "images.encoder.num_layers=two"), "'two' is not of type int"),
-        (1, ("--set", "images.encoder=1"), "this field holds others"),
+        (1, ("--set", "images.encoder=1"), "encoder holds fields; set one of encoder.("),
         (
             1,
-            ("--model-provider", "tiny_avlm", "--global-batch-size", "3"),
-            "(3) must be divisible by",
+            ("--global-batch-size", "3"),
+            "--global-batch-size 3 is not divisible by --micro-batch-size 4 x 1 data-parallel",
         ),
     ],
 )
@@ -175,7 +198,7 @@ def test_wrong_flags_are_named(parse, processes, flags, message):
         (
             "train.py",
             ("--model-provider", "gpt"),
-            "unknown --model-provider gpt; choose one of",
+            "unknown --model-provider gpt; choose one of tiny_avlm, ",
         ),
         ("train.py", TP2, "1 processes cannot hold"),
         ("avlm_inference.py", ("--ckpt", "/nonexistent"), "--ckpt /nonexistent: no such folder"),
@@ -191,15 +214,8 @@ def test_commands_end_with_one_line_and_status_2(script, flags, message):
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize(
-    "script", ["train.py", "avlm_inference.py", "evaluate.py", "convert.py", "prepare_data.py"]
-)
-def test_help_imports_nothing_slow(script, tmp_path):
-    import subprocess
-    import sys
-
-    from tests.conftest import ROOT
-
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_imports_nothing_slow(script):
     path = ROOT / "examples/mimo" / script
     slow = ("torch", "megatron", "transformers", "torchaudio")
     code = (
@@ -211,3 +227,80 @@ def test_help_imports_nothing_slow(script, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "usage" in done.stdout
     assert done.stderr.strip() == "[]"
+
+
+FILES = ("--dataset-provider", "conversations", "--data-path", "tests")
+SHARDS = ("--dataset-provider", "energon", "--data-path", "tests")
+MOCK = "would do nothing here: --dataset-provider mock draws random data"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data-path", "tests"), f"--data-path {MOCK}"),
+        (("--data-path=tests",), f"--data-path {MOCK}"),
+        (("--train-split", "train"), f"--train-split {MOCK}"),
+        (("--valid-split=heldout", "--eval-iters=1"), f"--valid-split {MOCK}"),
+        (("--augment",), f"--augment {MOCK}"),
+        (("--max-bad-samples", "100"), f"--max-bad-samples {MOCK}"),
+        (("--shuffle-buffer-size", "100"), "only --dataset-provider energon fills a buffer"),
+        ((*FILES, "--shuffle-buffer-size", "100"), "only --dataset-provider energon fills"),
+        ((*FILES, "--packing-buffer-size", "8"), "only --dataset-provider energon fills"),
+        ((*FILES, "--valid-split", "heldout"), "nothing is evaluated; add --eval-iters N"),
+        ((*SHARDS, "--total-seq-length", "128"), "add --packing-buffer-size N"),
+        (("--tokenizer-model", "tests"), "--tokenizer-model would do nothing here: random data"),
+        ((*FILES, "--tokenizer-model", "nowhere"), "--tokenizer-model nowhere: no such file"),
+        ((*FILES, "benchmarks"), "--data-path tests benchmarks: one folder, or one mixture"),
+        (("--balance-stages",), "--balance-stages would do nothing here: there is one stage"),
+    ],
+)
+def test_flags_that_do_nothing_are_refused(parse, flags, message):
+    with pytest.raises(ValueError, match=r"^--") as error:
+        parse(1, *flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (*FILES, "--augment", "--train-split", "a", "--valid-split", "b", "--eval-iters", "1"),
+        (*FILES, "--max-bad-samples", "3", "--tokenizer-model", "tests"),
+        (*SHARDS, "--shuffle-buffer-size", "7", "--max-bad-samples", "3", "--augment"),
+        (*SHARDS, "--packing-buffer-size", "8", "--total-seq-length", "128"),
+        ("--tokenizer-model", "tests", "--save", "nowhere"),
+    ],
+)
+def test_flags_that_do_something_are_taken(parse, flags):
+    args, _ = parse(1, *flags)
+    assert args.train_split == ("a" if "a" in flags else "train")
+
+
+def test_every_flag_with_a_need_is_a_flag():
+    known = {option for action in help_parser()._actions for option in action.option_strings}
+    megatrons = {"--data-path", "--tokenizer-model"}
+    assert {flag for need in NEEDS for flag in need.flags} <= known | megatrons
+
+
+def test_balanced_stages_read_data_after_parsing(parse, monkeypatch):
+    """Flags alone split evenly, in whatever chunks; the samples then move layers."""
+    flags = (*PP2, "--balance-stages", "--num-layers", "5", *FILES)
+    args, config = parse(2, *flags)
+    assert args.pipeline_model_parallel_layout == "Ett|tttL"
+    with pytest.raises(ValueError, match="no tokenizer"):
+        balance_stages(args, config)
+    heavy = ("--set", "images.encoder.num_layers=16", "--num-layers=8", "--global-batch-size=64")
+    args, config = parse(2, *PP2, "--balance-stages", *heavy)
+    balance_stages(args, config)
+    layers = [stage.count("t") for stage in args.pipeline_model_parallel_layout.split("|")]
+    assert layers == [2, 6]
+    virtual = ("--num-virtual-stages-per-pipeline-rank", "2", "--global-batch-size", "8")
+    args, config = parse(2, *PP2, "--balance-stages", *virtual)
+    balance_stages(args, config)
+    assert args.virtual_pipeline_model_parallel_size == 2
+    assert args.pipeline_model_parallel_layout.count("|") == 3
+
+
+def test_a_model_of_ones_own_needs_no_entry(parse):
+    _, config = parse(1, "--model-provider", "examples.mimo.configs.tiny_avlm:tiny_avlm")
+    assert config.modalities == get_model_config("tiny_avlm").modalities

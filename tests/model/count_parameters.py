@@ -44,7 +44,10 @@ def count(name, tp):
         for path, parameter in module.named_parameters()
         if "linear" in path and path.endswith("weight")
     }
-    sizes = {part: size.here for part, size in part_sizes(model, args).items()}
+    sizes = {
+        part: size.here
+        for part, size in part_sizes(model, tp, args.encoder_tensor_model_parallel_size).items()
+    }
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
     return {"parts": sizes, "linear": linear}

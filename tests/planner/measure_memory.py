@@ -18,10 +18,11 @@ compat.install()
 import torch
 from megatron.training import training as megatron_training
 
-from examples.mimo.cli.arguments import parse_arguments
+from examples.mimo.cli.arguments import balance_stages, parse_arguments
 from examples.mimo.planner.memory import place_memory
 from examples.mimo.train import train
-from examples.mimo.training.layout import places
+from examples.mimo.training.layout import places, run_shape
+from examples.mimo.training.providers import transformer_config
 
 found = {}
 setup = megatron_training.setup_model_and_optimizer
@@ -55,9 +56,10 @@ def optimizer_bytes(model_parameters):
 def predicted(flags):
     """What a dry run says about this rank's stage."""
     args, config = parse_arguments(flags)
+    balance_stages(args, config)
     args.perform_initialization = False
     place = next(place for place in places(args) if args.rank in place.ranks)
-    return place_memory(config, args, place)
+    return place_memory(config, run_shape(args), transformer_config(args), place)
 
 
 def measured():

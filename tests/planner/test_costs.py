@@ -3,9 +3,8 @@
 import pytest
 
 from examples.mimo.cli.arguments import parse_arguments
-from examples.mimo.planner.costs import Workload, model_cost
-from examples.mimo.planner.flops import language_layer_flops
-from examples.mimo.training.layout import placements
+from examples.mimo.planner.flops import Workload, language_layer_flops, model_cost
+from examples.mimo.training.layout import run_shape
 
 WORK = Workload(
     batch_size=2,
@@ -21,7 +20,7 @@ def count(monkeypatch):
     def counted(processes, *flags):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         args, config = parse_arguments(flags)
-        return model_cost(config, args, WORK, placements(args))
+        return model_cost(config, run_shape(args), WORK)
 
     return counted
 

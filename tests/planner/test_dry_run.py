@@ -115,8 +115,11 @@ def test_balanced_stages_wait_less():
     ("flags", "message"),
     [
         (("--dry-run", "3", *TP2), "3 processes cannot hold"),
-        (("--dry-run", "0"), "--dry-run 0: say a number of processes"),
-        (("--dry-run", "2", "--balance-stages"), "--balance-stages needs --pipeline"),
+        (("--dry-run", "0"), "--dry-run 0: name a number of processes"),
+        (
+            ("--dry-run", "2", "--balance-stages"),
+            "--balance-stages would do nothing here: there is one stage",
+        ),
         (
             ("--dry-run", "2", *PP2, "--balance-stages", "--decoder-first-pipeline-num-layers=1"),
             "both choose the split",

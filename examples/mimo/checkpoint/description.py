@@ -1,7 +1,8 @@
-"""`mimo.json` beside the weights: all that is needed to build the model again."""
+"""`mimo.json` beside the weights: the model's config, and the tokenizer's folder."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,12 +21,6 @@ TRACKER = "latest_checkpointed_iteration.txt"
 # What Megatron calls weights that are of no iteration, such as converted ones.
 RELEASE = "release"
 TOKENIZER = "tokenizer"
-
-# What two runs of one model may choose differently.
-FREE_FIELDS = (
-    *("name", "seq_length", "prompt", "init_method_std", "frozen", "overflow", "fit"),
-    *("max_windows", "max_tiles", "max_frames", "frames_per_second"),
-)
 
 
 @dataclass(frozen=True)
@@ -54,9 +49,9 @@ def save_description(
 ) -> None:
     """Write `mimo.json` and the tokenizer's files into `folder`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = {"format": FORMAT, "config": to_dict(config), "sources": dict(sources or {})}
+    description = {"format": FORMAT, "config": to_dict(config), "sources": dict(sources or {})}
     draft = folder / f".{FILE_NAME}.{os.getpid()}"
-    draft.write_text(json.dumps(described, indent=1), encoding="utf-8")
+    draft.write_text(json.dumps(description, indent=1), encoding="utf-8")
     draft.replace(folder / FILE_NAME)
     target = folder / TOKENIZER
     if tokenizer is None or (target.exists() and tokenizer.resolve() == target.resolve()):
@@ -69,27 +64,29 @@ def save_description(
     draft.replace(target)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """What is in `folder`; ValueError, one line, when it is not a checkpoint of this package."""
+def open_checkpoint(folder: Path, flag: str = "--ckpt") -> Checkpoint:
+    """Read `folder`; ValueError, one line, when it is not a checkpoint of this package.
+
+    `flag` is what named the folder, for messages.
+    """
     if not folder.is_dir():
-        raise ValueError(f"--ckpt {folder}: no such folder")
+        raise ValueError(f"{flag} {folder}: no such folder")
     if not (folder / FILE_NAME).is_file():
         raise ValueError(
-            f"--ckpt {folder}: not a checkpoint of this package ({FILE_NAME} is missing); name "
+            f"{flag} {folder}: not a checkpoint of this package ({FILE_NAME} is missing); name "
             "the folder that train.py --save wrote"
         )
     try:
         saved = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        name = saved["config"]["name"]
+        name, saved_format = saved["config"]["name"], saved.get("format")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"--ckpt {folder}: {FILE_NAME} is damaged") from None
-    if saved.get("format") != FORMAT:
+        raise ValueError(f"{flag} {folder}: {FILE_NAME} is damaged") from None
+    if saved_format != FORMAT:
         raise ValueError(
-            f"--ckpt {folder}: {FILE_NAME} has format {saved.get('format')}, this package reads "
-            f"{FORMAT}"
+            f"{flag} {folder}: {FILE_NAME} has format {saved_format}, this package reads {FORMAT}"
         )
     config = overlay(get_model_config(name), saved["config"], FILE_NAME)
-    return Checkpoint(folder, latest_weights(folder), config, saved.get("sources", {}))
+    return Checkpoint(folder, latest_weights(folder, flag), config, saved.get("sources", {}))
 
 
 def check_same_model(
@@ -101,18 +98,16 @@ def check_same_model(
     """
     if not (folder / FILE_NAME).is_file() or not (folder / TRACKER).is_file():
         return
-    checkpoint_config = open_checkpoint(folder).config
+    checkpoint_config = open_checkpoint(folder, flag).config
     check_parts(flag, folder, checkpoint_config, config, fresh_parts)
     fresh_paths = paths_of_fresh(checkpoint_config, config, fresh_parts)
-    saved = _flat(to_dict(checkpoint_config))
-    wanted = _flat(to_dict(config))
-    for path in sorted(saved.keys() | wanted.keys()):
-        if path.startswith(fresh_paths):
-            continue
-        if _shapes_weights(path) and saved.get(path) != wanted.get(path):
+    saved = weight_fields(checkpoint_config)
+    expected = weight_fields(config)
+    for path in sorted(saved.keys() | expected.keys()):
+        if saved.get(path) != expected.get(path) and not path.startswith(fresh_paths):
             raise ValueError(
                 f"{flag} {folder}: this folder's model has {path} {saved.get(path)}, but this "
-                f"run's has {wanted.get(path)}; change the run or name another folder"
+                f"run's has {expected.get(path)}; change the run or name another folder"
             )
 
 
@@ -149,28 +144,37 @@ def paths_of_fresh(
     return tuple(f"{path}." for path in [*paths, *(f"modalities.{name}" for name in added)])
 
 
-def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        path = f"{where}{key}"
-        found |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return found
+def weight_fields(value: Any, path: str = "") -> dict[str, Any]:
+    """`path.of.a.field` -> value, of a config's fields that the weights depend on.
+
+    Two runs of one model may choose the others, which say so where they are defined:
+    `field(metadata={"shapes_weights": False})`.
+    """
+    if isinstance(value, dict):
+        inner = value.items()
+    elif dataclasses.is_dataclass(value):
+        inner = {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if field.metadata.get("shapes_weights", True)
+        }.items()
+    else:
+        return {path: value}
+    fields: dict[str, Any] = {}
+    for name, item in inner:
+        fields |= weight_fields(item, f"{path}.{name}" if path else name)
+    return fields
 
 
-def _shapes_weights(path: str) -> bool:
-    field = path.rsplit(".", 1)[-1]
-    return field not in FREE_FIELDS and not field.startswith("augment_")
-
-
-def latest_weights(folder: Path) -> Path:
+def latest_weights(folder: Path, flag: str = "--ckpt") -> Path:
     """The iteration inside `folder` that is loaded; ValueError when it is not there whole."""
     tracker = folder / TRACKER
     if not tracker.is_file():
-        raise ValueError(f"--ckpt {folder}: nothing has been saved here yet ({TRACKER} is missing)")
+        raise ValueError(f"{flag} {folder}: nothing has been saved here yet ({TRACKER} is missing)")
     iteration = tracker.read_text(encoding="utf-8").strip()
     if not iteration.isdigit() and iteration != RELEASE:
-        raise ValueError(f"--ckpt {folder}: {TRACKER} names no iteration: {iteration!r}")
+        raise ValueError(f"{flag} {folder}: {TRACKER} names no iteration: {iteration!r}")
     weights = folder / (RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}")
     if not (weights / ".metadata").is_file():
-        raise ValueError(f"--ckpt {folder}: the weights in {weights.name} are missing or damaged")
+        raise ValueError(f"{flag} {folder}: the weights in {weights.name} are missing or damaged")
     return weights

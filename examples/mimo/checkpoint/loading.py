@@ -1,26 +1,52 @@
-"""A trained model from a checkpoint, at any tensor- and pipeline-parallel size, strictly."""
+"""Load a checkpoint's weights, strictly: into a model for answering, or to go on training.
+
+`load_model` sets up torch.distributed and Megatron's parallel state by itself, so answering needs
+neither the training loop nor its arguments.
+"""
 
 from __future__ import annotations
 
-import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import initialize
-from megatron.training.arguments import validate_args
-from megatron.training.checkpointing import _build_sharded_state_dict_metadata
-from megatron.training.global_vars import set_global_variables
+import os
+from collections.abc import Collection, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
-from examples.mimo.checkpoint.description import Checkpoint
-from examples.mimo.checkpoint.resuming import CHECKPOINT_ERRORS, reason
-from examples.mimo.cli.arguments import check_layout, parse_with_preset
-from examples.mimo.model.layers import device
-from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
-from examples.mimo.training.providers import transformer_config
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn import functional
+
+from examples.mimo.checkpoint.description import Checkpoint, latest_weights
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.model.layers import has_transformer_engine
+from examples.mimo.model.mimo import StageMimoModel, build_mimo_model, part_prefix
+
+SEED = 1234
+TIMEOUT = timedelta(minutes=10)
 
 # What a training checkpoint holds beside the model.
 NOT_THE_MODEL = ("optimizer", "chained", "rerun_state_machine_state")
-# Encoders on ranks of their own put their name in front.
+# Non-colocated encoders put their name in front.
 RANDOM_STATE = "rng_state"
+
+# Sizes that tensor parallelism divides, in the configs of all parts.
+DIVIDED_FIELDS = (
+    *("num_attention_heads", "num_query_groups"),
+    *("ffn_hidden_size", "vocab_size"),
+)
+
+# torch's is a BaseException: a plain `except Exception` lets it pass.
+CHECKPOINT_ERRORS = (CheckpointingException, CheckpointException)
+
+OPTIMIZER_STATE = "optimizer.state."
+# Only the distributed optimizer saves weights of its own in this place.
+DISTRIBUTED_STATE = f"{OPTIMIZER_STATE}param."
 
 
 def load_model(checkpoint: Checkpoint, tp: int = 1, pp: int = 1) -> StageMimoModel:
@@ -29,39 +55,140 @@ def load_model(checkpoint: Checkpoint, tp: int = 1, pp: int = 1) -> StageMimoMod
     Sets up Megatron's parallel state, once a process. ValueError when the layout does not fit
     the model or the world, or when the weights are not exactly the model's.
     """
-    flags = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
-    if torch.cuda.is_available():
-        flags.append("--bf16")
-    args = parse_with_preset(checkpoint.config, flags)
-    if args.world_size != tp * pp:
-        raise ValueError(
-            f"--tp {tp} x --pp {pp} needs {tp * pp} processes, but {args.world_size} run; start "
-            f"with torchrun --nproc-per-node {tp * pp}"
-        )
-    check_layout(args, checkpoint.config)
-    validate_args(args)
-    if not parallel_state.model_parallel_is_initialized():
-        set_global_variables(args, build_tokenizer=False)
-        initialize.initialize_megatron()
+    config = checkpoint.config
+    check_layout(config, tp, pp)
+    start_parallel(tp, pp)
+    on_cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = build_mimo_model(
-        checkpoint.config,
-        transformer_config(args),
+        config,
+        language_transformer_config(config.language, tp, pp, dtype),
         groups,
         pre_process=groups.pp.rank() == 0,
         post_process=groups.pp.rank() == pp - 1,
     )
-    model.to(device=device(), dtype=args.params_dtype).eval()
-    _load_weights(model, checkpoint, _build_sharded_state_dict_metadata(args))
+    model.to(device=device, dtype=dtype).eval()
+    load_weights(model, checkpoint)
     return model
 
 
-def _load_weights(model: StageMimoModel, checkpoint: Checkpoint, metadata: dict) -> None:
-    wanted = {"model": model.sharded_state_dict(metadata=metadata)}
+def check_layout(config: MimoConfig, tp: int, pp: int) -> None:
+    """ValueError unless tp x pp processes run and every part divides into them."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized():
+        world_size = dist.get_world_size()
+    if world_size != tp * pp:
+        raise ValueError(
+            f"--tp {tp} x --pp {pp} needs {tp * pp} processes, but {world_size} run; start "
+            f"with torchrun --nproc-per-node {tp * pp}"
+        )
+    parts: dict[str, Any] = {"language": config.language}
+    for name, modality in config.modalities.items():
+        parts |= {f"{name}.encoder": modality.encoder, f"{name}.projector": modality.projector}
+    for name, part in parts.items():
+        for path, size in tensor_parallel_sizes(name, part).items():
+            if size % tp:
+                raise ValueError(
+                    f"{path} {size} is not divisible by --tp {tp}; choose a divisor of {size}"
+                )
+    if config.language.num_layers % pp:
+        raise ValueError(
+            f"language.num_layers {config.language.num_layers} is not divisible by --pp {pp}; "
+            f"choose a divisor of {config.language.num_layers}"
+        )
+
+
+def tensor_parallel_sizes(name: str, part: Any) -> dict[str, int]:
+    """The sizes of a part's config that tensor parallelism divides: `name.field` -> size."""
+    sizes = {f"{name}.{field}": getattr(part, field, None) for field in DIVIDED_FIELDS}
+    return {path: size for path, size in sizes.items() if size is not None}
+
+
+def start_parallel(tp: int, pp: int) -> None:
+    """Process group, parallel state and seeds, unless the process has them already."""
+    if parallel_state.model_parallel_is_initialized():
+        return
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    parallel_state.initialize_model_parallel(tp, pp)
+    torch.manual_seed(SEED)
+    # The layers' random states must exist, though answering draws nothing from them.
+    tensor_parallel.model_parallel_cuda_manual_seed(SEED)
+
+
+def language_transformer_config(
+    language: LanguageConfig, tp: int, pp: int, params_dtype: torch.dtype
+) -> TransformerConfig:
+    """The TransformerConfig that training gets of Megatron's arguments for the same model.
+
+    Only fields that say how to train differ; a test names them.
+    """
+    on_cuda, has_engine = torch.cuda.is_available(), has_transformer_engine()
+    config = TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        kv_channels=language.head_dim,
+        layernorm_epsilon=language.norm_epsilon,
+        init_method_std=language.init_method_std,
+        add_qkv_bias=language.qkv_bias,
+        qk_layernorm=language.qk_norm,
+        normalization="RMSNorm",
+        activation_func=functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=False,
+        calculate_per_token_loss=True,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype is torch.bfloat16,
+        use_cpu_initialization=not on_cuda,
+        transformer_impl="transformer_engine" if has_engine else "local",
+        persist_layer_norm=has_engine,
+        masked_softmax_fusion=has_engine,
+        gradient_accumulation_fusion=has_engine,
+        apply_rope_fusion=has_engine,
+        bias_activation_fusion=on_cuda,
+        bias_dropout_fusion=on_cuda,
+        deallocate_pipeline_outputs=True,
+        cp_comm_type="p2p",
+    )
+    # Prompts differ in length, so stages tell each other how long a tensor is. Set afterwards:
+    # the constructor takes it for a matter of experts, which this model has none of.
+    config.variable_seq_lengths = pp > 1
+    return config
+
+
+def load_weights(
+    model: StageMimoModel, checkpoint: Checkpoint, fresh_parts: Collection[str] = ()
+) -> None:
+    """Fill `model` from `checkpoint`; ValueError unless both hold exactly the same tensors.
+
+    `fresh_parts`, such as `sensors.encoder`, keep the weights they have and may be absent.
+    """
+    prefixes = tuple(part_prefix(part) for part in fresh_parts)
+    metadata = {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    expected = model.sharded_state_dict(metadata=metadata)
+    expected = {key: value for key, value in expected.items() if not key.startswith(prefixes)}
     try:
         # Megatron calls missing what the checkpoint has and the model does not ask for.
-        state, unasked, absent = dist_checkpointing.load(
-            wanted, str(checkpoint.weights), strict="return_all"
+        state, unused, absent = dist_checkpointing.load(
+            {"model": expected}, str(checkpoint.weights), strict="return_all"
         )
     except (*CHECKPOINT_ERRORS, RuntimeError, KeyError, OSError) as error:
         raise ValueError(
@@ -69,8 +196,8 @@ def _load_weights(model: StageMimoModel, checkpoint: Checkpoint, metadata: dict)
         ) from None
     unknown = {
         key
-        for key in unasked
-        if not key.startswith(NOT_THE_MODEL) and not key.endswith(RANDOM_STATE)
+        for key in unused
+        if not key.startswith((*NOT_THE_MODEL, *prefixes)) and not key.endswith(RANDOM_STATE)
     }
     for problem, keys in (("lacks", absent), ("holds, unknown to the model,", unknown)):
         if keys:
@@ -78,4 +205,57 @@ def _load_weights(model: StageMimoModel, checkpoint: Checkpoint, metadata: dict)
                 f"--ckpt {checkpoint.folder}: the checkpoint {problem} {len(keys)} tensors, such "
                 f"as {sorted(keys)[0]}; it is not {checkpoint.config.name}'s"
             )
-    model.load_state_dict(state["model"], strict=True)
+    missing, unexpected = model.load_state_dict(state["model"], strict=not prefixes)
+    if any(not key.startswith(prefixes) for key in missing) or unexpected:
+        raise ValueError(
+            f"--ckpt {checkpoint.folder}: the weights are not exactly those of "
+            f"{checkpoint.config.name}: missing {missing}, unexpected {unexpected}"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def check_same_optimizer(folder: Path, distributed: bool) -> None:
+    """ValueError when `folder` holds optimizer state of the other kind, which does not load."""
+    names = _tensor_names(folder)
+    if not any(name.startswith(OPTIMIZER_STATE) for name in names):
+        return
+    saved = any(name.startswith(DISTRIBUTED_STATE) for name in names)
+    if saved != distributed:
+        with_or_without, change = ("with", "add") if saved else ("without", "drop")
+        raise ValueError(
+            f"--load {folder}: saved {with_or_without} the distributed optimizer; {change} "
+            "--use-distributed-optimizer, or start its state afresh with --no-load-optim"
+        )
+
+
+def has_random_states(folder: Path, sizes: Mapping[str, int]) -> bool:
+    """Whether `folder` holds the random states of non-colocated encoders.
+
+    `sizes` are their tensor-parallel sizes. Megatron checks those of the language model.
+    """
+    names = _tensor_names(folder)
+    return all(f"{name}.rng_state/shard_0.0_1.{size}" in names for name, size in sizes.items())
+
+
+def _tensor_names(folder: Path) -> Collection[str]:
+    weights = latest_weights(folder, flag="--load")
+    return FileSystemReader(weights).read_metadata().state_dict_metadata
+
+
+def schedule_mismatch(error: AssertionError) -> str | None:
+    """One line for Megatron's refusal of another learning-rate schedule; None for other errors."""
+    words = " ".join(str(error).split())
+    if not words.startswith("OptimizerParamScheduler"):
+        return None
+    return (
+        f"the checkpoint was trained on another schedule ({words.partition(': ')[2]}); "
+        "--override-opt_param-scheduler takes this run's, --use-checkpoint-opt_param-scheduler "
+        "the checkpoint's"
+    )

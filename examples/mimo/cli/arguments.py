@@ -2,8 +2,6 @@
 
 A preset's sizes are defaults of Megatron's own flags, so a size is written once, in the
 config, and the command line still overrides it.
-
-What the flags about data say of one another.
 """
 
 from __future__ import annotations
@@ -12,21 +10,29 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.training import arguments as megatron_arguments
 
+from examples.mimo.checkpoint.loading import tensor_parallel_sizes
 from examples.mimo.cli.command import Parser, refuse
-from examples.mimo.cli.flags import SHARDED, add_own_flags
+from examples.mimo.cli.flags import (
+    SHARDED,
+    add_own_flags,
+    flags_on,
+    refuse_idle_flags,
+    refuse_unknown_groups,
+)
+from examples.mimo.cli.overrides import whisper_assignments, with_fields, with_token_ids
 from examples.mimo.configs import get_model_config
-from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields, with_token_ids
-from examples.mimo.modalities.audio import whisper_fields
-from examples.mimo.modalities.base import MLPProjectorConfig
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.mimo import check_freeze, part_names
-from examples.mimo.planner.stages import balance_stages, num_micro_batches
+from examples.mimo.planner.pipeline import even_split, layout_flag
 from examples.mimo.training.layout import (
     check_world,
     colocated_encoder_tp,
@@ -34,6 +40,7 @@ from examples.mimo.training.layout import (
     language_processes,
     padding_multiple,
     placements,
+    run_shape,
 )
 
 # LanguageConfig field -> Megatron argument.
@@ -94,80 +101,64 @@ WITHOUT_CUDA = {
     "bias_dropout_fusion": False,
 }
 
-# Megatron's flags for models and data this package does not build: by argument group ...
-REFUSED_GROUPS = {
-    "vision": "pictures are described by the model's config",
-    "biencoder": "there is no biencoder here",
-    "rl": "there is no reinforcement learning here",
-    "sft": "conversations come from --dataset-provider",
-    "mla": "the language model uses grouped queries",
-    "moe": "the language model is dense",
-    "heterogeneous architecture": "all layers of the language model are alike",
-    "experimental_attention_variant": "the language model uses softmax attention",
-    "Logits Distillation": "there is no teacher here",
-    "inference": "avlm_inference.py has flags of its own",
-}
-
-# ... and by name.
-REFUSED_FLAGS = {
-    "encoder_num_layers": "an encoder's size is in the model's config",
-    "decoder_num_layers": "use --num-layers",
-    "decoder_seq_length": "use --seq-length",
-    "split": "use --train-split and --valid-split",
-    "train_data_path": "use --data-path and --train-split",
-    "valid_data_path": "use --data-path and --valid-split",
-    "test_data_path": "use evaluate.py",
-    "data_args_path": "use --data-path",
-    "data_cache_path": "nothing is cached",
-    "mock_data": "use --dataset-provider mock",
-    "vocab_file": "use --tokenizer-model",
-    "merge_file": "use --tokenizer-model",
-    "make_vocab_size_divisible_by": "use --vocab-size, the size of the embedding table",
-    "chat_template": "the chat template is in the model's config",
-    "eod_mask_loss": "an answer's end is always learned",
-    "reset_position_ids": "a row holds one conversation",
-    "reset_attention_mask": "a row holds one conversation",
-    "mtp_num_layers": "the language model predicts one token at a time",
-    "hybrid_layer_pattern": "all layers of the language model are alike",
-    "multi_latent_attention": "the language model uses grouped queries",
-    "use_checkpoint_args": "pass --model-provider; sizes are checked when weights load",
-    "yaml_cfg": "use flags",
-    "full_validation": "use --eval-iters",
-    "multiple_validation_sets": "use --valid-split",
-    "expert_model_parallel_size": "the language model is dense",
-    "freeze_all_layers": "use --freeze",
-}
-
-# Flags with the values that say what is the case anyway, as Megatron's own example passes them.
-ONLY_VALUES = {
-    "dataloader_type": (("external",), "the order of samples is --seed's"),
-    "position_embedding_type": (("rope",), "the language model uses rotary positions"),
-    "tokenizer_type": (
-        ("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
-        "the tokenizer comes with the data or from --tokenizer-model",
-    ),
-}
+# Megatron's flags that choose the split over pipeline stages, as --balance-stages does.
+OTHER_SPLITS = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout",
+    "num_layers_per_virtual_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig]:
     """Validated arguments and the config with the command line laid over it.
 
-    ValueError, one line, for a flag that would do nothing and for a layout that cannot run.
+    ValueError, one line, for a flag that would do nothing and for a layout that cannot run. With
+    --balance-stages the layers are split evenly until `balance_stages` has seen the data.
     """
     own = own_flags(argv)
     preset = get_model_config(own.model_provider)
     preset = with_token_ids(preset, own.hf_assign_unused_tokens)
-    sizes = whisper_fields(preset, own.audio_encoder_model)
+    sizes = whisper_assignments(preset, own.audio_encoder_model)
     preset = with_fields(preset, [*sizes, *own.config_fields])
     args = parse_with_preset(preset, argv)
     check_freeze(args.freeze, preset)
     args.fresh = expand_fresh(args, preset)
-    check_layout(args, preset)
+    check_layout(args, resolve(preset, args))
     check_encoder_layout(args, preset)
+    _check_batch_sizes(args)
     if args.balance_stages:
-        balance_stages(args, resolve(preset, args))
+        _split_evenly(args)
     _validate(args)
     return args, resolve(preset, args)
+
+
+def balance_stages(args: argparse.Namespace, config: MimoConfig) -> None:
+    """Split the layers as --balance-stages asks, if it does; reads the first training samples."""
+    if not args.balance_stages:
+        return
+    from examples.mimo.planner.stages import COUNTED_SAMPLES, balanced_split, workload
+    from examples.mimo.training.providers import first_batches
+
+    work = workload(config, first_batches(args, config, COUNTED_SAMPLES))
+    split = balanced_split(config, run_shape(args), work)
+    args.pipeline_model_parallel_layout = layout_flag(split.layers)
+
+
+def _split_evenly(args: argparse.Namespace) -> None:
+    for name in OTHER_SPLITS:
+        if getattr(args, name):
+            raise ValueError(
+                f"--balance-stages and --{name.replace('_', '-')} both choose the split; drop one "
+                "(virtual stages: --num-virtual-stages-per-pipeline-rank)"
+            )
+    virtual_stages = args.num_virtual_stages_per_pipeline_rank or 1
+    chunks = args.pipeline_model_parallel_size * virtual_stages
+    args.pipeline_model_parallel_layout = layout_flag(even_split(args.num_layers, chunks))
+    # The layout says how many virtual stages there are, and Megatron takes one or the other.
+    args.num_virtual_stages_per_pipeline_rank = None
 
 
 def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Namespace:
@@ -179,30 +170,53 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
         defaults = preset_defaults(preset)
         unknown = set(defaults) - {action.dest for action in parser._actions}
         assert not unknown, f"Megatron has no arguments {unknown}"
-        if any(word.split("=")[0] == "--packing-buffer-size" for word in argv):
+        if "--packing-buffer-size" in flags_on(argv):
+            # A micro-batch is then one packed sequence.
             defaults["micro_batch_size"] = 1
         parser.set_defaults(**defaults)
-        refuse_idle_flags(parser, argv)
+        refuse_unknown_groups(parser, argv)
         return parser
 
+    # Megatron's parser reads sys.argv and nothing else.
     saved = sys.argv
     sys.argv = [saved[0], *argv]
     try:
         args = megatron_arguments.parse_args(provider)
     finally:
         sys.argv = saved
-    for name, (values, why) in ONLY_VALUES.items():
-        if getattr(args, name) not in values:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ValueError(f"{flag} would do nothing here: {why}")
+    refuse_idle_flags(args, preset, argv)
     args.tokenizer_type = MODEL_DEFAULTS["tokenizer_type"]
     if args.encoder_seq_length:
         # Megatron's older name.
         args.seq_length, args.encoder_seq_length = args.encoder_seq_length, None
-    complete_data_flags(args)
+    _complete_data_flags(args)
     # Rotary positions have no end, but Megatron wants one that --seq-length does not pass.
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     return args
+
+
+def _complete_data_flags(args: argparse.Namespace) -> None:
+    """Fill in what was not typed; ValueError for flags that contradict each other."""
+    sharded = args.dataset_provider in SHARDED
+    args.valid_split = args.valid_split or ("val" if sharded else "heldout")
+    if args.tokenizer_model and not Path(args.tokenizer_model).exists():
+        raise ValueError(
+            f"--tokenizer-model {args.tokenizer_model}: no such file or folder; name a "
+            "tokenizer.model, or a folder with tokenizer.json"
+        )
+    args.total_seq_length = args.total_seq_length or args.seq_length
+    if sharded and args.save:
+        args.dataloader_save = args.save
+    if args.packing_buffer_size is None:
+        return
+    if args.packing_buffer_size < 1:
+        raise ValueError(f"--packing-buffer-size {args.packing_buffer_size}: at least 1")
+    if args.micro_batch_size != 1:
+        raise ValueError(
+            f"--micro-batch-size {args.micro_batch_size} with --packing-buffer-size: a micro-batch "
+            "is one packed sequence; leave it at 1 and choose --total-seq-length"
+        )
+    args.pack_sequences = True
 
 
 def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
@@ -219,17 +233,6 @@ def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
     if not torch.cuda.is_available():
         defaults |= WITHOUT_CUDA
     return defaults
-
-
-def refuse_idle_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """ValueError for a flag on the command line that the chosen model would not notice."""
-    given = {word.split("=")[0] for word in argv if word.startswith("--")}
-    for group in parser._action_groups:
-        for action in group._group_actions:
-            used = given.intersection(action.option_strings)
-            why = REFUSED_GROUPS.get(group.title or "") or REFUSED_FLAGS.get(action.dest)
-            if used and why:
-                raise ValueError(f"{used.pop()} would do nothing here: {why}")
 
 
 def expand_fresh(args: argparse.Namespace, config: MimoConfig) -> list[str]:
@@ -254,27 +257,31 @@ def expand_fresh(args: argparse.Namespace, config: MimoConfig) -> list[str]:
 
 
 def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
-    """ValueError unless every part divides into the layout and the world holds it."""
+    """ValueError unless the language model divides into the layout and the world holds it."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if not args.encoder_ranks:
         check_world(args.world_size, args)
-    widths = {
-        "--num-attention-heads": args.num_attention_heads,
-        "--num-query-groups": args.num_query_groups,
-        "--ffn-hidden-size": args.ffn_hidden_size,
-        "--vocab-size": args.vocab_size,
-    }
-    _check_widths(widths, "--tensor-model-parallel-size", tp)
-    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
-    if args.num_layers % pp and not uneven and not args.pipeline_model_parallel_layout:
+    sizes = tensor_parallel_sizes("language", config.language)
+    flags = {f"--{path.split('.')[1].replace('_', '-')}": size for path, size in sizes.items()}
+    _check_divisible(flags, "--tensor-model-parallel-size", tp)
+    uneven = (
+        args.decoder_first_pipeline_num_layers
+        or args.decoder_last_pipeline_num_layers
+        or args.pipeline_model_parallel_layout
+        or args.balance_stages
+    )
+    if args.num_layers % pp and not uneven:
         raise ValueError(
-            f"--num-layers {args.num_layers} does not divide by --pipeline-model-parallel-size "
-            f"{pp}; choose a divisor, or --decoder-first-pipeline-num-layers"
+            f"--num-layers {args.num_layers} is not divisible by --pipeline-model-parallel-size "
+            f"{pp}; choose a divisor, --balance-stages or --decoder-first-pipeline-num-layers"
         )
     if args.tp_comm_overlap and not has_transformer_engine():
         raise ValueError("--tp-comm-overlap needs Transformer Engine, which is not installed")
     if args.sequence_parallel and args.seq_length % tp:
-        raise ValueError(f"--seq-length {args.seq_length} does not divide by {tp} with SP")
+        raise ValueError(
+            f"--seq-length {args.seq_length} is not divisible by --tensor-model-parallel-size "
+            f"{tp}, which --sequence-parallel needs"
+        )
     if args.packing_buffer_size and args.total_seq_length % padding_multiple(args):
         raise ValueError(
             f"--total-seq-length {args.total_seq_length} is not divisible by "
@@ -283,27 +290,22 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
 
 
 def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
-    """ValueError unless the encoders divide into theirs; sizes that are not given are filled in.
+    """ValueError unless the encoders divide into their layout; fills in sizes not typed.
 
-    On shared ranks an encoder is split as the language model is, on ranks of its own not at all.
+    Colocated encoders are split as the language model is, non-colocated ones not at all.
     """
-    given = encoder_tensor_parallel(args.encoder_tensor_model_parallel_size, config.modalities)
+    typed = encoder_tensor_parallel(args.encoder_tensor_model_parallel_size, config.modalities)
     default = 1 if args.encoder_ranks else args.tensor_model_parallel_size
-    sizes = {name: given.get(name, default) for name in config.modalities}
+    sizes = {name: typed.get(name, default) for name in config.modalities}
     args.encoder_tensor_model_parallel_size = sizes
     if args.encoder_ranks:
         _check_noncolocated(args)
     else:
         _check_colocated(args, colocated_encoder_tp(args))
     for name, modality in config.modalities.items():
-        encoder = modality.encoder
-        widths = {
-            f"{name}.encoder.num_attention_heads": encoder.num_attention_heads,
-            f"{name}.encoder.ffn_hidden_size": encoder.ffn_hidden_size,
-        }
-        if isinstance(modality.projector, MLPProjectorConfig):
-            widths[f"{name}.projector.ffn_hidden_size"] = modality.projector.ffn_hidden_size
-        _check_widths(widths, "--encoder-tensor-model-parallel-size", sizes[name])
+        for part in ("encoder", "projector"):
+            widths = tensor_parallel_sizes(f"{name}.{part}", getattr(modality, part))
+            _check_divisible(widths, "--encoder-tensor-model-parallel-size", sizes[name])
 
 
 def _check_colocated(args: argparse.Namespace, encoder_tp: int) -> None:
@@ -313,12 +315,12 @@ def _check_colocated(args: argparse.Namespace, encoder_tp: int) -> None:
             f"--encoder-tensor-model-parallel-size {encoder_tp} does not divide "
             f"--tensor-model-parallel-size {tp}; choose a divisor of it"
         )
-    copies = args.world_size // (args.pipeline_model_parallel_size * encoder_tp)
-    if args.encoder_data_parallel_size not in (None, copies):
+    replicas = args.world_size // (args.pipeline_model_parallel_size * encoder_tp)
+    if args.encoder_data_parallel_size not in (None, replicas):
         raise ValueError(
             f"--encoder-data-parallel-size {args.encoder_data_parallel_size}, but "
-            f"{args.world_size} processes hold {copies} copies of the encoders at "
-            f"--encoder-tensor-model-parallel-size {encoder_tp}; leave the flag away"
+            f"{args.world_size} processes hold {replicas} replicas of the encoders at "
+            f"--encoder-tensor-model-parallel-size {encoder_tp}; drop the flag"
         )
 
 
@@ -335,9 +337,20 @@ def _check_noncolocated(args: argparse.Namespace) -> None:
         if args.encoder_data_parallel_size not in (None, placement.dp):
             raise ValueError(
                 f"--encoder-data-parallel-size {args.encoder_data_parallel_size}, but "
-                f"the ranks of --encoder-ranks make {placement.dp} of {placement.name}; "
-                "leave the flag away"
+                f"--encoder-ranks has room for {placement.dp} replicas of {placement.name}'s "
+                "encoder; drop the flag"
             )
+
+
+def _check_batch_sizes(args: argparse.Namespace) -> None:
+    parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    replicas = language_processes(args) // (parallel * args.context_parallel_size)
+    if args.global_batch_size and args.global_batch_size % (args.micro_batch_size * replicas):
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size "
+            f"{args.micro_batch_size} x {replicas} data-parallel replicas; choose a multiple of "
+            f"{args.micro_batch_size * replicas}"
+        )
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -356,16 +369,15 @@ def _validate(args: argparse.Namespace) -> None:
 def _check_virtual_stages(args: argparse.Namespace) -> None:
     if args.encoder_ranks:
         raise ValueError(
-            "--encoder-ranks runs without virtual stages: Megatron's schedule for modules on ranks "
-            'of their own is not interleaved ("MimoModel does not support virtual pipeline '
-            'parallelism")'
+            "--encoder-ranks runs without virtual stages: Megatron's schedule for non-colocated "
+            'modules is not interleaved ("MimoModel does not support virtual pipeline parallelism")'
         )
     if args.dataset_provider in SHARDED:
         raise ValueError(
             f"--dataset-provider {args.dataset_provider} runs without virtual stages: Megatron "
             "saves the place in the data of one iterator a rank, not of one a virtual stage"
         )
-    stages, count = args.pipeline_model_parallel_size, num_micro_batches(args)
+    stages, count = args.pipeline_model_parallel_size, run_shape(args).num_micro_batches
     left = count % (args.microbatch_group_size_per_vp_stage or stages)
     if 0 < left < stages:
         raise ValueError(
@@ -375,11 +387,11 @@ def _check_virtual_stages(args: argparse.Namespace) -> None:
         )
 
 
-def _check_widths(widths: dict[str, int], flag: str, size: int) -> None:
-    for name, width in widths.items():
-        if width % size:
+def _check_divisible(sizes: Mapping[str, int], flag: str, parts: int) -> None:
+    for name, size in sizes.items():
+        if size % parts:
             raise ValueError(
-                f"{name} {width} does not divide by {flag} {size}; choose a size that divides it"
+                f"{name} {size} is not divisible by {flag} {parts}; choose a divisor of {size}"
             )
 
 
@@ -401,31 +413,6 @@ def own_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _assertion_source(error: AssertionError) -> str:
-    """Megatron asserts without words in places; the line says more than nothing."""
-    import traceback
-
+    """The line that failed, for Megatron's assertions that have no message."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"Megatron refuses these flags: {frame.line}"
-
-
-def complete_data_flags(args: argparse.Namespace) -> None:
-    """Fill in what was not given; ValueError for flags that contradict or would do nothing."""
-    sharded = args.dataset_provider in SHARDED
-    args.valid_split = args.valid_split or ("val" if sharded else "heldout")
-    if args.total_seq_length and not args.packing_buffer_size:
-        raise ValueError("--total-seq-length would do nothing without --packing-buffer-size")
-    args.total_seq_length = args.total_seq_length or args.seq_length
-    if sharded and args.save:
-        args.dataloader_save = args.save
-    if args.packing_buffer_size is None:
-        return
-    if not sharded:
-        raise ValueError("--packing-buffer-size packs what --dataset-provider energon reads")
-    if args.packing_buffer_size < 1:
-        raise ValueError(f"--packing-buffer-size {args.packing_buffer_size}: at least 1")
-    if args.micro_batch_size != 1:
-        raise ValueError(
-            f"--micro-batch-size {args.micro_batch_size} with --packing-buffer-size: a micro-batch "
-            "is one packed row; leave it at 1 and choose --total-seq-length"
-        )
-    args.pack_sequences = True

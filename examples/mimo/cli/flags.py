@@ -1,10 +1,15 @@
-"""The package's own flags, kept apart from Megatron's so that `--help` needs no import."""
+"""The package's own flags, and which of all flags would do nothing in a run.
+
+Apart from `cli/arguments.py`, so that `--help` imports neither torch nor Megatron.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from examples.mimo.cli.command import Parser, stdout_to
 from examples.mimo.configs import MODEL_PROVIDERS
@@ -12,6 +17,151 @@ from examples.mimo.configs import MODEL_PROVIDERS
 # Other names of energon: those of Megatron's own multimodal example.
 SHARDED = ("energon", "llava_avlm", "llava_vlm", "video_llava_vlm")
 DATASET_PROVIDERS = ("conversations", "spoken_questions", *SHARDED, "mock")
+
+# Megatron's flags for models and data this package does not build: by argument group ...
+REFUSED_GROUPS = {
+    "vision": "pictures are described by the model's config",
+    "biencoder": "there is no biencoder here",
+    "rl": "there is no reinforcement learning here",
+    "sft": "conversations come from --dataset-provider",
+    "mla": "the language model uses grouped queries",
+    "moe": "the language model is dense",
+    "heterogeneous architecture": "all layers of the language model are alike",
+    "experimental_attention_variant": "the language model uses softmax attention",
+    "Logits Distillation": "there is no teacher here",
+    "inference": "avlm_inference.py has flags of its own",
+}
+
+# ... and by name.
+REFUSED_FLAGS = {
+    "encoder_num_layers": "an encoder's size is in the model's config",
+    "decoder_num_layers": "use --num-layers",
+    "decoder_seq_length": "use --seq-length",
+    "split": "use --train-split and --valid-split",
+    "train_data_path": "use --data-path and --train-split",
+    "valid_data_path": "use --data-path and --valid-split",
+    "test_data_path": "use evaluate.py",
+    "data_args_path": "use --data-path",
+    "data_cache_path": "nothing is cached",
+    "mock_data": "use --dataset-provider mock",
+    "vocab_file": "use --tokenizer-model",
+    "merge_file": "use --tokenizer-model",
+    "make_vocab_size_divisible_by": "use --vocab-size, the size of the embedding table",
+    "chat_template": "the chat template is in the model's config",
+    "eod_mask_loss": "the end of an answer is always a target token",
+    "reset_position_ids": "packed conversations attend to themselves alone",
+    "reset_attention_mask": "packed conversations attend to themselves alone",
+    "mtp_num_layers": "the language model predicts one token at a time",
+    "hybrid_layer_pattern": "all layers of the language model are alike",
+    "multi_latent_attention": "the language model uses grouped queries",
+    "use_checkpoint_args": "pass --model-provider; sizes are checked when weights load",
+    "yaml_cfg": "use flags",
+    "full_validation": "use --eval-iters",
+    "multiple_validation_sets": "use --valid-split",
+    "expert_model_parallel_size": "the language model is dense",
+    "freeze_all_layers": "use --freeze",
+}
+
+# Flags with the values that say what is the case anyway, as Megatron's own example passes them.
+ONLY_VALUES = {
+    "dataloader_type": (("external",), "the order of samples is --seed's"),
+    "position_embedding_type": (("rope",), "the language model uses rotary positions"),
+    "tokenizer_type": (
+        ("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
+        "the tokenizer comes with the data or from --tokenizer-model",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """`flags` do something only in runs for which `met` holds; the others are told `remedy`.
+
+    `met` gets the parsed arguments and the model's config.
+    """
+
+    flags: tuple[str, ...]
+    met: Callable[[argparse.Namespace, Any], bool]
+    remedy: str
+
+
+# In the order in which a run is told, the most general need first.
+NEEDS = (
+    Need(
+        ("--data-path", "--train-split", "--valid-split", "--augment", "--max-bad-samples"),
+        lambda args, config: args.dataset_provider != "mock",
+        "--dataset-provider mock draws random data; name conversations or energon",
+    ),
+    Need(
+        ("--shuffle-buffer-size", "--packing-buffer-size"),
+        lambda args, config: args.dataset_provider in SHARDED,
+        "only --dataset-provider energon fills a buffer from shards",
+    ),
+    Need(
+        ("--valid-split",),
+        lambda args, config: args.eval_iters > 0,
+        "nothing is evaluated; add --eval-iters N",
+    ),
+    Need(
+        ("--total-seq-length",),
+        lambda args, config: args.packing_buffer_size is not None,
+        "it is the length of packed sequences; add --packing-buffer-size N",
+    ),
+    Need(
+        ("--tokenizer-model",),
+        lambda args, config: args.dataset_provider != "mock" or bool(args.save),
+        "random data has no text; add --save DIR, which keeps the tokenizer, or name a "
+        "--dataset-provider that reads files",
+    ),
+    Need(
+        (
+            "--encoder-ranks",
+            "--encoder-tensor-model-parallel-size",
+            "--encoder-data-parallel-size",
+        ),
+        lambda args, config: bool(config.modalities),
+        "the model has no encoders; drop the flag",
+    ),
+    Need(
+        ("--balance-stages",),
+        lambda args, config: args.pipeline_model_parallel_size > 1,
+        "there is one stage; add --pipeline-model-parallel-size 2 or more",
+    ),
+)
+
+
+def flags_on(argv: Sequence[str]) -> set[str]:
+    """The flags that the user typed, without their values."""
+    return {word.split("=")[0] for word in argv if word.startswith("--")}
+
+
+def refuse_unknown_groups(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """ValueError for a flag of Megatron's that no run of this package would notice."""
+    typed = flags_on(argv)
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            used = typed.intersection(action.option_strings)
+            reason = REFUSED_GROUPS.get(group.title or "") or REFUSED_FLAGS.get(action.dest)
+            if used and reason:
+                raise ValueError(f"{used.pop()} would do nothing here: {reason}")
+
+
+def refuse_idle_flags(args: argparse.Namespace, config: Any, argv: Sequence[str]) -> None:
+    """ValueError for a typed flag, or a value of one, that this run would not notice."""
+    for name, (values, reason) in ONLY_VALUES.items():
+        if getattr(args, name) not in values:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{flag} would do nothing here: {reason}")
+    typed = flags_on(argv)
+    for need in NEEDS:
+        for flag in need.flags:
+            if flag in typed and not need.met(args, config):
+                raise ValueError(f"{flag} would do nothing here: {need.remedy}")
+    if len(args.data_path or ()) > 1:
+        raise ValueError(
+            f"--data-path {' '.join(args.data_path)}: one folder, or one mixture of folders, is "
+            "read; write a mixture to train on several"
+        )
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -21,8 +171,8 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--model-provider",
         default="tiny_avlm",
         metavar="NAME",
-        help=f"what the model is: {', '.join(MODEL_PROVIDERS)}, or package.module:function "
-        "(default %(default)s); its sizes become the defaults of Megatron's flags",
+        help=f"what the model is: {', '.join(MODEL_PROVIDERS)}, or package.module:function of your "
+        "own (default %(default)s); its sizes become the defaults of Megatron's flags",
     )
     group.add_argument(
         "--dataset-provider",

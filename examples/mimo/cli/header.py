@@ -15,9 +15,20 @@ from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.model.mimo import StageMimoModel, part_names, parts
 from examples.mimo.parallel.placement import Placement
-from examples.mimo.planner.stages import describe_pipeline, predicted_split, workload
-from examples.mimo.training.layout import colocated_encoder_tp, module_of_rank, placements, places
-from examples.mimo.training.providers import fresh_parts, starting_point
+from examples.mimo.planner.stages import (
+    COUNTED_SAMPLES,
+    describe_pipeline,
+    predicted_split,
+    workload,
+)
+from examples.mimo.training.layout import (
+    colocated_encoder_tp,
+    module_of_rank,
+    placements,
+    places,
+    run_shape,
+)
+from examples.mimo.training.providers import first_batches, fresh_parts, starting_point
 
 
 @dataclass(frozen=True)
@@ -34,9 +45,11 @@ class PartSize:
     trains: bool
 
 
-def part_sizes(model: StageMimoModel, args: argparse.Namespace) -> dict[str, PartSize]:
+def part_sizes(
+    model: StageMimoModel, tp: int, encoder_tp: Mapping[str, int]
+) -> dict[str, PartSize]:
     """Sizes of the parts that this stage holds; works on meta tensors too."""
-    sizes = {"language": args.tensor_model_parallel_size, **args.encoder_tensor_model_parallel_size}
+    sizes = {"language": tp, **encoder_tp}
     return {
         name: _size(list(module.parameters()), sizes[name.split(".")[0]])
         for name, module in parts(model).items()
@@ -62,7 +75,10 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
     """
     sizes_here: dict[str, list[PartSize]] = {}
     for chunk in chunks:
-        for name, size in part_sizes(chunk, args).items():
+        sizes = part_sizes(
+            chunk, args.tensor_model_parallel_size, args.encoder_tensor_model_parallel_size
+        )
+        for name, size in sizes.items():
             sizes_here.setdefault(name, []).append(size)
     of_ranks: list[Any] = [None] * dist.get_world_size()
     stage = mpu.get_pipeline_model_parallel_rank()
@@ -78,8 +94,9 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
         *describe_fresh(args),
     ]
     if len(by_place) > 1 and args.rank == 0:
-        split = predicted_split(args, config, chunks[0].config, workload(args, config))
-        lines.append(f"pipeline: {describe_pipeline(split, args)}")
+        work = workload(config, first_batches(args, config, COUNTED_SAMPLES))
+        split = predicted_split(config, run_shape(args), chunks[0].config, work)
+        lines.append(f"pipeline: {describe_pipeline(split)}")
     return "\n".join(lines)
 
 

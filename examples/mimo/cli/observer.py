@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 
-from examples.mimo.checkpoint.resuming import CHECKPOINT_ERRORS, reason, schedule_mismatch
+from examples.mimo.checkpoint.loading import CHECKPOINT_ERRORS, reason, schedule_mismatch
 from examples.mimo.cli import command
 from examples.mimo.cli.header import describe_run
 from examples.mimo.cli.progress import IterationTotals, ProgressTable

@@ -8,7 +8,6 @@ A variant is a function that derives from another config with `dataclasses.repla
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +17,10 @@ if TYPE_CHECKING:
 # Names that mean something else where modalities are told apart by name: a part of the model,
 # Megatron's word for the text embeddings, and the fields of a data record.
 RESERVED_NAMES = ("language", "text", "key", "conversations")
+
+
+# Metadata of fields that two runs of one model may choose differently: no weight depends on them.
+FREE = {"shapes_weights": False}
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class LanguageConfig:
     num_attention_heads: int
     num_query_groups: int
     vocab_size: int
-    seq_length: int
+    seq_length: int = field(metadata=FREE)
     rotary_base: int = 10000
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
-    init_method_std: float = 0.02
+    init_method_std: float = field(default=0.02, metadata=FREE)
     head_dim: int | None = None
     rope_scaling_factor: float | None = None
     qkv_bias: bool = False
@@ -108,13 +111,13 @@ class MimoConfig:
     `frozen` names the parts that do not train unless `--freeze` says otherwise.
     """
 
-    name: str
+    name: str = field(metadata=FREE)
     language: LanguageConfig
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
     chat: ChatTemplate = ChatTemplate()
-    prompt: str = ""
+    prompt: str = field(default="", metadata=FREE)
     add_bos: bool = True
-    frozen: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = field(default=(), metadata=FREE)
 
     def __post_init__(self) -> None:
         for name, modality in self.modalities.items():
@@ -174,55 +177,6 @@ def overlay(base: Any, values: Any, where: str = "config") -> Any:
             f"{type(base).__name__} ({base!r})"
         )
     return values
-
-
-def with_fields(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
-    """`config` with fields of its modalities changed: `images.encoder.num_layers=2`."""
-    modalities = dict(config.modalities)
-    for assignment in assignments:
-        path, found, text = assignment.partition("=")
-        name, *fields = path.split(".")
-        if not found or not fields or name not in modalities:
-            raise ValueError(
-                f"--set {assignment}: write MODALITY.FIELD=VALUE, with a modality of "
-                f"{', '.join(modalities)}"
-            )
-        modalities[name] = _with_field(modalities[name], fields, text, assignment)
-    return dataclasses.replace(config, modalities=modalities)
-
-
-def with_token_ids(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
-    """`config` with other ids for placeholders: `<audio>,32002`."""
-    modalities = dict(config.modalities)
-    names = {modality.placeholder: name for name, modality in modalities.items()}
-    for assignment in assignments:
-        placeholder, _, number = assignment.rpartition(",")
-        if placeholder not in names or not number.isdigit():
-            raise ValueError(
-                f"--hf-assign-unused-tokens {assignment}: write PLACEHOLDER,ID with a placeholder "
-                f"of {', '.join(names)}"
-            )
-        name = names[placeholder]
-        modalities[name] = dataclasses.replace(modalities[name], token_id=int(number))
-    return dataclasses.replace(config, modalities=modalities)
-
-
-def _with_field(value: Any, fields: list[str], text: str, assignment: str) -> Any:
-    if not fields:
-        if isinstance(value, (int, float, str)):
-            try:
-                return type(value)(text)
-            except ValueError:
-                kind = type(value).__name__
-                raise ValueError(f"--set {assignment}: {text!r} is not of type {kind}") from None
-        raise ValueError(f"--set {assignment}: this field holds others; name one of them")
-    known = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
-    if fields[0] not in known:
-        raise ValueError(
-            f"--set {assignment}: no field {fields[0]!r}; there are {', '.join(known)}"
-        )
-    inner = _with_field(getattr(value, fields[0]), fields[1:], text, assignment)
-    return dataclasses.replace(value, **{fields[0]: inner})
 
 
 def _same_keys(names: set[str], values: Any, where: str) -> None:

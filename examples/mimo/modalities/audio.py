@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import soundfile
@@ -22,9 +22,6 @@ from examples.mimo.modalities.base import (
     open_source,
     sinusoids,
 )
-
-if TYPE_CHECKING:
-    from examples.mimo.configs.schema import MimoConfig
 
 # What fits is read, so a long file costs no memory; the rate and the samples of all channels a
 # second are bounded to bound that, and the numbers of the filter that changes the rate: 44,100 to
@@ -93,7 +90,7 @@ def _check_header(
     if seconds > max_seconds and not truncate:
         raise ValueError(
             f"{source}: {seconds:.2f} seconds of sound, but {max_seconds:g} fit; cut the file, "
-            "raise the encoder's max_windows, or pass --audio-overflow truncate"
+            "raise the encoder's max_windows, or set its overflow to truncate"
         )
 
 
@@ -274,39 +271,6 @@ class MelEmbedding(torch.nn.Module):
         hidden = functional.gelu(self.conv1(input_features))
         hidden = functional.gelu(self.conv2(hidden)).transpose(1, 2)
         return hidden + self.positions.to(hidden.dtype)
-
-
-# Encoder sizes of the released models (arXiv:2212.04356, table 1): layers, width, heads, mel bins.
-RELEASED = {
-    "tiny": (4, 384, 6, 80),
-    "base": (6, 512, 8, 80),
-    "small": (12, 768, 12, 80),
-    "medium": (24, 1024, 16, 80),
-    "large": (32, 1280, 20, 80),
-    "large-v3": (32, 1280, 20, 128),
-}
-
-
-def whisper_fields(config: MimoConfig, name: str | None) -> list[str]:
-    """Fields of `--set` that give the Whisper encoders of `config` a released model's sizes."""
-    if name is None:
-        return []
-    size = name.removeprefix("openai/").removeprefix("whisper-").removesuffix(".en")
-    if size not in RELEASED:
-        known = ", ".join(f"openai/whisper-{size}" for size in RELEASED)
-        raise ValueError(f"--audio-encoder-model {name}: there are {known}")
-    encoders = [n for n, m in config.modalities.items() if isinstance(m.encoder, WhisperConfig)]
-    if not encoders:
-        raise ValueError(f"--audio-encoder-model {name}: {config.name} has no Whisper encoder")
-    layers, width, heads, bins = RELEASED[size]
-    fields = {
-        "num_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_mel_bins": bins,
-        "ffn_hidden_size": 4 * width,
-    }
-    return [f"{name}.encoder.{f}={value}" for name in encoders for f, value in fields.items()]
 
 
 @lru_cache

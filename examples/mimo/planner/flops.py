@@ -1,16 +1,19 @@
-"""Floating-point operations, counted from sizes; a multiply-add is two.
+"""Count floating-point operations from sizes, and what of a micro-batch falls on which rank.
 
-Matrix products only, and attention over all pairs of positions whether masked or not: the
-convention of PaLM's model FLOP utilisation (arXiv:2204.02311, appendix B).
+A multiply-add is two operations. Matrix products only, and attention over all pairs of positions
+whether masked or not: the convention of PaLM's model FLOP utilisation (arXiv:2204.02311,
+appendix B).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.modalities.base import EncoderConfig
+from examples.mimo.planner.pipeline import Cost, ModelCost
+from examples.mimo.training.layout import RunShape
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,25 @@ class Flops:
 
 
 def layer_flops(
-    rows: int,
-    width: int,
+    seq_length: int,
+    hidden_size: int,
     query_projection_size: int,
     kv_projection_size: int,
     ffn_hidden_size: int,
     ffn_matrices: int,
 ) -> Flops:
-    """One transformer layer over a sequence of `rows`; a gated MLP has three matrices."""
-    projections = 2 * rows * width * (2 * query_projection_size + 2 * kv_projection_size)
-    feed_forward = 2 * rows * width * ffn_hidden_size * ffn_matrices
-    return Flops(projections + feed_forward, attention=2 * 2 * rows**2 * query_projection_size)
+    """One transformer layer over a sequence; a gated MLP has three matrices."""
+    projections = 2 * seq_length * hidden_size * 2 * (query_projection_size + kv_projection_size)
+    feed_forward = 2 * seq_length * hidden_size * ffn_hidden_size * ffn_matrices
+    attention = 2 * 2 * seq_length**2 * query_projection_size
+    return Flops(projections + feed_forward, attention)
 
 
-def encoder_layer_flops(rows: int, width: int, ffn_hidden_size: int) -> Flops:
+def encoder_layer_flops(seq_length: int, hidden_size: int, ffn_hidden_size: int) -> Flops:
     """One layer of an encoder: as many keys as queries, a plain MLP."""
-    return layer_flops(rows, width, width, width, ffn_hidden_size, ffn_matrices=2)
+    return layer_flops(
+        seq_length, hidden_size, hidden_size, hidden_size, ffn_hidden_size, ffn_matrices=2
+    )
 
 
 def encoder_flops(encoder: EncoderConfig) -> Flops:
@@ -81,39 +87,76 @@ def language_layer_flops(language: LanguageConfig, seq_length: int) -> Flops:
     )
 
 
+def projector_flops(modality: ModalityConfig, hidden_size: int) -> Flops:
+    """One token from the width that leaves the encoder to the language model's `hidden_size`."""
+    return Flops(modality.projector.flops(modality.encoder.output_size, hidden_size))
+
+
 def head_flops(language: LanguageConfig, seq_length: int) -> Flops:
     """The logits of a sequence."""
     return Flops(2 * seq_length * language.hidden_size * language.vocab_size)
 
 
-def language_flops(language: LanguageConfig, batch_size: int, seq_length: int) -> Flops:
-    """The language model over `batch_size` sequences, head included."""
-    layers = language_layer_flops(language, seq_length) * language.num_layers
-    return (layers + head_flops(language, seq_length)) * batch_size
+@dataclass(frozen=True)
+class Workload:
+    """A mean micro-batch: its size, and the encoder inputs and tokens of each modality in it."""
+
+    batch_size: float
+    seq_length: float
+    inputs: Mapping[str, float]
+    media_tokens: Mapping[str, float]
 
 
-def training_flops(
-    config: MimoConfig,
-    batch_size: int,
-    seq_length: int,
-    items: Mapping[str, int],
-    media_tokens: Mapping[str, int],
-    frozen: Collection[str] = (),
-) -> int:
-    """Forward and backward passes over a batch that holds `items` of each modality."""
-    total = 0
-    reached = False
-    for name, modality in config.modalities.items():
-        encoder_trains = f"{name}.encoder" not in frozen
-        projector_trains = f"{name}.projector" not in frozen
-        output_size = config.language.hidden_size
-        projector = Flops(modality.projector.flops(modality.encoder.output_size, output_size))
-        # Nothing before an encoder trains, but the layers behind its first pass gradients on.
-        encoder = encoder_flops(modality.encoder) * items.get(name, 0)
-        total += encoder.trained(encoder_trains, passes_on=encoder_trains)
-        projector *= media_tokens.get(name, 0)
-        total += projector.trained(projector_trains, passes_on=encoder_trains)
-        reached |= encoder_trains or projector_trains
-    trains = "language" not in frozen
-    language = language_flops(config.language, batch_size, seq_length)
-    return total + language.trained(trains, passes_on=reached or trains)
+def model_cost(config: MimoConfig, shape: RunShape, work: Workload) -> ModelCost:
+    """What a layer, the encoders with their projectors, and the head cost a rank."""
+    encoders = {
+        name: _encoder_cost(name, modality, config.language.hidden_size, shape, work)
+        for name, modality in config.modalities.items()
+    }
+    reached = any(
+        {f"{name}.encoder", f"{name}.projector"} - shape.frozen for name in config.modalities
+    )
+    trains = "language" not in shape.frozen
+    # Gradients of features that came over a bridge are computed even if nobody trains on them.
+    passes_on = reached or trains or bool(shape.placements)
+    seq_length = round(work.seq_length)
+    layer = language_layer_flops(config.language, seq_length)
+    # Attention's kernels skip what the causal mask hides; the count that is a convention does not.
+    causal = replace(layer, attention=layer.attention // 2)
+    layer_cost = _cost(causal, trains, passes_on, shape.recompute)
+    head_cost = _cost(head_flops(config.language, seq_length), trains, passes_on)
+    share = work.batch_size / shape.tp / shape.cp
+    nothing = Cost(0.0, 0.0)
+    return ModelCost(
+        layer_cost * share,
+        nothing if shape.placements else sum(encoders.values(), nothing),
+        head_cost * share,
+        encoders if shape.placements else {},
+    )
+
+
+def _encoder_cost(
+    name: str, modality: ModalityConfig, hidden_size: int, shape: RunShape, work: Workload
+) -> Cost:
+    """An encoder and its projector on one of their ranks, for a micro-batch of the schedule."""
+    encoder_trains = f"{name}.encoder" not in shape.frozen
+    projector_trains = f"{name}.projector" not in shape.frozen
+    encode = _cost(encoder_flops(modality.encoder), encoder_trains, encoder_trains, shape.recompute)
+    project = _cost(projector_flops(modality, hidden_size), projector_trains, encoder_trains)
+    both = encode * work.inputs[name] + project * work.media_tokens[name]
+    encoder_tp = shape.encoder_tp[name]
+    if shape.placements:
+        encoder = next(placement for placement in shape.placements if placement.name == name)
+        replicas = encoder.dp / shape.placements[-1].dp
+    else:
+        replicas = shape.cp * shape.tp / encoder_tp
+    # Replicas share the items of a micro-batch, and one item is the least. With less than one
+    # replica for each of the language model, it has several micro-batches to work on.
+    shares = min(replicas, max(1.0, work.inputs[name]))
+    return both * (1 / shares / encoder_tp)
+
+
+def _cost(flops: Flops, trains: bool, passes_on: bool, recompute: bool = False) -> Cost:
+    backward = flops.trained(trains, passes_on) - flops.forward
+    again = flops.forward if recompute and (trains or passes_on) else 0
+    return Cost(flops.forward, backward + again)

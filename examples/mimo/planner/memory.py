@@ -1,11 +1,11 @@
-"""What a rank of each pipeline stage holds, counted on tensors that have shapes and no memory."""
+"""Predict a rank's memory by building its part of the model on tensors without storage."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -32,11 +33,11 @@ from examples.mimo.parallel.noncolocated import (
     build_noncolocated_model,
     initialize_module_parallel,
 )
-from examples.mimo.parallel.placement import Placement, create_grids, here
+from examples.mimo.parallel.placement import create_grids, here
 from examples.mimo.parallel.replicas import encoder_groups
-from examples.mimo.training.layout import RankGroup, colocated_encoder_tp, placements
-from examples.mimo.training.providers import transformer_config
+from examples.mimo.training.layout import RankGroup, RunShape
 
+# Per trained parameter: two moments in fp32.
 ADAM_BYTES = 8
 FP32_COPY_BYTES = 4
 
@@ -52,44 +53,47 @@ class StageMemory:
     activations: list[int]
 
 
-def place_memory(config: MimoConfig, args: argparse.Namespace, place: RankGroup) -> StageMemory:
-    """Builds what a place holds as a run would, on its first rank of a made-up world."""
-    placed = placements(args)
-    with _made_up_world(args, place, placed) as pg_collection, FakeTensorMode():
-        if placed:
-            chunks = _build_alone(config, args, pg_collection, placed)
-        else:
-            chunks = _build(config, args, pg_collection, place.stage)
+def place_memory(
+    config: MimoConfig,
+    shape: RunShape,
+    transformer_config: TransformerConfig,
+    place: RankGroup,
+) -> StageMemory:
+    """What the first rank of `place` holds, built as the run would build it in a fake world."""
+    with _fake_world(shape, place) as pg_collection, FakeTensorMode():
+        build = _build_noncolocated if shape.placements else _build_colocated
+        chunks = build(config, shape, transformer_config, pg_collection, place.stage)
+        for chunk in chunks:
+            _prepare_as_trained(chunk, shape)
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         sizes: dict[str, list[PartSize]] = {}
         for chunk in chunks:
-            for name, size in part_sizes(chunk, args).items():
+            for name, size in part_sizes(chunk, shape.tp, shape.encoder_tp).items():
                 sizes.setdefault(name, []).append(size)
         return StageMemory(
             parts=sizes,
             parameters=sum(p.numel() * p.element_size() for p in parameters),
-            gradients=trained * _gradient_bytes(args),
-            optimizer=round(trained * _optimizer_bytes(args, pg_collection.dp_cp.size())),
-            activations=[_activation_bytes(config, args, chunk) for chunk in chunks],
+            gradients=trained * _gradient_bytes(shape),
+            optimizer=round(trained * _optimizer_bytes(shape, pg_collection.dp_cp.size())),
+            activations=[_activation_bytes(config, shape, chunk) for chunk in chunks],
         )
 
 
 @contextlib.contextmanager
-def _made_up_world(
-    args: argparse.Namespace, place: RankGroup, placed: Sequence[Placement]
-) -> Iterator[ProcessGroupCollection]:
+def _fake_world(shape: RunShape, place: RankGroup) -> Iterator[ProcessGroupCollection]:
     dist.init_process_group(
-        "fake", rank=place.ranks[0], world_size=args.world_size, store=FakeStore()
+        "fake", rank=place.ranks[0], world_size=shape.world_size, store=FakeStore()
     )
+    placed = shape.placements
     if placed:
         initialize_module_parallel(here(placed, place.ranks[0]), create_gloo_process_groups=False)
     else:
         mpu.initialize_model_parallel(
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            args.virtual_pipeline_model_parallel_size,
-            context_parallel_size=args.context_parallel_size,
+            shape.tp,
+            shape.pp,
+            shape.virtual_stages,
+            context_parallel_size=shape.cp,
             create_gloo_process_groups=False,
         )
     # The training tracker compares generator states, which tensors without memory do not have.
@@ -101,101 +105,105 @@ def _made_up_world(
         dist.destroy_process_group()
 
 
-def _build_alone(
+def _build_noncolocated(
     config: MimoConfig,
-    args: argparse.Namespace,
+    shape: RunShape,
+    transformer_config: TransformerConfig,
     pg_collection: ProcessGroupCollection,
-    placed: Sequence[Placement],
+    stage: int,
 ) -> list[StageMimoModel]:
-    """The module, or stage of the language model, that has ranks of its own."""
-    stage, last = pg_collection.pp.rank(), pg_collection.pp.size() - 1
+    """The encoder, or the stage of the language model, that the rank holds."""
     model = build_noncolocated_model(
         config,
-        transformer_config(args),
+        transformer_config,
         pg_collection,
-        placed,
-        create_grids(placed),
+        shape.placements,
+        create_grids(shape.placements),
         pre_process=stage == 0,
-        post_process=stage == last,
+        post_process=stage == pg_collection.pp.size() - 1,
     )
-    return [_as_trained(model, args)]
+    return [model]
 
 
-def _as_trained(model: StageMimoModel, args: argparse.Namespace) -> StageMimoModel:
-    freeze_parts(model, args.freeze)
-    # As Megatron's Float16Module does; torch's own layers begin in 32 bits.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(args.params_dtype)
-    return model.train()
-
-
-def _build(
-    config: MimoConfig, args: argparse.Namespace, pg_collection: Any, stage: int
+def _build_colocated(
+    config: MimoConfig,
+    shape: RunShape,
+    transformer_config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+    stage: int,
 ) -> list[StageMimoModel]:
-    virtual = args.virtual_pipeline_model_parallel_size
-    last_stage = args.pipeline_model_parallel_size - 1
-    groups = encoder_groups(colocated_encoder_tp(args), pg_collection)
-    chunks = []
-    for number in range(virtual or 1):
-        chunk = build_mimo_model(
+    """The chunks of a pipeline stage, one for each of its virtual stages."""
+    num_chunks = shape.virtual_stages or 1
+    encoder_tp = next(iter(shape.encoder_tp.values()), shape.tp)
+    groups = encoder_groups(encoder_tp, pg_collection)
+    return [
+        build_mimo_model(
             config,
-            transformer_config(args),
+            copy.copy(transformer_config),
             pg_collection,
             pre_process=stage == 0 and number == 0,
-            post_process=stage == last_stage and number == (virtual or 1) - 1,
-            vp_stage=number if virtual else None,
+            post_process=stage == shape.pp - 1 and number == num_chunks - 1,
+            vp_stage=number if shape.virtual_stages else None,
             encoder_groups=groups,
         )
-        chunks.append(_as_trained(chunk, args))
-    return chunks
+        for number in range(num_chunks)
+    ]
 
 
-def _gradient_bytes(args: argparse.Namespace) -> int:
+def _prepare_as_trained(model: StageMimoModel, shape: RunShape) -> None:
+    freeze_parts(model, sorted(shape.frozen))
+    # As Megatron's Float16Module does; torch's own layers begin in 32 bits.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(shape.params_dtype)
+    model.train()
+
+
+def _gradient_bytes(shape: RunShape) -> int:
     """Per trained parameter: Megatron's gradient buffer."""
-    return 4 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize
+    return 4 if shape.gradients_in_fp32 else shape.params_dtype.itemsize
 
 
-def _optimizer_bytes(args: argparse.Namespace, copies: int) -> float:
+def _optimizer_bytes(shape: RunShape, replicas: int) -> float:
     """Per trained parameter: Adam's two moments, and an fp32 copy of a parameter in 16 bits."""
-    whole = ADAM_BYTES + (FP32_COPY_BYTES if args.params_dtype.itemsize < 4 else 0)
-    if not args.use_distributed_optimizer:
-        return whole
-    return whole / copies
+    whole = ADAM_BYTES + (FP32_COPY_BYTES if shape.params_dtype.itemsize < 4 else 0)
+    return whole / replicas if shape.distributed_optimizer else whole
 
 
-def _activation_bytes(config: MimoConfig, args: argparse.Namespace, chunk: StageMimoModel) -> int:
+def _activation_bytes(config: MimoConfig, shape: RunShape, chunk: StageMimoModel) -> int:
     """What layers, projectors and head keep of one micro-batch for the backward pass."""
-    held = parts(chunk)
-    kept = _kept_by_language(config, args, chunk) if "language" in held else 0
+    modules = parts(chunk)
+    kept = _kept_by_language(config, shape, chunk) if "language" in modules else 0
     for name in chunk.modality_submodules:
-        encoder, projector = held[f"{name}.encoder"], held[f"{name}.projector"]
-        sizes = config.modalities[name].encoder
-        inputs = _inputs_of_a_rank(name, sizes.max_inputs, args)
-        kept += _kept_by_modality(sizes, args, encoder, projector, inputs)
+        encoder, projector = modules[f"{name}.encoder"], modules[f"{name}.projector"]
+        encoder_config = config.modalities[name].encoder
+        inputs = _inputs_of_a_rank(name, encoder_config.max_inputs, shape)
+        kept += _kept_by_modality(encoder_config, shape.params_dtype, encoder, projector, inputs)
     return kept
 
 
-def _inputs_of_a_rank(name: str, largest: int, args: argparse.Namespace) -> int:
-    """Of a micro-batch with an item a sample, which is `largest` of the encoder's inputs."""
-    inputs = args.micro_batch_size * largest
-    placed = placements(args)
-    if placed:
-        copies = next(one.dp for one in placed if one.name == name)
-        return math.ceil(inputs * placed[-1].dp / copies)
-    copies = args.tensor_model_parallel_size // args.encoder_tensor_model_parallel_size[name]
-    return math.ceil(inputs / (args.context_parallel_size * copies))
+def _inputs_of_a_rank(name: str, max_inputs: int, shape: RunShape) -> int:
+    """Encoder inputs of a micro-batch on a rank, if every sample has one item of the largest."""
+    inputs = shape.micro_batch_size * max_inputs
+    if shape.placements:
+        encoder = next(placement for placement in shape.placements if placement.name == name)
+        return math.ceil(inputs * shape.placements[-1].dp / encoder.dp)
+    replicas = shape.tp // shape.encoder_tp[name]
+    return math.ceil(inputs / (shape.cp * replicas))
 
 
-def _kept_by_language(config: MimoConfig, args: argparse.Namespace, chunk: StageMimoModel) -> int:
-    columns = args.seq_length // args.context_parallel_size
-    rows = columns // args.tensor_model_parallel_size if args.sequence_parallel else columns
+def _kept_by_language(config: MimoConfig, shape: RunShape, chunk: StageMimoModel) -> int:
+    context_length = shape.seq_length // shape.cp
+    length = context_length // shape.tp if shape.sequence_parallel else context_length
     # A frozen language model keeps what its inputs' gradients need, unless nothing trains.
-    passes_on = set(args.freeze) != set(part_names(config)) or bool(args.encoder_ranks)
-    size = (rows, args.micro_batch_size, args.hidden_size)
-    hidden = torch.empty(size, dtype=args.params_dtype, requires_grad=passes_on)
+    passes_on = shape.frozen != set(part_names(config)) or bool(shape.placements)
+    hidden = torch.empty(
+        (length, shape.micro_batch_size, config.language.hidden_size),
+        dtype=shape.params_dtype,
+        requires_grad=passes_on,
+    )
     if not chunk.pre_process:
         chunk.set_input_tensor([hidden])
-    labels = torch.empty((args.micro_batch_size, columns), dtype=torch.long)
+    labels = torch.empty((shape.micro_batch_size, context_length), dtype=torch.long)
     return _kept_by(
         chunk.language_model,
         input_ids=None,
@@ -207,8 +215,8 @@ def _kept_by_language(config: MimoConfig, args: argparse.Namespace, chunk: Stage
 
 
 def _kept_by_modality(
-    sizes: EncoderConfig,
-    args: argparse.Namespace,
+    config: EncoderConfig,
+    params_dtype: torch.dtype,
     encoder: torch.nn.Module,
     projector: torch.nn.Module,
     inputs: int,
@@ -217,13 +225,13 @@ def _kept_by_modality(
     trains = any(p.requires_grad for p in encoder.parameters())
 
     def empty(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=args.params_dtype, requires_grad=trains)
+        return torch.empty(size, dtype=params_dtype, requires_grad=trains)
 
-    kept = _kept_by(projector, empty(inputs * sizes.max_tokens, sizes.output_size))
+    kept = _kept_by(projector, empty(inputs * config.max_tokens, config.output_size))
     for block in encoder.modules():
         if isinstance(block, TransformerBlock):
             width = block.config.hidden_size
-            hidden = empty(sizes.sequence_length, inputs, width)
+            hidden = empty(config.sequence_length, inputs, width)
             kept += _kept_by(block, hidden, attention_mask=None)
     return kept
 

@@ -1,9 +1,7 @@
-"""Megatron's pipeline schedules on a clock: 1F1B and, with several chunks a rank, interleaved.
+"""Simulate Megatron's pipeline schedules, 1F1B and interleaved, and find the fastest layer split.
 
 A step starts when its rank is free and its input is there; sending takes no time. The orders of
 steps are those of arXiv:2104.04473, section 2.2, as megatron.core.pipeline_parallel runs them.
-
-Which stage gets how many layers, when the first also holds encoders and the last the head.
 """
 
 from __future__ import annotations
@@ -142,7 +140,7 @@ class ModelCost:
     """One micro-batch through a layer of the language model, and through what is not a layer.
 
     `first` is what the first chunk holds besides layers, `last` what the last one does.
-    `ahead` are modules on ranks of their own, which run side by side before the first chunk.
+    `ahead` are non-colocated encoders, which run side by side before the first chunk.
     """
 
     layer: Cost
@@ -151,7 +149,7 @@ class ModelCost:
     ahead: Mapping[str, Cost] = field(default_factory=dict)
 
     def chunks(self, layers: tuple[int, ...]) -> list[Cost]:
-        """The cost of each chunk, which holds so many layers, after the slowest module ahead."""
+        """The cost of each chunk of so many layers, behind the slowest non-colocated encoder."""
         costs = [self.layer * count for count in layers]
         costs[0] += self.first
         costs[-1] += self.last
@@ -170,7 +168,7 @@ class Split:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """The steps of an iteration; modules that run ahead are its first rank."""
+        """The steps of an iteration; non-colocated encoders are its first rank."""
         stages = self.num_stages + bool(self.cost.ahead)
         return simulate(self.cost.chunks(self.layers), stages, self.num_micro_batches)
 
@@ -178,13 +176,18 @@ class Split:
         """The same with no more micro-batches than these."""
         return replace(self, num_micro_batches=min(self.num_micro_batches, num_micro_batches))
 
-    @property
-    def flag(self) -> str:
-        """The split as Megatron's --pipeline-model-parallel-layout takes it."""
-        stages = ["t" * count for count in self.layers]
-        stages[0] = "E" + stages[0]
-        stages[-1] += "L"
-        return "|".join(stages)
+
+def layout_flag(layers: Sequence[int]) -> str:
+    """Layers per chunk as Megatron's --pipeline-model-parallel-layout takes them: `Et|tttL`."""
+    chunks = ["t" * count for count in layers]
+    chunks[0] = "E" + chunks[0]
+    chunks[-1] += "L"
+    return "|".join(chunks)
+
+
+def even_split(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Layers per chunk, at most one apart."""
+    return tuple((num_layers + i) // num_chunks for i in range(num_chunks))
 
 
 def best_split(
@@ -204,7 +207,7 @@ def best_split(
 
 
 def _splits(num_layers: int, num_chunks: int) -> list[tuple[int, ...]]:
-    """Any number of layers on the first and the last chunk, the rest as even as they go."""
+    """Any number of layers on the first and the last chunk, the others split evenly."""
     middle = num_chunks - 2
     splits = []
     for first in range(num_layers + 1):
@@ -213,6 +216,6 @@ def _splits(num_layers: int, num_chunks: int) -> list[tuple[int, ...]]:
             rest = num_layers - first - last
             if rest < middle:
                 continue
-            between = [(rest + i) // middle for i in range(middle)]
+            between = even_split(rest, middle) if middle else ()
             splits.append((first, *between, last))
     return splits

@@ -1,10 +1,15 @@
-"""What the arguments say of where modules live: on shared ranks, or encoders on their own."""
+"""How a run is laid out over ranks, from its arguments: stages, replicas, non-colocated encoders.
+
+`RunShape` holds the same as plain values, for code that does not know Megatron's arguments.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from examples.mimo.parallel.placement import (
     LANGUAGE,
@@ -18,12 +23,68 @@ from examples.mimo.parallel.placement import (
 
 @dataclass(frozen=True)
 class RankGroup:
-    """A stage of the shared model, or a module on ranks of its own; its ranks hold the same."""
+    """Ranks that hold the same layers: those of a pipeline stage, or of a non-colocated encoder."""
 
     label: str
     ranks: range
     module: str | None = None
     stage: int = 0
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """A run's layout, batch sizes and numerics.
+
+    `placements` are those of non-colocated encoders and, last, of the language model; empty when
+    all parts are colocated. `language_ranks` counts the processes that hold the language model.
+    """
+
+    world_size: int
+    language_ranks: int
+    tp: int
+    pp: int
+    cp: int
+    virtual_stages: int | None
+    encoder_tp: Mapping[str, int]
+    placements: tuple[Placement, ...]
+    sequence_parallel: bool
+    micro_batch_size: int
+    global_batch_size: int | None
+    seq_length: int
+    frozen: frozenset[str]
+    recompute: bool
+    distributed_optimizer: bool
+    params_dtype: torch.dtype
+    gradients_in_fp32: bool
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of an iteration on one data-parallel replica."""
+        replicas = self.language_ranks // (self.tp * self.pp * self.cp)
+        return max(1, (self.global_batch_size or 1) // (self.micro_batch_size * replicas))
+
+
+def run_shape(args: argparse.Namespace) -> RunShape:
+    """The shape of the run that `args` describe; encoder sizes must be filled in already."""
+    return RunShape(
+        world_size=args.world_size,
+        language_ranks=language_processes(args),
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        cp=args.context_parallel_size,
+        virtual_stages=args.virtual_pipeline_model_parallel_size,
+        encoder_tp=dict(args.encoder_tensor_model_parallel_size),
+        placements=tuple(placements(args)),
+        sequence_parallel=args.sequence_parallel,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.global_batch_size,
+        seq_length=args.seq_length,
+        frozen=frozenset(args.freeze),
+        recompute=args.recompute_granularity == "full",
+        distributed_optimizer=args.use_distributed_optimizer,
+        params_dtype=args.params_dtype,
+        gradients_in_fp32=args.accumulate_allreduce_grads_in_fp32,
+    )
 
 
 def placements(args: argparse.Namespace) -> list[Placement]:
@@ -44,7 +105,7 @@ def placements(args: argparse.Namespace) -> list[Placement]:
 
 
 def module_of_rank(args: argparse.Namespace) -> str | None:
-    """The one module of this rank, where encoders have ranks of their own."""
+    """The one module that this rank holds when encoders are non-colocated; else None."""
     placed = placements(args)
     return here(placed, args.rank).name if placed else None
 
@@ -56,7 +117,7 @@ def language_processes(args: argparse.Namespace) -> int:
 
 
 def check_world(processes: int, args: argparse.Namespace, whose: str = "") -> None:
-    """ValueError unless the processes hold whole copies of the language model."""
+    """ValueError unless the processes hold whole replicas of the language model."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp = args.context_parallel_size
     if processes % (tp * pp * cp):
@@ -74,49 +135,49 @@ def encoder_tensor_parallel(words: Iterable[str] | None, names: Iterable[str]) -
     names = list(names)
     sizes: dict[str, int] = {}
     for word in words or ():
-        name, found, number = word.rpartition("=")
-        if not number.isdigit() or (found and name not in names):
+        name, equals, number = word.rpartition("=")
+        if not number.isdigit() or (equals and name not in names):
             raise ValueError(
                 f"--encoder-tensor-model-parallel-size {word}: write a number, or NAME=NUMBER with "
                 f"a name of {', '.join(names)}"
             )
-        sizes |= dict.fromkeys([name] if found else names, int(number))
+        sizes |= dict.fromkeys([name] if equals else names, int(number))
     return sizes
 
 
 def colocated_encoder_tp(args: argparse.Namespace) -> int:
-    """The one tensor-parallel size of encoders on shared ranks; ValueError if there are two."""
+    """The one tensor-parallel size of colocated encoders; ValueError if there are several."""
     sizes = args.encoder_tensor_model_parallel_size.values()
     different = set(sizes) or {args.tensor_model_parallel_size}
     if len(different) > 1:
         raise ValueError(
-            "--encoder-tensor-model-parallel-size: on shared ranks all encoders have one size; "
-            "--encoder-ranks gives them ranks of their own"
+            "--encoder-tensor-model-parallel-size: colocated encoders all have one size; "
+            "--encoder-ranks gives each encoder ranks, and a size, of its own"
         )
     return different.pop()
 
 
 def cp_multiple(args: argparse.Namespace) -> int:
-    """Context parallelism cuts a sequence into two chunks a rank."""
+    """What sequence lengths are a multiple of: context parallelism cuts two chunks a rank."""
     size = args.context_parallel_size
     return 2 * size if size > 1 else 1
 
 
 def padding_multiple(args: argparse.Namespace) -> int:
-    """Sequence parallelism divides what context parallelism leaves of a row."""
+    """What padded lengths are a multiple of; sequence parallelism divides a CP rank's share."""
     return args.tensor_model_parallel_size * cp_multiple(args)
 
 
 def places(args: argparse.Namespace) -> list[RankGroup]:
-    """What ranks can hold, in the order of the model."""
+    """The groups of ranks that hold different parts, in the order of the model."""
     stages = args.pipeline_model_parallel_size
     placed = placements(args)
-    found = [RankGroup(one.name, one.ranks, one.name) for one in placed[:-1]]
+    groups = [RankGroup(module.name, module.ranks, module.name) for module in placed[:-1]]
     ranks = placed[-1].ranks if placed else range(args.world_size)
     module = LANGUAGE if placed else None
-    each = len(ranks) // stages
+    ranks_per_stage = len(ranks) // stages
     for stage in range(stages):
-        part = ranks[stage * each : (stage + 1) * each]
+        stage_ranks = ranks[stage * ranks_per_stage : (stage + 1) * ranks_per_stage]
         label = LANGUAGE if placed and stages == 1 else f"stage {stage}"
-        found.append(RankGroup(label, part, module, stage))
-    return found
+        groups.append(RankGroup(label, stage_ranks, module, stage))
+    return groups

@@ -20,8 +20,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
-from examples.mimo.checkpoint.resuming import check_same_optimizer, has_random_states
-from examples.mimo.cli.flags import SHARDED
+from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_states
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import BadSampleCount, Batch, collate, collate_packed, take_share
 from examples.mimo.data.conversation import Sample, SampleReader
@@ -233,7 +232,7 @@ def _reader(args: argparse.Namespace, mimo: MimoConfig) -> SampleReader:
 
 def is_sharded(args: argparse.Namespace) -> bool:
     """Whether samples come out of shards, which megatron-energon reads."""
-    return args.dataset_provider in SHARDED
+    return args.dataset_provider not in DATASETS
 
 
 def _shards(args: argparse.Namespace, mimo: MimoConfig) -> tuple[Any, SampleReader]:

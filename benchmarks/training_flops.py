@@ -1,0 +1,46 @@
+"""Floating-point operations of a training iteration, for utilisation in benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.planner.flops import (
+    Flops,
+    encoder_flops,
+    head_flops,
+    language_layer_flops,
+    projector_flops,
+)
+
+
+def language_flops(language: LanguageConfig, batch_size: int, seq_length: int) -> Flops:
+    """The language model over `batch_size` sequences, head included."""
+    layers = language_layer_flops(language, seq_length) * language.num_layers
+    return (layers + head_flops(language, seq_length)) * batch_size
+
+
+def training_flops(
+    config: MimoConfig,
+    batch_size: int,
+    seq_length: int,
+    items: Mapping[str, int],
+    media_tokens: Mapping[str, int],
+    frozen: Collection[str] = (),
+) -> int:
+    """Forward and backward passes over a batch that holds `items` of each modality."""
+    total = 0
+    reached = False
+    for name, modality in config.modalities.items():
+        encoder_trains = f"{name}.encoder" not in frozen
+        projector_trains = f"{name}.projector" not in frozen
+        # Nothing before an encoder trains, but the layers behind its first pass gradients on.
+        encoder = encoder_flops(modality.encoder) * items.get(name, 0)
+        total += encoder.trained(encoder_trains, passes_on=encoder_trains)
+        projector = projector_flops(modality, config.language.hidden_size)
+        projector *= media_tokens.get(name, 0)
+        total += projector.trained(projector_trains, passes_on=encoder_trains)
+        reached |= encoder_trains or projector_trains
+    trains = "language" not in frozen
+    language = language_flops(config.language, batch_size, seq_length)
+    return total + language.trained(trains, passes_on=reached or trains)

@@ -1,0 +1,198 @@
+"""Changes to a model's config from the command line: `--set`, released sizes, token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from examples.mimo.configs.schema import MimoConfig
+
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+# Encoder sizes of the released Whispers (arXiv:2212.04356, table 1).
+WHISPER_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "num_mel_bins")
+WHISPER_SIZES = {
+    "tiny": (4, 384, 6, 80),
+    "base": (6, 512, 8, 80),
+    "small": (12, 768, 12, 80),
+    "medium": (24, 1024, 16, 80),
+    "large": (32, 1280, 20, 80),
+    "large-v3": (32, 1280, 20, 128),
+}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """`text` for the field that `path` leads to; `source` is what the user typed, for messages."""
+
+    path: tuple[str, ...]
+    text: str
+    source: str
+
+
+def with_fields(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
+    """`config` with fields of its modalities changed: `images.encoder.num_layers=2`.
+
+    Values are of the field's declared type: numbers, text, true or false, `none` where a field is
+    optional, and tuples as lists with commas. ValueError, one line, for anything else.
+    """
+    by_modality: dict[str, list[Assignment]] = {}
+    for source in assignments:
+        path, equals, text = source.partition("=")
+        name, *fields = path.split(".")
+        if not equals or not fields or name not in config.modalities:
+            raise ValueError(
+                f"--set {source}: write MODALITY.FIELD=VALUE, with a modality of "
+                f"{', '.join(config.modalities)}"
+            )
+        by_modality.setdefault(name, []).append(Assignment(tuple(fields), text, source))
+    changed = {
+        name: _with_assignments(config.modalities[name], group)
+        for name, group in by_modality.items()
+    }
+    return dataclasses.replace(config, modalities={**config.modalities, **changed})
+
+
+def with_token_ids(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
+    """`config` with other ids for placeholders: `<audio>,32002`."""
+    modalities = dict(config.modalities)
+    names = {modality.placeholder: name for name, modality in modalities.items()}
+    for assignment in assignments:
+        placeholder, _, number = assignment.rpartition(",")
+        if placeholder not in names or not number.isdigit():
+            raise ValueError(
+                f"--hf-assign-unused-tokens {assignment}: write PLACEHOLDER,ID with a placeholder "
+                f"of {', '.join(names)}"
+            )
+        name = names[placeholder]
+        modalities[name] = dataclasses.replace(modalities[name], token_id=int(number))
+    return dataclasses.replace(config, modalities=modalities)
+
+
+def whisper_assignments(config: MimoConfig, name: str | None) -> list[str]:
+    """Assignments that give the Whisper encoders of `config` the sizes of a released model."""
+    from examples.mimo.modalities.audio import WhisperConfig
+
+    if name is None:
+        return []
+    size = name.removeprefix("openai/").removeprefix("whisper-").removesuffix(".en")
+    if size not in WHISPER_SIZES:
+        known = ", ".join(f"openai/whisper-{size}" for size in WHISPER_SIZES)
+        raise ValueError(f"--audio-encoder-model {name}: choose one of {known}")
+    encoders = [n for n, m in config.modalities.items() if isinstance(m.encoder, WhisperConfig)]
+    if not encoders:
+        raise ValueError(f"--audio-encoder-model {name}: {config.name} has no Whisper encoder")
+    fields = dict(zip(WHISPER_FIELDS, WHISPER_SIZES[size], strict=True))
+    fields["ffn_hidden_size"] = 4 * fields["hidden_size"]
+    return [
+        f"{encoder}.encoder.{field}={value}"
+        for encoder in encoders
+        for field, value in fields.items()
+    ]
+
+
+def _with_assignments(value: Any, assignments: Sequence[Assignment]) -> Any:
+    """The dataclass `value` with all assignments made at once, since fields may need each other."""
+    fields = {field.name: field for field in dataclasses.fields(value)}
+    by_field: dict[str, list[Assignment]] = {}
+    for assignment in assignments:
+        name = assignment.path[0]
+        if name not in fields:
+            raise ValueError(
+                f"--set {assignment.source}: no field {name!r}; choose one of {', '.join(fields)}"
+            )
+        by_field.setdefault(name, []).append(assignment)
+    changes = {}
+    for name, group in by_field.items():
+        current, last = getattr(value, name), group[-1]
+        if dataclasses.is_dataclass(current):
+            whole = next((item for item in group if len(item.path) == 1), None)
+            if whole:
+                inner = ", ".join(f.name for f in dataclasses.fields(current))
+                raise ValueError(
+                    f"--set {whole.source}: {name} holds fields; set one of {name}.({inner})"
+                )
+            below = [dataclasses.replace(item, path=item.path[1:]) for item in group]
+            changes[name] = _with_assignments(current, below)
+            continue
+        deeper = next((item for item in group if len(item.path) > 1), None)
+        if deeper:
+            raise ValueError(f"--set {deeper.source}: {name} is a value and holds no fields")
+        choices = fields[name].metadata.get("choices")
+        changes[name] = _parse(_field_type(value, name), last, choices)
+    try:
+        return dataclasses.replace(value, **changes)
+    except ValueError as error:
+        sources = " ".join(assignment.source for assignment in assignments)
+        raise ValueError(f"--set {sources}: {error}") from None
+
+
+def _field_type(value: Any, name: str) -> Any:
+    """The declared type of a field; the type of its value where only type checkers know it."""
+    owner = next(c for c in type(value).__mro__ if name in inspect.get_annotations(c))
+    alone = types.SimpleNamespace(__annotations__={name: owner.__annotations__[name]})
+    try:
+        return typing.get_type_hints(alone, vars(sys.modules[owner.__module__]))[name]
+    except NameError:
+        return type(getattr(value, name))
+
+
+def _parse(kind: Any, assignment: Assignment, choices: Sequence[Any] | None) -> Any:
+    try:
+        value = parse_value(kind, assignment.text)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"--set {assignment.source}: {assignment.text!r} is not of type {_type_name(kind)}"
+        ) from None
+    if choices is not None and value not in choices:
+        raise ValueError(f"--set {assignment.source}: choose one of {', '.join(map(str, choices))}")
+    return value
+
+
+def parse_value(kind: Any, text: str) -> Any:
+    """`text` as a value of the type `kind`; ValueError when it is none."""
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError(text)
+        return BOOLEANS[text.lower()]
+    if kind in (int, float, str):
+        return kind(text)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        values = {str(value): value for value in arguments}
+        return values[text] if text in values else _refuse(text)
+    if origin in (typing.Union, types.UnionType):
+        return _parse_union(arguments, text)
+    if origin is tuple:
+        words = text.split(",") if text else []
+        kinds = [arguments[0]] * len(words) if arguments[-1] is Ellipsis else list(arguments)
+        return tuple(parse_value(k, word) for k, word in zip(kinds, words, strict=True))
+    return _refuse(text)
+
+
+def _parse_union(kinds: Sequence[Any], text: str) -> Any:
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    for kind in kinds:
+        if kind is not type(None):
+            try:
+                return parse_value(kind, text)
+            except ValueError:
+                continue
+    return _refuse(text)
+
+
+def _refuse(text: str) -> typing.NoReturn:
+    raise ValueError(text)
+
+
+def _type_name(kind: Any) -> str:
+    if kind is bool:
+        return "bool (true or false)"
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")

@@ -1,0 +1,109 @@
+"""`mimo.json`: what travels with the weights, and which runs share a model."""
+
+import dataclasses
+import json
+
+import pytest
+
+from examples.mimo.checkpoint.description import (
+    FILE_NAME,
+    TRACKER,
+    check_same_model,
+    open_checkpoint,
+    save_description,
+    weight_fields,
+)
+from examples.mimo.cli.overrides import with_fields
+from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A checkpoint of `tiny` without weights in it."""
+    save_description(tmp_path, tiny, None)
+    (tmp_path / TRACKER).write_text("3")
+    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / "iter_0000003/.metadata").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", MODEL_PROVIDERS)
+def test_a_config_travels_whole(name, tmp_path):
+    config = get_model_config(name)
+    save_description(tmp_path, config, None)
+    (tmp_path / TRACKER).write_text("release")
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release/.metadata").touch()
+    assert open_checkpoint(tmp_path).config == config
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "images.encoder.augment_shift=0.5",
+        "images.encoder.max_tiles=2",
+        "images.encoder.fit=pad",
+        "audios.encoder.max_windows=3",
+        "audios.encoder.overflow=truncate",
+    ],
+)
+def test_runs_of_one_model_may_differ_in_what_shapes_no_weight(folder, tiny, assignment):
+    check_same_model("--load", folder, with_fields(tiny, [assignment]))
+    language = dataclasses.replace(tiny.language, seq_length=64, init_method_std=0.1)
+    other = dataclasses.replace(tiny, language=language, prompt="?", frozen=("language",))
+    check_same_model("--load", folder, dataclasses.replace(other, name="another"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "place"),
+    [
+        ("images.encoder.num_layers=1", "modalities.images.encoder.num_layers 2"),
+        ("audios.encoder.frames_per_token=1", "modalities.audios.encoder.frames_per_token 3"),
+        ("images.projector.ffn_hidden_size=8", "modalities.images.projector.ffn_hidden_size 256"),
+        ("images.token_id=9", "modalities.images.token_id 4"),
+    ],
+)
+def test_other_weights_are_another_model(folder, tiny, assignment, place):
+    other = with_fields(tiny, [assignment])
+    with pytest.raises(ValueError, match=r"^--load .*change the run") as error:
+        check_same_model("--load", folder, other)
+    assert f"this folder's model has {place}, but this run's has" in str(error.value)
+
+
+def test_a_part_that_starts_afresh_is_not_compared(folder, tiny):
+    other = with_fields(tiny, ["images.projector.ffn_hidden_size=8"])
+    check_same_model("--load", folder, other, fresh_parts=["images.projector"])
+    check_same_model("--load", folder, other, fresh_parts=["images"])
+    with pytest.raises(ValueError, match=r"images\.projector\.ffn_hidden_size"):
+        check_same_model("--load", folder, other, fresh_parts=["images.encoder", "audios"])
+    without = dataclasses.replace(tiny, modalities={"images": tiny.modalities["images"]})
+    save_description(folder, without, None)
+    saved = json.loads((folder / FILE_NAME).read_text())
+    assert set(saved["config"]["modalities"]) == {"images"}
+
+
+def test_fields_say_themselves_whether_weights_depend_on_them():
+    @dataclasses.dataclass(frozen=True)
+    class Part:
+        width: int = 1
+        speed: int = dataclasses.field(default=2, metadata={"shapes_weights": False})
+
+    assert weight_fields({"part": Part()}) == {"part.width": 1}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / FILE_NAME).unlink(), "mimo.json is missing"),
+        (lambda folder: (folder / FILE_NAME).write_text("{"), "mimo.json is damaged"),
+        (lambda folder: (folder / FILE_NAME).write_text("[]"), "mimo.json is damaged"),
+        (lambda folder: (folder / TRACKER).unlink(), "nothing has been saved here yet"),
+        (lambda folder: (folder / TRACKER).write_text("x"), "names no iteration: 'x'"),
+        (lambda folder: (folder / TRACKER).write_text("4"), "iter_0000004 are missing or damaged"),
+    ],
+)
+def test_a_broken_folder_is_named_with_the_flag_that_named_it(folder, break_it, message):
+    break_it(folder)
+    with pytest.raises(ValueError, match=r"^--from ") as error:
+        open_checkpoint(folder, flag="--from")
+    assert message in str(error.value)
