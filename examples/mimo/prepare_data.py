@@ -86,11 +86,11 @@ def show(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
     config = _config(args)
-    from examples.mimo.data.conversation import SampleReader
+    from examples.mimo.data.conversation import SampleEncoder
     from examples.mimo.data.tokenizer import load_tokenizer
     from examples.mimo.shards.show import look, page
 
-    reader = SampleReader(config, load_tokenizer(tokenizer), args.seq_length or sys.maxsize)
+    reader = SampleEncoder(config, load_tokenizer(tokenizer), args.seq_length or sys.maxsize)
     found, shown = look(args.folder, reader, limit, count)
     print("\n".join(found.lines()))
     output = args.html or Path(f"{args.folder.resolve().name}.html")

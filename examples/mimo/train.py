@@ -51,15 +51,14 @@ def train(argv: list[str]) -> None:
     from examples.mimo.checkpoint.resuming import schedule_mismatch
     from examples.mimo.cli import observer
     from examples.mimo.cli.arguments import parse_arguments
+    from examples.mimo.cli.inputs import check_inputs
     from examples.mimo.compat import megatron
-    from examples.mimo.parallel import noncolocated
     from examples.mimo.training.providers import (
-        check_inputs,
         data_provider,
         model_provider,
+        prepare_noncolocated,
         starting_point,
         tokenizer_path,
-        transformer_config,
     )
     from examples.mimo.training.step import forward_step
 
@@ -81,12 +80,12 @@ def train(argv: list[str]) -> None:
     observer.follow(args)
     command.report_every_rank()
     try:
-        own = noncolocated.prepare(args, transformer_config(args))
+        own = prepare_noncolocated(args)
         pretrain(
             pretrain_cfg_container_from_args(args),
             functools.partial(data_provider, config),
             ModelType.encoder_or_decoder,
-            forward_step,
+            functools.partial(forward_step, observer),
             functools.partial(model_provider, config, own.grids),
             p2p_communicator=own.bridges,
             pg_collection=own.groups,

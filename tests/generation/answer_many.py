@@ -33,7 +33,7 @@ with command.stdout_to(os.devnull):
     answerer = Answerer(open_checkpoint(folder), tp, pp)
 reader = answerer.reader()
 samples = [
-    reader.read({**record, "conversations": record["conversations"][:1]}, FilesInside(data))
+    reader.encode({**record, "conversations": record["conversations"][:1]}, FilesInside(data))
     for record in read_records(data / "heldout.jsonl")[:count]
 ]
 encoded = []

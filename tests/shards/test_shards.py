@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from examples.mimo.data.batch import collate, collate_packed
-from examples.mimo.data.conversation import SampleReader
+from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.shards.mixtures import read_mixture
 from examples.mimo.shards.write import Options, index_shards, prepare
 from tests.shards import broken
@@ -64,7 +64,7 @@ def count(shards):
 @pytest.fixture
 def read(tiny, tokenizer, shards):
     """Batches of one data-parallel rank."""
-    reader = SampleReader(tiny, tokenizer, 128)
+    reader = SampleEncoder(tiny, tokenizer, 128)
     started = []
 
     def start(rank=0, ranks=1, workers=0, path=shards, packing=None, max_bad=100, seed=1, size=4):
@@ -159,7 +159,7 @@ def test_packed_rows_are_full_and_samples_whole(read, tiny, tokenizer, count):
 
 
 def test_a_validation_pass_is_always_the_same(tiny, tokenizer, shards):
-    encoder = ConversationEncoder(SampleReader(tiny, tokenizer, 128), collate, 100, None)
+    encoder = ConversationEncoder(SampleEncoder(tiny, tokenizer, 128), collate, 100, None)
     loader = validation_loader(shards, "val", encoder, worker_config(0, 1, 0, 1), 2, 3)
     passes = [[batch.keys for batch in loader] for _ in range(2)]
     assert passes[0] == passes[1]
@@ -237,7 +237,7 @@ def test_broken_samples_are_skipped_and_named(read, broken_shards, workers):
     good = {f"good-{number}" for number in range(60)}
     # What comes after the last good sample is named by the next epoch's first batch.
     assert set(flat(batch.keys for batch in found)) <= good
-    refused = {bad.key: bad.reason for batch in found for bad in batch.refused}
+    refused = {bad.key: bad.reason for batch in found for bad in batch.bad_samples}
     cases = broken.cases()
     assert len(cases) == 60
     assert len(refused) >= 50

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from examples.mimo.data.conversation import SampleReader
+from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.shards.show import look, page
 from examples.mimo.shards.write import Options, prepare
 from tests.conftest import run_command
@@ -40,7 +40,7 @@ def shards(data_folder, tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(shards, tiny, tokenizer):
-    reader = SampleReader(tiny, tokenizer, 128)
+    reader = SampleEncoder(tiny, tokenizer, 128)
     statistics, shown = look(shards, reader, limit=50, shown=20)
     return statistics, shown, page(shards, statistics, shown, reader)
 

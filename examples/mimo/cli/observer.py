@@ -40,7 +40,8 @@ from examples.mimo.checkpoint.resuming import CHECKPOINT_ERRORS, reason
 from examples.mimo.cli import command
 from examples.mimo.cli.header import describe_run
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import BadSample, Batch
+from examples.mimo.data.batch import Batch
+from examples.mimo.data.conversation import BadSample
 from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.training.layout import module_of_rank
 
@@ -136,6 +137,12 @@ class Iteration:
 
 
 COUNTERS = Counters()
+
+
+def add_batch(batch: Batch, wait_seconds: float) -> None:
+    """Count a micro-batch of training and its bad samples."""
+    BAD_SAMPLES.add(get_args(), batch.bad_samples)
+    COUNTERS.add(batch, wait_seconds)
 
 
 def install_progress(config: MimoConfig) -> None:

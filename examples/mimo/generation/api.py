@@ -19,7 +19,7 @@ from examples.mimo.checkpoint.description import Checkpoint, open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import Sample, SampleReader, Turn, to_pieces
+from examples.mimo.data.conversation import Sample, SampleEncoder, Turn
 from examples.mimo.data.tokenizer import Tokenizer, load_tokenizer
 from examples.mimo.generation.engine import Engine
 from examples.mimo.generation.sampling import numbered
@@ -94,10 +94,10 @@ class Answerer:
         with command.stdout_to(os.devnull):
             return cls(open_checkpoint(Path(folder)), tp, pp)
 
-    def reader(self, blank: Sequence[str] = ()) -> SampleReader:
+    def reader(self, blank: Sequence[str] = ()) -> SampleEncoder:
         """What turns files and prompts into the model's inputs."""
         seq_length = self.config.language.seq_length
-        return SampleReader(self.config, self.tokenizer, seq_length, blank=blank)
+        return SampleEncoder(self.config, self.tokenizer, seq_length, blank=blank)
 
     def read(self, request: Request, blank: Sequence[str] = ()) -> Sample:
         """The request as a sample; ValueError for a file or a placeholder that is wrong.
@@ -106,8 +106,9 @@ class Answerer:
         """
         request = self.with_placeholders(request)
         turns = [*request.history, Turn(is_answer=False, text=request.prompt)]
-        pieces = to_pieces(turns, self.config)
-        return self.reader(blank).from_pieces(pieces, request.files, request.key)
+        files = {name: list(items) for name, items in request.files.items()}
+        record = {"conversations": turns, **files}
+        return self.reader(blank).encode(record, Path, name=request.key)
 
     def with_placeholders(self, request: Request) -> Request:
         """The request with a placeholder for every file in front of a prompt that names none."""

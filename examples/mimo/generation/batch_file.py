@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from examples.mimo.cli.command import ProgressBar
-from examples.mimo.data.conversation import FilesInside, Sample, Turn, files_of, parse_turns
+from examples.mimo.data.conversation import FilesInside, Sample, Turn, find_media, parse_turns
 from examples.mimo.generation.api import Answerer, Request, share
 from examples.mimo.generation.scheduler import Answer, Options
 
@@ -77,9 +77,9 @@ def request_of(record: Any, root: Path, answerer: Answerer, key: str) -> Request
     """What a line asks; ValueError, one line, when it asks nothing or names no file."""
     if not isinstance(record, dict):
         raise ValueError("a question must be a JSON object")
-    files = files_of(record, answerer.config, FilesInside(root), key)
+    files = find_media(record, answerer.config, FilesInside(root))
     if "conversations" in record:
-        *history, last = parse_turns(record["conversations"], key)
+        *history, last = parse_turns(record["conversations"])
     else:
         prompt = record.get("prompt", answerer.config.prompt)
         if not isinstance(prompt, str):

@@ -29,7 +29,7 @@ from examples.mimo.model.mimo import (
 )
 from examples.mimo.parallel.noncolocated import build_noncolocated_model, create_groups
 from examples.mimo.parallel.placement import Placement, create_grids, here
-from examples.mimo.parallel.replicas import encoder_groups
+from examples.mimo.parallel.replicas import create_encoder_replicas
 from examples.mimo.training.layout import RankGroup, colocated_encoder_tp, placements
 from examples.mimo.training.providers import transformer_config
 
@@ -130,7 +130,7 @@ def _build(
 ) -> list[StageMimoModel]:
     virtual = args.virtual_pipeline_model_parallel_size
     last_stage = args.pipeline_model_parallel_size - 1
-    groups = encoder_groups(colocated_encoder_tp(args), pg_collection)
+    replicas = create_encoder_replicas(colocated_encoder_tp(args), pg_collection)
     chunks = []
     for number in range(virtual or 1):
         chunk = build_mimo_model(
@@ -140,7 +140,7 @@ def _build(
             pre_process=stage == 0 and number == 0,
             post_process=stage == last_stage and number == (virtual or 1) - 1,
             vp_stage=number if virtual else None,
-            encoder_groups=groups,
+            encoder_replicas=replicas,
         )
         chunks.append(_as_trained(chunk, args))
     return chunks

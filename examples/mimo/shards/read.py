@@ -37,8 +37,8 @@ from megatron.energon.wrappers import ShuffleBufferDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import BadSample, Batch, join_batches
-from examples.mimo.data.conversation import FindFile, Sample, SampleReader
+from examples.mimo.data.batch import Batch, join_batches
+from examples.mimo.data.conversation import BadSample, FindFile, Sample, SampleEncoder
 from examples.mimo.modalities.base import Blob
 from examples.mimo.shards.mixtures import Part, read_mixture
 
@@ -183,7 +183,7 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
     decoder = None
 
     def __init__(
-        self, reader: SampleReader, collate: Collate, max_bad_samples: int, packing: Packing | None
+        self, reader: SampleEncoder, collate: Collate, max_bad_samples: int, packing: Packing | None
     ) -> None:
         self.reader = reader
         self.collate = collate
@@ -207,7 +207,7 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         record = record_of(key, parts, self.reader.config)
         config = WorkerConfig.active_worker_config
         generator = np.random.default_rng([config.worker_seed(), self.current_sample_index])
-        sample = self.reader.read(record, find_in(key, parts), generator)
+        sample = self.reader.encode(record, find_in(key, parts), generator)
         if not any(sample.tokens.loss_mask):
             raise ValueError(f"sample {key}: no answer that could be learned")
         if self.packing and len(sample.tokens.ids) > self.packing.row_length:
@@ -243,7 +243,7 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         """A micro-batch of samples, or of one packed row."""
         chosen = samples[0] if self.packing else samples
         batch = self.collate([one.sample for one in chosen])
-        batch.refused, self.refused = self.refused, []
+        batch.bad_samples, self.refused = self.refused, []
         return batch
 
 

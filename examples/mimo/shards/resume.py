@@ -31,8 +31,8 @@ from megatron.energon.state import FlexState
 from megatron.training import get_args
 
 from examples.mimo.cli.observer import BAD_SAMPLES
-from examples.mimo.data.batch import Batch, take_share
-from examples.mimo.data.conversation import Sample, SampleReader
+from examples.mimo.data.batch import Batch
+from examples.mimo.data.conversation import Sample, SampleEncoder
 from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.shards.mixtures import num_samples, read_mixture
 from examples.mimo.shards.read import (
@@ -44,7 +44,7 @@ from examples.mimo.shards.read import (
     validation_loader,
     worker_config,
 )
-from examples.mimo.training.layout import cp_multiple, module_of_rank
+from examples.mimo.training.layout import cp_multiple, data_share, module_of_rank
 
 KIND, FIELDS = "kind", "fields"
 RECORDS = {
@@ -121,23 +121,18 @@ class RememberedBatches(ShardBatches):
 
 def shard_iterators(
     args: argparse.Namespace,
-    reader: SampleReader,
+    reader: SampleEncoder,
     collate: Collate,
     collate_valid: Collate,
 ) -> tuple[Iterator[Batch], Iterator[Batch] | None]:
     """Training and validation batches of this data-parallel rank.
 
-    An encoder's copy on ranks of its own reads for one copy of the language model, for several,
-    whose micro-batches it then reads as one, or for a share of one's media.
+    With several data-parallel ranks to read for, a micro-batch of each is read and joined.
     """
-    copy, copies = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    shares = max(1, copies // args.data_parallel_size)
-    served = args.data_parallel_size * shares // copies
-    if shares > 1:
-        collate = functools.partial(_share, collate, copy % shares, shares)
-        collate_valid = functools.partial(_share, collate_valid, copy % shares, shares)
-    first = copy // shares * served
-    ranks = range(first, first + served)
+    share = data_share(args.data_parallel_size)
+    collate = functools.partial(share.collate, collate)
+    collate_valid = functools.partial(share.collate, collate_valid)
+    ranks = share.replicas
     path = Path(args.data_path[0])
     loaders = [
         training_loader(
@@ -170,7 +165,7 @@ def shard_iterators(
 
 
 def first_shard_batches(
-    args: argparse.Namespace, reader: SampleReader, collate: Collate, count: int
+    args: argparse.Namespace, reader: SampleEncoder, collate: Collate, count: int
 ) -> list[Batch]:
     """What a single rank would read first, without a process group."""
     loader = training_loader(
@@ -186,17 +181,13 @@ def first_shard_batches(
 
 
 def _encoder(
-    args: argparse.Namespace, reader: SampleReader, collate: Collate
+    args: argparse.Namespace, reader: SampleEncoder, collate: Collate
 ) -> ConversationEncoder:
     reader = dataclasses.replace(reader, augment=args.augment)
     packing = None
     if args.packing_buffer_size:
         packing = Packing(args.packing_buffer_size, args.total_seq_length, cp_multiple(args))
     return ConversationEncoder(reader, collate, args.max_bad_samples, packing)
-
-
-def _share(collate: Collate, number: int, shares: int, samples: Sequence[Sample]) -> Batch:
-    return take_share(collate(samples), number, shares)
 
 
 def _restore(args: argparse.Namespace, train: RememberedBatches, ranks: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import Sample, SampleReader, TokenSequence
+from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.shards.manifest import TarParts, members
 from examples.mimo.shards.read import words_of
@@ -69,7 +69,7 @@ class Shown:
 
 
 def look(
-    folder: Path, reader: SampleReader, limit: int, shown: int
+    folder: Path, reader: SampleEncoder, limit: int, shown: int
 ) -> tuple[Statistics, list[Shown]]:
     """Statistics of the first `limit` samples of each shard, and `shown` samples for the page."""
     tars = sorted(folder.glob("*.tar"))
@@ -100,10 +100,10 @@ def _members(tar: Path) -> Iterator[TarParts]:
         raise ValueError(f"{tar}: a damaged tar file ({error})") from None
 
 
-def _read(parts: TarParts, reader: SampleReader) -> tuple[Sample, dict[str, list[object]]]:
+def _read(parts: TarParts, reader: SampleEncoder) -> tuple[Sample, dict[str, list[object]]]:
     """A sample, and its decoded media by modality."""
     record = parts.record(reader.config)
-    sample = reader.read(record, parts)
+    sample = reader.encode(record, parts)
     raw = {
         name: [reader.config.modalities[name].encoder.read(parts(file)) for file in record[name]]
         for name in sample.media
@@ -146,14 +146,14 @@ def _add_rejected(found: Statistics, folder: Path) -> None:
         found.refused.update(_kind(json.loads(line)["reason"]) for line in lines)
 
 
-def page(folder: Path, found: Statistics, shown: Iterable[Shown], reader: SampleReader) -> str:
+def page(folder: Path, found: Statistics, shown: Iterable[Shown], reader: SampleEncoder) -> str:
     """An HTML page that needs nothing from elsewhere and runs no script."""
     lines = html.escape("\n".join(found.lines()))
     samples = "\n".join(_section(one, reader) for one in shown)
     return _PAGE.format(title=html.escape(folder.name), statistics=lines, samples=samples)
 
 
-def _section(one: Shown, reader: SampleReader) -> str:
+def _section(one: Shown, reader: SampleEncoder) -> str:
     views = "".join(
         f"<figure>{_element(kind, data)}<figcaption>{html.escape(name)}</figcaption></figure>"
         for name, previews in one.previews.items()

@@ -246,16 +246,15 @@ def checked_parts(key: str, entry: Entry, config: MimoConfig) -> dict[str, bytes
     round, and for files that cannot be read.
     """
     record = dict(entry.record)
-    name = record["key"]
-    refuse_unknown_media(record, name, config)
-    turns = parse_turns(record.get("conversations"), name)
+    refuse_unknown_media(record, config)
+    turns = parse_turns(record.get("conversations"))
     if not any(turn.is_answer for turn in turns):
         raise ValueError("no turn is an answer")
     given = {modality: record.get(modality, []) for modality in config.modalities}
     for modality, files in given.items():
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
             raise ValueError(f"{modality} must be a list of file names, not {files!r}")
-    check_media(to_pieces(turns, config), given, config, name)
+    check_media(to_pieces(turns, config), given, config)
     parts: dict[str, bytes] = {}
     for modality, files in given.items():
         names = []
