@@ -89,8 +89,7 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
                 if len(skipped) > min(self.max_bad_samples, len(self.records) - 1):
                     raise ValueError(
                         f"--data-path {self.file}: {len(skipped)} samples in a row could not be "
-                        f"read, more than --max-bad-samples {self.max_bad_samples} allows; the "
-                        f"last: {error}"
+                        f"read (--max-bad-samples {self.max_bad_samples}); the last: {error}"
                     ) from None
             else:
                 return dataclasses.replace(sample, skipped=tuple(skipped))

@@ -48,7 +48,7 @@ def transformer_config(args: argparse.Namespace) -> Any:
 
 
 def prepare_noncolocated(args: argparse.Namespace) -> noncolocated.NonColocatedRun:
-    """Process groups and bridges under --encoder-ranks, which `pretrain()` is given; else nothing."""
+    """What `pretrain()` is given under --encoder-ranks: process groups and bridges."""
     if not args.encoder_ranks:
         return noncolocated.NonColocatedRun()
     return noncolocated.prepare(
@@ -280,11 +280,8 @@ def first_batches(args: argparse.Namespace, config: MimoConfig, num_samples: int
     """The first samples of the training data in micro-batches, without a process group."""
     size = args.micro_batch_size
     if is_sharded(args):
-        first_shard_batches, encoder = (
-            _shards(args, "first_shard_batches"),
-            sample_encoder(args, config),
-        )
-        return first_shard_batches(args, encoder, _collate(args), max(1, num_samples // size))
+        read_first, encoder = _shards(args, "first_shard_batches"), sample_encoder(args, config)
+        return read_first(args, encoder, _collate(args), max(1, num_samples // size))
     dataset, _ = DATASETS[args.dataset_provider](args, config, num_samples, 0)
     starts = range(0, max(size, num_samples - size + 1), size)
     return [_collate(args)([dataset[start + i] for i in range(size)]) for start in starts]
