@@ -132,7 +132,7 @@ def test_inputs_of_unequal_shape_are_named(other):
 
 def test_an_input_that_not_every_item_has_is_named():
     samples = [sample_with("a", pixels=torch.zeros(1)), sample_with("b", depth=torch.zeros(1))]
-    with pytest.raises(ValueError, match=r"images.pixels: 1 of 2 items of this batch"):
+    with pytest.raises(ValueError, match=r"images.pixels: 1 of 2 items of this batch have it"):
         collate(samples)
 
 

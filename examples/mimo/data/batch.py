@@ -78,7 +78,7 @@ def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
 
     That is the longest sample's, rounded up to `multiple`.
     """
-    seq_length = _round_up(max(len(sample.tokens.ids) for sample in samples), multiple)
+    seq_length = _round_up(max(len(s.tokens.ids) for s in samples), multiple)
     starts = [row * seq_length for row in range(len(samples))]
     return _collate(samples, starts, (len(samples), seq_length))
 
@@ -131,10 +131,7 @@ def _concatenate(
     """All items' inputs along dim 0; ValueError, naming both items, where the rest differs."""
     owners = items[name.partition(".")[0]]
     if len(inputs) != len(owners):
-        raise ValueError(
-            f"{name}: {len(inputs)} of {len(owners)} items of this batch have this input; make "
-            "preprocess return the same inputs for every item"
-        )
+        raise ValueError(f"{name}: {len(inputs)} of {len(owners)} items of this batch have it")
     for tensor, (key, file) in zip(inputs, owners, strict=True):
         if tensor.shape[1:] != inputs[0].shape[1:]:
             raise ValueError(
@@ -158,12 +155,9 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         if name in TEXT and not packed:
             parts = [functional.pad(part, (0, seq_length - part.shape[1])) for part in parts]
         tensors[name] = torch.cat(parts, dim=1 if name in TEXT and packed else 0)
-    starts = [0, *accumulate(lengths)]
-    ends = [
-        start + end
-        for start, batch in zip(starts, batches, strict=False)
-        for end in (batch.cu_seqlens or [])[1:]
-    ]
+    cu_seqlens = [0]
+    for batch in batches:
+        cu_seqlens += [cu_seqlens[-1] + end for end in (batch.cu_seqlens or [])[1:]]
     modalities = dict.fromkeys(name for batch in batches for name in batch.items)
     return Batch(
         batch_size=1 if packed else sum(batch.batch_size for batch in batches),
@@ -171,7 +165,7 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         num_tokens=sum(batch.num_tokens for batch in batches),
         keys=[key for batch in batches for key in batch.keys],
         items={m: [item for b in batches for item in b.items.get(m, [])] for m in modalities},
-        cu_seqlens=[0, *ends] if packed else None,
+        cu_seqlens=cu_seqlens if packed else None,
         bad_samples=[bad for batch in batches for bad in batch.bad_samples],
         tensors=tensors,
     )

@@ -88,8 +88,8 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
                 skipped.append(BadSample(str(record.get("key", name)), str(error)))
                 if len(skipped) > min(self.max_bad_samples, len(self.records) - 1):
                     raise ValueError(
-                        f"--data-path {self.file}: {len(skipped)} samples in a row could not be "
-                        f"read (--max-bad-samples {self.max_bad_samples}); the last: {error}"
+                        f"{error}; with it {len(skipped)} samples of {self.file} in a row could "
+                        f"not be read (--max-bad-samples {self.max_bad_samples})"
                     ) from None
             else:
                 return dataclasses.replace(sample, skipped=tuple(skipped))

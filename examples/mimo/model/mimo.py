@@ -1,21 +1,18 @@
-"""`StageMimoModel`: a pipeline stage of encoders, projectors and a language model.
+"""`StageMimoModel`: a pipeline stage of encoders, projectors and a language model; its parts.
 
 The first stage holds the encoders, the projectors and the token embedding, the last one the head;
 every stage has its layers of the language model. A batch comes in through `forward`: `encode` runs
 every modality's encoder and projector, `embed` puts the results where the placeholders are, and
 Megatron's `GPTModel` does the rest.
 
-Gradients of the encoders: under context parallelism and with replicas of the encoders inside a
-tensor-parallel group each rank encodes a share of a micro-batch's items (`encode_shares` in
-parallel/context.py), so each holds a part of an encoder's gradient.
-- Over context-parallel ranks Megatron's DDP sums it, as for all weights: its data-parallel group
-  includes them. What DDP cannot know is that every rank's loss depends on every item. The gradients
-  of the embeddings are therefore summed first, in the backward pass of `gather_embeddings`.
-- Over replicas `EncoderReplicas.finalizer` in parallel/replicas.py sums it, once an iteration.
-- Non-colocated encoders get the gradients of their embeddings over a bridge (parallel/bridge.py);
-  `NonColocatedMimoModel.encode` sums those over the context-parallel ranks.
-
-Below the model: its parts, what they are called, and which do not train.
+Where gradients of encoders are summed: context-parallel ranks, and replicas of the encoders inside
+a tensor-parallel group, each encode a share of a micro-batch's items (`encode_shares`,
+parallel/context.py), so each rank holds a part of an encoder's gradient.
+- Over context-parallel ranks Megatron's DDP sums it; its group includes them. Before that
+  `gather_embeddings` sums the embeddings' gradients, as every rank's loss depends on every item.
+- Over replicas `EncoderReplicas.finalizer` (parallel/replicas.py) sums it, once an iteration.
+- Non-colocated encoders get their embeddings' gradients over a bridge (parallel/bridge.py), summed
+  over the context-parallel ranks by `NonColocatedMimoModel.encode`.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ if TYPE_CHECKING:
 
 ENCODER = "encoder"
 
-# Input name -> (N, ...): the inputs of one modality's encoder, N of them.
+# Input name -> (N, ...): N inputs of one modality's encoder.
 Inputs = dict[str, torch.Tensor]
 
 
@@ -88,8 +85,7 @@ def check_count(
 class StageMimoModel(MimoModel):
     """What one pipeline stage holds of the model, encoders colocated with the language model.
 
-    `dummy_inputs` are a single input of each encoder; `encoder_replicas` is given where encoders
-    are split over fewer ranks than the language model.
+    `dummy_inputs` are one input of each encoder; see parallel/replicas.py for `encoder_replicas`.
     """
 
     def __init__(
@@ -159,12 +155,11 @@ class StageMimoModel(MimoModel):
         if self.pre_process:
             embeddings = self.embed(input_ids, modality_inputs or {})
             # Here and not in GPTModel, which would scatter the text's embeddings before the media's
-            # are among them, and not in Megatron's own adapter for this, which takes packed
-            # sequences with Transformer Engine only.
+            # are among them. Megatron's adapter packs with Transformer Engine only.
             embeddings = shard_sequence(embeddings, 0, self.pg_collection.cp, cu_seqlens)
             if self.config.sequence_parallel:
-                group = self.pg_collection.tp
-                embeddings = scatter_to_sequence_parallel_region(embeddings, group=group)
+                tp_group = self.pg_collection.tp
+                embeddings = scatter_to_sequence_parallel_region(embeddings, group=tp_group)
         return self.language_model(
             input_ids=None,
             position_ids=None,
@@ -188,8 +183,8 @@ class StageMimoModel(MimoModel):
                 special_token_ids=self.special_token_ids,
             )
         except ValueError:
-            # Megatron compares the counts; counted again only to say which modality is at fault,
-            # since each count makes the host wait for the device.
+            # Megatron compares the counts. Each count makes the host wait for the device, so they
+            # are taken again only to name the modality at fault.
             for name, embeddings in media.items():
                 check_count(name, embeddings, input_ids, self.special_token_ids[name])
             raise
@@ -283,12 +278,8 @@ def language_spec(
 ) -> ModuleSpec:
     """A stage of the GPT."""
     num_layers = get_num_layers_to_build(transformer_config, vp_stage, pg_collection.pp.rank())
-    layers = block_submodules(
-        transformer_config.transformer_impl,
-        AttnMaskType.causal,
-        num_layers,
-        transformer_config.qk_layernorm,
-    )
+    impl, qk_norm = transformer_config.transformer_impl, transformer_config.qk_layernorm
+    layers = block_submodules(impl, AttnMaskType.causal, num_layers, qk_norm)
     return ModuleSpec(
         module=GPTModel,
         params={
