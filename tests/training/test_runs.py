@@ -24,7 +24,7 @@ MODALITIES["llava_avlm"] = ("images", "audios")
 for name in ("scale_1b_avlm", "llava_avlm_tuned", "qwen3_avlm", "smollm2_avlm"):
     MODALITIES[name] = MODALITIES["llava_avlm"]
 
-# These hear nothing, so they do not fit questions that are spoken.
+# These have no audio encoder, so they do not fit spoken questions.
 PAIRS = [
     (model, dataset)
     for model in MODEL_PROVIDERS
@@ -58,7 +58,7 @@ def test_every_provider_starts(model, dataset, data_folder, tmp_path):
     assert all(0 < row["loss"] < 20 for row in rows)
 
 
-def test_a_model_that_hears_nothing_refuses_spoken_questions(data_folder):
+def test_a_model_without_audio_refuses_spoken_questions(data_folder):
     flags = flags_for("llava_vlm", "spoken_questions", data_folder)
     done = run_command("train.py", *flags)
     assert done.returncode == 2
@@ -94,7 +94,7 @@ def test_the_first_screen_is_the_header(run):
         whole, split, copied, here = (int(n.replace(",", "")) for n in cells[part][2:6])
         assert whole == split + copied
         assert here == 4 * (split // 2 + copied)
-    # What the language model copies are its nine norms.
+    # What tensor parallelism replicates of the language model are its nine norms.
     assert copied == 9 * 128
     assert run[1].stdout == ""
 

@@ -13,8 +13,9 @@ from megatron.training.global_vars import set_global_variables
 from examples.mimo.checkpoint.description import Checkpoint
 from examples.mimo.checkpoint.resuming import CHECKPOINT_ERRORS, reason
 from examples.mimo.cli.arguments import check_layout, parse_with_preset
+from examples.mimo.model.layers import device
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
-from examples.mimo.training.providers import device, transformer_config
+from examples.mimo.training.providers import transformer_config
 
 # What a training checkpoint holds beside the model.
 NOT_THE_MODEL = ("optimizer", "chained", "rerun_state_machine_state")

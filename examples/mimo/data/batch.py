@@ -78,15 +78,17 @@ def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
 
     That is the longest sample's, rounded up to `multiple`.
     """
-    seq_length = _round_up(max(len(s.tokens.ids) for s in samples), multiple)
-    starts = [row * seq_length for row in range(len(samples))]
+    longest = max(len(sample.tokens.ids) for sample in samples)
+    seq_length = -(-longest // multiple) * multiple
+    starts = [number * seq_length for number in range(len(samples))]
     return _collate(samples, starts, (len(samples), seq_length))
 
 
 def collate_packed(samples: Sequence[Sample], multiple: int = 1, sample_multiple: int = 1) -> Batch:
     """All samples in one sequence, padded each to `sample_multiple`, together to `multiple`."""
-    ends = list(accumulate(_round_up(len(s.tokens.ids), sample_multiple) for s in samples))
-    ends[-1] = _round_up(ends[-1], multiple)
+    lengths = [-(-len(s.tokens.ids) // sample_multiple) * sample_multiple for s in samples]
+    ends = list(accumulate(lengths))
+    ends[-1] = -(-ends[-1] // multiple) * multiple
     cu_seqlens = [0, *ends]
     return _collate(samples, cu_seqlens[:-1], (1, ends[-1]), cu_seqlens)
 
@@ -102,9 +104,10 @@ def _collate(
     media: dict[str, list[torch.Tensor]] = {}
     items: dict[str, list[tuple[str, str]]] = {}
     for start, sample in zip(starts, samples, strict=True):
-        rows = (sample.tokens.ids, sample.tokens.labels, sample.tokens.loss_mask)
-        for tensor, row in zip(tensors.values(), rows, strict=True):
-            tensor.view(-1)[start : start + len(row)] = torch.tensor(row, dtype=tensor.dtype)
+        sequences = (sample.tokens.ids, sample.tokens.labels, sample.tokens.loss_mask)
+        for tensor, values in zip(tensors.values(), sequences, strict=True):
+            end = start + len(values)
+            tensor.view(-1)[start:end] = torch.tensor(values, dtype=tensor.dtype)
         for modality, inputs_of_items in sample.media.items():
             items.setdefault(modality, []).extend((sample.key, s) for s in sample.sources[modality])
             for inputs in inputs_of_items:
@@ -119,10 +122,6 @@ def _collate(
         bad_samples=[bad for sample in samples for bad in sample.skipped],
         tensors=tensors | {name: _concatenate(name, media[name], items) for name in media},
     )
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 def _concatenate(

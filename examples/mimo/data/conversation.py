@@ -259,7 +259,14 @@ def find_media(
     record: Mapping[str, Any], config: MimoConfig, find_file: FindFile
 ) -> dict[str, list[Source]]:
     """Modality -> the files of its items; ValueError for a modality that `config` lacks."""
-    refuse_unknown_media(record, config)
+    for name, items in record.items():
+        is_media = isinstance(items, list) and items and isinstance(items[0], (str, Path, Blob))
+        if is_media and name not in config.modalities:
+            raise ValueError(
+                f"holds {name}, but {config.name} takes "
+                f"{', '.join(config.modalities) or 'text only'}; choose another "
+                "--model-provider or --train-split"
+            )
     media = {}
     for name in config.modalities:
         items = record.get(name, [])
@@ -267,19 +274,6 @@ def find_media(
             raise ValueError(f"{name} must be a list of file names, not {items!r}")
         media[name] = [find_file(item) if isinstance(item, str) else item for item in items]
     return media
-
-
-def refuse_unknown_media(record: Mapping[str, Any], config: MimoConfig) -> None:
-    """ValueError for files of a modality that `config` does not have."""
-    for name, value in record.items():
-        if name in config.modalities or name == "conversations":
-            continue
-        if isinstance(value, list) and value and isinstance(value[0], (str, Path, Blob)):
-            raise ValueError(
-                f"holds {name}, but {config.name} takes "
-                f"{', '.join(config.modalities) or 'text only'}; choose another "
-                "--model-provider or --train-split"
-            )
 
 
 def check_media(

@@ -254,6 +254,13 @@ def _combine(mask: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if mask is None else mask & other
 
 
+def device() -> torch.device:
+    """Where this rank computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine can be imported here."""
     return importlib.util.find_spec("transformer_engine") is not None

@@ -35,7 +35,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.model.encoder import projector_spec, split_over
-from examples.mimo.model.layers import block_submodules
+from examples.mimo.model.layers import block_submodules, device
 from examples.mimo.parallel.context import encode_shares, shard_sequence
 
 if TYPE_CHECKING:
@@ -217,15 +217,13 @@ class StageMimoModel(MimoModel):
         encoder = self.modality_submodules[name]
         if inputs and len(next(iter(inputs.values()))):
             return encoder(encoder_inputs={ENCODER: inputs})
-        device = next(encoder.parameters()).device
-        dummy = {key: tensor.to(device) for key, tensor in self.dummy_inputs[name].items()}
+        dummy = {key: tensor.to(device()) for key, tensor in self.dummy_inputs[name].items()}
         return encoder(encoder_inputs={ENCODER: dummy})[:0]
 
 
 def packed_params(cu_seqlens: list[int]) -> PackedSeqParams:
     """What Megatron's rotary positions and attention need to know of a packed sequence."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    starts = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    starts = torch.tensor(cu_seqlens, dtype=torch.int32, device=device())
     longest = max(end - start for start, end in pairwise(cu_seqlens))
     return PackedSeqParams(
         qkv_format="thd",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -130,8 +129,7 @@ def shard_iterators(
     With several data-parallel ranks to read for, a micro-batch of each is read and joined.
     """
     share = data_share(args.data_parallel_size)
-    collate = functools.partial(share.collate, collate)
-    collate_valid = functools.partial(share.collate, collate_valid)
+    collate, collate_valid = share.of(collate), share.of(collate_valid)
     ranks = share.replicas
     path = Path(args.data_path[0])
     loaders = [

@@ -30,8 +30,8 @@ import yaml
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import (
     check_media,
+    find_media,
     parse_turns,
-    refuse_unknown_media,
     to_pieces,
 )
 from examples.mimo.data.tokenizer import copy_tokenizer
@@ -246,22 +246,18 @@ def checked_parts(key: str, entry: Entry, config: MimoConfig) -> dict[str, bytes
     round, and for files that cannot be read.
     """
     record = dict(entry.record)
-    refuse_unknown_media(record, config)
     turns = parse_turns(record.get("conversations"))
     if not any(turn.is_answer for turn in turns):
         raise ValueError("no turn is an answer")
-    given = {modality: record.get(modality, []) for modality in config.modalities}
-    for modality, files in given.items():
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise ValueError(f"{modality} must be a list of file names, not {files!r}")
-    check_media(to_pieces(turns, config), given, config)
+    media = find_media(record, config, entry.find)
+    check_media(to_pieces(turns, config), media, config)
     parts: dict[str, bytes] = {}
-    for modality, files in given.items():
+    for modality, sources in media.items():
         names = []
-        for number, file in enumerate(files):
-            blob = _read(entry.find(file))
+        for number, source in enumerate(sources):
+            blob = _read(source)
             config.modalities[modality].encoder.read(blob)
-            names.append(f"{modality}.{number}{_suffix(file)}")
+            names.append(f"{modality}.{number}{_suffix(record[modality][number])}")
             parts[names[-1]] = blob.data
         if names:
             record[modality] = names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,12 +211,14 @@ class DataShare:
     number: int = 0
     shares: int = 1
 
-    def collate(
-        self, collate_fn: Callable[[Sequence[Sample]], Batch], samples: Sequence[Sample]
+    def of(self, collate: Callable[[Sequence[Sample]], Batch]) -> Callable[..., Batch]:
+        """`collate` as it is, or followed by taking this rank's share of the micro-batch."""
+        return collate if self.shares == 1 else functools.partial(self._collate, collate)
+
+    def _collate(
+        self, collate: Callable[[Sequence[Sample]], Batch], samples: Sequence[Sample]
     ) -> Batch:
-        """This rank's share of a micro-batch; bind `collate_fn` with functools.partial."""
-        batch = collate_fn(samples)
-        return batch if self.shares == 1 else take_share(batch, self.number, self.shares)
+        return take_share(collate(samples), self.number, self.shares)
 
 
 def data_share(language_dp: int) -> DataShare:

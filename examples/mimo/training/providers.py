@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
@@ -263,7 +262,7 @@ def _batches(
         batch_sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        collate_fn=functools.partial(share.collate, collate_fn),
+        collate_fn=share.of(collate_fn),
     )
     return iter(loader)
 
@@ -285,10 +284,3 @@ def first_batches(args: argparse.Namespace, config: MimoConfig, num_samples: int
     dataset, _ = DATASETS[args.dataset_provider](args, config, num_samples, 0)
     starts = range(0, max(size, num_samples - size + 1), size)
     return [_collate(args)([dataset[start + i] for i in range(size)]) for start in starts]
-
-
-def device() -> torch.device:
-    """Where this rank computes."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

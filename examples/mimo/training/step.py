@@ -14,9 +14,9 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from examples.mimo.data.batch import Batch, broadcast_batch
+from examples.mimo.model.layers import device
 from examples.mimo.model.mimo import MediaCountError, StageMimoModel
 from examples.mimo.parallel.context import shard_sequence
-from examples.mimo.training.providers import device
 
 Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
