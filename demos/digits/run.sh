@@ -13,6 +13,7 @@ step "Data: handwritten digits and spoken questions"
 [ -f "$data/tokenizer.model" ] ||
   python examples/mimo/prepare_data.py spoken-questions --output "$data"
 
+# A stage begins a metrics file of its own, and an interrupted one goes on with it.
 train() {
   torchrun --standalone --nproc-per-node 2 examples/mimo/train.py --model-provider tiny_avlm \
     --tensor-model-parallel-size 2 --dataset-provider spoken_questions --data-path "$data" \
@@ -21,16 +22,21 @@ train() {
 }
 
 step "Training, stage 1 of 2: name pictures, transcribe recordings"
-train --train-split align --train-iters 600 --min-lr 3e-4 \
+train --train-split align --train-iters 600 --min-lr 3e-4 --metrics-file "$demo/align.jsonl" \
   --save "$align" --load "$align" --save-interval 200
 
 step "Training, stage 2 of 2: answer spoken questions"
 train --train-split train --train-iters 1150 --pretrained-checkpoint "$align" \
   --save "$checkpoint" --load "$checkpoint" --save-interval 200 \
-  --eval-iters 5 --eval-interval 400
+  --eval-iters 5 --eval-interval 400 --metrics-file "$demo/train.jsonl"
 
 step "Score on pictures and voices it never met"
 OMP_NUM_THREADS=2 python examples/mimo/evaluate.py --ckpt "$checkpoint" --data "$data"
+
+step "Loss curve"
+python benchmarks/loss_curve.py "$demo/align.jsonl" "$demo/train.jsonl" --output "$demo/loss.svg" \
+  --title "Spoken questions about handwritten digits"
+echo "$demo/loss.svg"
 
 step "One answer"
 record=$(head -n 1 "$data/heldout.jsonl")

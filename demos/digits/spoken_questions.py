@@ -16,6 +16,8 @@ import numpy as np
 
 from demos.digits.questions import HELD_OUT_PAIRS, KINDS, NUMBERS, PROMPT, Kind, question_pairs
 from demos.digits.speech import Synthesiser
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.tokenizer import train_tokenizer
 
 SAMPLE_RATE_HZ = 16_000
 MAX_SECONDS = 2.3
@@ -29,7 +31,6 @@ LEFT_OUT_VARIANTS = ("whisper", "whisperf", "Demonic", "AnxiousAndy", "Marco", "
 
 ALIGN_MIXTURE = {"name": 0.45, "transcribe": 0.4, "words": 0.15}
 TRAIN_MIXTURE = {"spoken": 0.7, "name": 0.09, "transcribe": 0.07, "written": 0.08, "words": 0.06}
-VOCABULARY_SIZE = 512
 
 Progress = Callable[[str, int, int], None]
 Record = dict[str, Any]
@@ -48,14 +49,16 @@ class Sizes:
 
 @dataclass
 class Stock:
-    """What samples are drawn from: per split, picture files by digit and takes by kind."""
+    """The files samples are drawn from, by split: pictures by digit, recordings by question."""
 
     pictures: dict[str, dict[int, list[str]]]
     takes: dict[str, dict[str, list[str]]]
 
 
-def write_spoken_questions(root: Path, seed: int, sizes: Sizes, progress: Progress) -> None:
-    """Fill the empty folder `root`; the same seed writes the same samples."""
+def write_spoken_questions(
+    root: Path, config: MimoConfig, seed: int, sizes: Sizes, progress: Progress
+) -> None:
+    """Fills the empty folder `root` with data for `config`; one seed writes the same samples."""
     generator = np.random.default_rng(seed)
     stock = Stock(
         pictures=_write_pictures(root), takes=_write_speech(root, sizes.voices, generator, progress)
@@ -75,7 +78,7 @@ def write_spoken_questions(root: Path, seed: int, sizes: Sizes, progress: Progre
                 texts.update(turn["value"] for turn in record["conversations"])
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         progress(f"{name}.jsonl", 1, 1)
-    train_tokenizer(root, sorted(texts))
+    (root / "tokenizer.model").write_bytes(train_tokenizer(sorted(texts), config))
     _write_readme(root, sizes)
 
 
@@ -84,7 +87,7 @@ def _write_pictures(root: Path) -> dict[str, dict[int, list[str]]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    found: dict[str, dict[int, list[str]]] = {
+    pictures: dict[str, dict[int, list[str]]] = {
         split: {digit: [] for digit in range(10)} for split in SPLITS
     }
     for split in SPLITS:
@@ -94,8 +97,8 @@ def _write_pictures(root: Path) -> dict[str, dict[int, list[str]]]:
         file = f"images/{split}/{index:04d}.png"
         picture = Image.fromarray((pixels * (255 / 16)).astype(np.uint8))
         picture.resize((PICTURE_SIDE,) * 2, Image.Resampling.BICUBIC).save(root / file)
-        found[split][int(digit)].append(file)
-    return found
+        pictures[split][int(digit)].append(file)
+    return pictures
 
 
 def _write_speech(
@@ -211,33 +214,6 @@ def _record(
             {"from": "gpt", "value": answer},
         ],
     }
-
-
-def train_tokenizer(root: Path, texts: list[str], vocab_size: int = VOCABULARY_SIZE) -> None:
-    """BPE with byte fallback over the task's text; the placeholders are symbols of their own."""
-    import io
-
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        pad_id=0,
-        unk_id=1,
-        bos_id=2,
-        eos_id=3,
-        user_defined_symbols=["<image>", "<audio>"],
-        num_threads=1,
-        minloglevel=2,
-    )
-    (root / "tokenizer.model").write_bytes(model.getvalue())
 
 
 def _write_readme(root: Path, sizes: Sizes) -> None:

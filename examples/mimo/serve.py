@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from examples.mimo.serving.worker import Worker
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     args = _parser().parse_args()
     _check(args)
     command.prepare_environment()
-    command.alone_unless_launched()
+    command.single_process_unless_launched()
     from examples.mimo import compat
 
     compat.install()
@@ -41,19 +41,19 @@ def main() -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Load the model on every rank; rank 0 answers HTTP until it is told to end."""
+    """Load the model on every rank; rank 0 serves HTTP until it gets a signal to stop."""
     from examples.mimo.checkpoint.description import open_checkpoint
-    from examples.mimo.generation.api import Answerer
+    from examples.mimo.generation.api import Mimo
     from examples.mimo.serving.worker import Worker
 
-    serves = os.environ["RANK"] == "0"
-    listening = _listen(args.host, args.port) if serves else None
+    # A port that is taken should not cost the time of loading.
+    listener = _listen(args.host, args.port) if os.environ["RANK"] == "0" else None
     checkpoint = open_checkpoint(args.ckpt)
-    answerer = Answerer(checkpoint, args.tp, args.pp, args.prefixes, args.cuda_graphs)
-    worker = Worker(answerer, args.max_batch, args.max_waiting)
-    if listening is None:
-        # Rank 0 hears the signal too, and tells when to stop.
-        for number in ENDING:
+    model = Mimo(checkpoint, args.tp, args.pp, args.prefixes, args.cuda_graphs)
+    worker = Worker(model, args.max_batch, args.max_waiting)
+    if listener is None:
+        # Torchrun signals every rank; rank 0 alone decides when all stop.
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         worker.run()
         return
@@ -64,16 +64,16 @@ def serve(args: argparse.Namespace) -> None:
     hosts = ("*",) if args.host not in LOOPBACK else (*LOOPBACK, f"[{LOOPBACK[-1]}]")
     key = os.environ.get(args.api_key_variable) or None
     limits = Limits(int(args.max_body_megabytes * 2**20), key, hosts)
-    app = Server(answerer, worker, limits).app()
+    app = Server(model, worker, limits).app()
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
-    for number in ENDING:
+    for number in STOP_SIGNALS:
         signal.signal(number, server.handle_exit)
-    # The model stays in the thread that loaded it, which alone has several processors.
-    speaking = threading.Thread(target=_speak, args=(server, listening, worker))
-    speaking.start()
+    # The model stays in the thread that loaded it: torch's threads on the CPU belong to it.
+    http_thread = threading.Thread(target=_serve_http, args=(server, listener, worker))
+    http_thread.start()
     print(
-        f"{answerer.config.name} at http://{args.host}:{args.port}, "
+        f"{model.config.name} at http://{args.host}:{args.port}, "
         f"{'with' if key else 'without'} an API key; Ctrl-C ends",
         file=sys.stderr,
     )
@@ -81,26 +81,26 @@ def serve(args: argparse.Namespace) -> None:
         worker.run()
     finally:
         server.should_exit = True
-        speaking.join()
+        http_thread.join()
 
 
-def _speak(server: uvicorn.Server, listening: socket.socket, worker: Worker) -> None:
-    """Speak HTTP until the server is told to end; then the worker ends too."""
+def _serve_http(server: uvicorn.Server, listener: socket.socket, worker: Worker) -> None:
+    """Serve HTTP until a signal; then stop the worker."""
     try:
-        server.run(sockets=[listening])
+        server.run(sockets=[listener])
     finally:
         worker.stop()
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """The port, before the model is loaded."""
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Bind the port; ValueError when it is taken."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
+        listener.bind((host, port))
     except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error.strerror}; name another") from None
-    return listening
+    return listener
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -131,12 +131,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8000, help="default 8000")
     add("--api-key-variable", default="MIMO_API_KEY", metavar="NAME", help="holds the API key")
     add("--max-batch", type=int, default=16, metavar="N", help="answers at once, default 16")
-    add("--max-waiting", type=int, default=64, metavar="N", help="more that wait, default 64")
+    add(
+        "--max-waiting", type=int, default=64, metavar="N", help="answers that may wait, default 64"
+    )
     add("--max-body-megabytes", type=float, default=32, metavar="N", help="default 32")
-    add("--prefixes", type=int, default=4, metavar="N", help="conversations kept, default 4")
+    add(
+        "--prefixes",
+        type=int,
+        default=4,
+        metavar="N",
+        help="conversations in the prefix cache, default 4",
+    )
     add("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
     add("--pp", type=int, default=1, help="pipeline stages, under torchrun")
-    add("--cuda-graphs", action="store_true", help="one launch a token instead of hundreds")
+    add("--cuda-graphs", action="store_true", help="one launch per token instead of hundreds")
     return parser
 
 

@@ -40,7 +40,7 @@ def test_a_released_whispers_sizes_and_other_token_ids(parse):
     _, config = parse(1, "--model-provider", "llava_avlm", *named, "<audio>,32003")
     audios = config.modalities["audios"]
     assert audios.token_id == 32003
-    assert (audios.encoder.num_layers, audios.encoder.width) == (12, 768)
+    assert (audios.encoder.num_layers, audios.encoder.hidden_size) == (12, 768)
     assert audios.encoder.ffn_hidden_size == 3072
     _, over = parse(
         1, "--model-provider=llava_avlm", *named[:2], "--set=audios.encoder.num_layers=1"
@@ -61,8 +61,8 @@ def test_longer_rows_need_no_second_flag(parse):
         (2, (*TP2, "--vocab-size", "511"), "--vocab-size 511 does not divide by"),
         (
             2,
-            (*TP2, "--set", "audios.encoder.num_heads=1"),
-            "audios.encoder.num_heads 1 does not divide by",
+            (*TP2, "--set", "audios.encoder.num_attention_heads=1"),
+            "audios.encoder.num_attention_heads 1 does not divide by",
         ),
         (3, ("--pipeline-model-parallel-size", "3"), "--num-layers 4 does not divide by"),
         (2, (*TP2, "--sequence-parallel", "--seq-length", "127"), "--seq-length 127"),
@@ -147,7 +147,11 @@ def test_longer_rows_need_no_second_flag(parse):
         (1, ("--set", "video.encoder.num_layers=1"), "with a modality of images, audios"),
         (1, ("--set", "images.encoder.num_layers=two"), "'two' is not of type int"),
         (1, ("--set", "images.encoder=1"), "this field holds others"),
-        (1, ("--model-provider", "tiny_avlm", "--global-batch-size", "3"), "3"),
+        (
+            1,
+            ("--model-provider", "tiny_avlm", "--global-batch-size", "3"),
+            "(3) must be divisible by",
+        ),
     ],
 )
 def test_wrong_flags_are_named(parse, processes, flags, message):
@@ -168,7 +172,11 @@ def test_wrong_flags_are_named(parse, processes, flags, message):
             "no tokenizer.model in it",
         ),
         ("train.py", ("--train-iter", "5"), "did you mean --train-iters?"),
-        ("train.py", ("--model-provider", "gpt"), "invalid choice: 'gpt' (choose from 'tiny_avlm'"),
+        (
+            "train.py",
+            ("--model-provider", "gpt"),
+            "unknown --model-provider gpt; choose one of",
+        ),
         ("train.py", TP2, "1 processes cannot hold"),
         ("avlm_inference.py", ("--ckpt", "/nonexistent"), "--ckpt /nonexistent: no such folder"),
         ("avlm_inference.py", ("--ckpt", "tests"), "mimo.json is missing"),

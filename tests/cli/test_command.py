@@ -1,9 +1,13 @@
 """What every command shares."""
 
 import os
+import shutil
 import subprocess
 import sys
 
+import pytest
+
+from examples.mimo.cli import command
 from tests.conftest import ROOT
 
 FAIL = """
@@ -22,3 +26,70 @@ def test_an_error_is_one_write_so_that_lines_of_ranks_do_not_mingle():
     done = subprocess.run(launched, cwd=ROOT, stderr=writing)
     assert os.read(reading, 4096) == b"train.py: error: no such file\n"
     assert done.returncode == 2
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """Another clone of the repository."""
+    clone = tmp_path_factory.mktemp("clone").resolve()
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "examples", clone / "examples", ignore=ignored)
+    return clone
+
+
+@pytest.mark.parametrize(
+    "script", ["train.py", "avlm_inference.py", "evaluate.py", "convert.py", "serve.py"]
+)
+def test_a_script_refuses_to_run_the_code_of_another_clone(clone, script):
+    path = clone / "examples/mimo" / script
+    run = [sys.executable, str(path), "--help"]
+    installed = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(run, cwd=clone, env=installed, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{script}: error: this script is {path}, but ")
+    assert f"that of {ROOT / 'examples/mimo'}" in done.stderr
+    assert done.stderr.endswith(f"PYTHONPATH={clone}\n")
+
+
+def test_the_advised_path_lets_the_script_run_its_own_clone(clone):
+    run = [sys.executable, "examples/mimo/train.py", "--help"]
+    advised = {**os.environ, "PYTHONPATH": str(clone)}
+    done = subprocess.run(run, cwd=clone, env=advised, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: train.py" in done.stdout
+
+
+def test_a_symbolic_link_to_this_clone_is_this_clone(tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    run = [sys.executable, str(tmp_path / "link/examples/mimo/train.py"), "--help"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_progress_of_steps_with_known_and_unknown_totals(monkeypatch, capsys):
+    monkeypatch.setattr(command, "PROGRESS_SECONDS", -1.0)
+    monkeypatch.delenv("RANK", raising=False)
+    progress = command.ProgressBar("answers", 4)
+    progress.started -= 10
+    for done in (1, 2, 4):
+        progress(done)
+    progress.step("samples checked", 7, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "  answers: 1 of 4, 30 s left",
+        "  answers: 2 of 4, 10 s left",
+        "  samples checked: 7",
+    ]
+
+
+def test_progress_is_printed_by_rank_0_and_not_more_often_than_every_few_seconds(
+    monkeypatch, capsys
+):
+    progress = command.ProgressBar("answers", 4)
+    progress(1)
+    monkeypatch.setattr(command, "PROGRESS_SECONDS", -1.0)
+    monkeypatch.setenv("RANK", "1")
+    progress(2)
+    assert capsys.readouterr().err == ""

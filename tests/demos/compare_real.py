@@ -9,7 +9,7 @@ from examples.mimo import compat
 from examples.mimo.cli import command
 
 command.prepare_environment()
-command.alone_unless_launched()
+command.single_process_unless_launched()
 compat.install()
 
 import torch
@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from examples.mimo.checkpoint.description import open_checkpoint
-from examples.mimo.generation.api import Answerer, Request
-from examples.mimo.generation.scheduler import Options
+from examples.mimo.generation.api import Mimo
+from examples.mimo.generation.sampling import Options
 from examples.mimo.model.mimo import ENCODER
 
 PROMPTS = (
@@ -36,15 +36,17 @@ def main():
     work, data = Path(sys.argv[1]), Path(sys.argv[2])
     folders = work / "folders"
     with command.stdout_to(os.devnull):
-        answerer = Answerer(open_checkpoint(work / "start"))
-    samples = [answerer.read(Request(prompt)) for prompt in PROMPTS]
-    answers = answerer.answer(samples, Options(TOKENS), batch_size=1)
+        model = Mimo(open_checkpoint(work / "start"))
+    samples = [
+        model.encode({"conversations": [{"role": "user", "content": prompt}]}) for prompt in PROMPTS
+    ]
+    answers = model.answer(samples, Options(TOKENS), batch_size=1)
     found = {
         "ours": [answer.tokens for answer in answers],
         "texts": [answer.text for answer in answers],
         "theirs": their_answers(folders / "language"),
-        "picture": picture_error(answerer, folders / "images"),
-        "recordings": recording_errors(answerer, folders / "audios", data),
+        "picture": picture_error(model, folders / "images"),
+        "recordings": recording_errors(model, folders / "audios", data),
     }
     print(json.dumps(found))
 
@@ -65,22 +67,22 @@ def their_answers(folder):
 
 
 @torch.no_grad()
-def picture_error(answerer, folder):
+def picture_error(model, folder):
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     wanted = hf.Dinov2Model.from_pretrained(folder).eval()(pixels).last_hidden_state[0, 1:]
-    encoder = answerer.model.modality_submodules["images"].encoders[ENCODER]
+    encoder = model.model.modality_submodules["images"].encoders[ENCODER]
     # transformers returns a patch a row.
     encoder.token_side = 1
     return float((encoder(pixel_values=pixels) - wanted).abs().max())
 
 
 @torch.no_grad()
-def recording_errors(answerer, folder, data):
+def recording_errors(model, folder, data):
     theirs = WhisperEncoder(hf.WhisperConfig.from_pretrained(folder)).eval()
     stored = load_file(folder / "model.safetensors")
     theirs.load_state_dict({n.removeprefix("model.encoder."): t for n, t in stored.items()})
-    config = answerer.config.modalities["audios"].encoder
-    encoder = answerer.model.modality_submodules["audios"].encoders[ENCODER]
+    config = model.config.modalities["audios"].encoder
+    encoder = model.model.modality_submodules["audios"].encoders[ENCODER]
     encoder.frames_per_token = 1
     errors = []
     for file in sorted((data / "audios").glob("*-name.flac"))[:3]:

@@ -1,5 +1,8 @@
 import json
+import signal
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import soundfile
 
 from demos.digits.questions import HELD_OUT_PAIRS, KINDS, best_blind_guess, question_pairs
 from demos.digits.speech import Synthesiser
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 
 
 def records(folder, split):
@@ -54,17 +57,17 @@ def test_splits_share_no_picture_no_voice_and_no_pair(data_folder):
     train = [*records(data_folder, "align"), *records(data_folder, "train")]
     heldout = [*records(data_folder, "heldout"), *records(data_folder, "heldout_pairs")]
 
-    def pictures(found):
-        return {file.split("/")[-1] for record in found for file in record["images"]}
+    def pictures(records):
+        return {file.split("/")[-1] for record in records for file in record["images"]}
 
-    def voices(found):
-        return {file.split("-")[1] for record in found for file in record["audios"]}
+    def voices(records):
+        return {file.split("-")[1] for record in records for file in record["audios"]}
 
     assert not pictures(train) & pictures(heldout)
     assert not voices(train) & voices(heldout)
 
-    def pairs(found):
-        return {(r["kind"], r["digit"]) for r in found if r["task"] in ("spoken", "written")}
+    def pairs(records):
+        return {(r["kind"], r["digit"]) for r in records if r["task"] in ("spoken", "written")}
 
     assert not pairs(train) & HELD_OUT_PAIRS
     assert not pairs(records(data_folder, "heldout")) & HELD_OUT_PAIRS
@@ -85,8 +88,8 @@ def test_every_answer_matches_its_kind_and_digit(data_folder):
     answers = {kind.name: kind.answer for kind in KINDS}
     for record in records(data_folder, "train"):
         if record["task"] in ("spoken", "written", "words"):
-            wanted = answers[record["kind"]](record["digit"])
-            assert record["conversations"][-1]["value"] == wanted
+            expected = answers[record["kind"]](record["digit"])
+            assert record["conversations"][-1]["value"] == expected
 
 
 def test_speech_is_sound_and_voices_differ():
@@ -121,18 +124,15 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 
 def test_killed_preparation_leaves_no_folder_behind(tmp_path):
-    import sys
-
-    from tests.conftest import ROOT
-
     target = tmp_path / "d"
     script = ROOT / "examples/mimo/prepare_data.py"
     process = subprocess.Popen(
         [sys.executable, str(script), "spoken-questions", "--output", str(target)],
         stderr=subprocess.DEVNULL,
     )
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=4)
+    # It speaks 98 voices, one file after the other, so the first file is long before the last.
+    while process.poll() is None and not any(tmp_path.rglob("*.flac")):
+        time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, "the preparation ended before it could be killed"
     assert not target.exists()

@@ -86,9 +86,9 @@ def test_further_pictures_are_held_out_from_everything_else(prepared):
 
 @pytest.mark.parametrize("split", ["heldout", "compare_seen"])
 def test_half_of_the_comparisons_agree(prepared, split):
-    found = records(prepared, split)
-    assert [r["ending"] for r in found].count(AGREE) * 2 == len(found)
-    for record in found:
+    comparisons = records(prepared, split)
+    assert [r["ending"] for r in comparisons].count(AGREE) * 2 == len(comparisons)
+    for record in comparisons:
         seen, heard = record["images"][0], record["audios"][0]
         same = seen.split("/")[1].split("-")[0] == heard.split("/")[1].split("-")[0]
         answer = record["conversations"][1]["value"]
@@ -124,7 +124,7 @@ def test_a_package_is_unpacked_and_fetched_when_none_is_named(stamps, tmp_path, 
     (commands / "apt-get").write_text(f"#!/bin/sh\n[ $1 = download ] && cp {package} .\n")
     (commands / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", str(commands), prepend=":")
-    monkeypatch.setattr("examples.mimo.data.tuxpaint.SYSTEM", tmp_path)
+    monkeypatch.setattr("demos.animals.tuxpaint.SYSTEM", tmp_path)
     with open_stamps(None) as folder:
         assert len(read_animals(folder)) == len(ANIMALS)
     shutil.copytree(tree / "usr", tmp_path / "usr")
@@ -133,7 +133,7 @@ def test_a_package_is_unpacked_and_fetched_when_none_is_named(stamps, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("path", "message"),
     [
         ("nowhere", "no such folder or file"),
         ("empty", "it should hold the folder animals"),
@@ -141,11 +141,11 @@ def test_a_package_is_unpacked_and_fetched_when_none_is_named(stamps, tmp_path, 
         ("silent", "no animal with a picture"),
     ],
 )
-def test_wrong_stamps(tmp_path, given, message):
+def test_wrong_stamps(tmp_path, path, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "not_a.deb").write_text("no package")
     (tmp_path / "silent" / "animals").mkdir(parents=True)
-    flags = ("--output", str(tmp_path / "out"), "--stamps", str(tmp_path / given))
+    flags = ("--output", str(tmp_path / "out"), "--stamps", str(tmp_path / path))
     done = run_command("prepare_data.py", "stamps", *flags)
     assert done.returncode == 2
     assert message in done.stderr
@@ -155,7 +155,7 @@ def test_wrong_stamps(tmp_path, given, message):
 
 def test_without_the_tools_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("examples.mimo.data.tuxpaint.SYSTEM", tmp_path)
+    monkeypatch.setattr("demos.animals.tuxpaint.SYSTEM", tmp_path)
     with (
         pytest.raises(ValueError, match=r"apt-get is not on this machine; get .* with --stamps"),
         open_stamps(None),

@@ -103,8 +103,8 @@ def test_positions_are_resized_as_transformers_resizes_them():
     embeddings = hf.Dinov2Model(config).embeddings
     table = torch.randn(1, 26, 16)
     embeddings.position_embeddings.data = table
-    wanted = embeddings.interpolate_pos_encoding(torch.zeros(1, 10, 16), 42, 42)
-    assert (resize_positions(table, 3) - wanted).abs().max() < 1e-6
+    expected = embeddings.interpolate_pos_encoding(torch.zeros(1, 10, 16), 42, 42)
+    assert (resize_positions(table, 3) - expected).abs().max() < 1e-6
     assert torch.equal(resize_positions(table, 5)[:, :1], table[:, :1])
 
 

@@ -13,7 +13,7 @@ from examples.mimo import compat
 from examples.mimo.cli import command
 
 command.prepare_environment()
-command.alone_unless_launched()
+command.single_process_unless_launched()
 compat.install()
 
 import torch
@@ -23,22 +23,21 @@ from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.data.batch import collate
 from examples.mimo.data.conversation import FilesInside
 from examples.mimo.data.datasets import read_records
-from examples.mimo.generation.api import Answerer
+from examples.mimo.generation.api import Mimo
 from examples.mimo.generation.engine import Engine, SequenceRequest
-from examples.mimo.generation.sampling import Sampling
-from examples.mimo.generation.scheduler import Options
+from examples.mimo.generation.sampling import Options, Sampling
 
 folder, data, tp, pp, count = *map(Path, sys.argv[1:3]), *map(int, sys.argv[3:])
 with command.stdout_to(os.devnull):
-    answerer = Answerer(open_checkpoint(folder), tp, pp)
-reader = answerer.reader()
+    model = Mimo(open_checkpoint(folder), tp, pp)
+reader = model.sample_encoder()
 samples = [
     reader.encode({**record, "conversations": record["conversations"][:1]}, FilesInside(data))
     for record in read_records(data / "heldout.jsonl")[:count]
 ]
 encoded = []
 if pp == 1:
-    for name, modality in answerer.model.modality_submodules.items():
+    for name, modality in model.model.modality_submodules.items():
         modality.register_forward_hook(lambda *_, name=name: encoded.append(name))
 greedy = Options(max_new_tokens=12)
 drawn = Options(12, Sampling(temperature=1.5, top_k=40, repetition_penalty=1.2, seed=7))
@@ -46,18 +45,18 @@ scored = Options(max_new_tokens=12, logprobs=True, prompt_logprobs=True)
 
 
 def tokens(options, **more):
-    return [answer.tokens for answer in answerer.answer(samples, options, **more)]
+    return [answer.tokens for answer in model.answer(samples, options, **more)]
 
 
 def left_early():
     """One answer of several, left; and what is met beside a stream, which is left too."""
-    answers = answerer.answers(iter(enumerate(samples)), greedy)
+    answers = model.iter_answers(iter(enumerate(samples)), greedy)
     number, answer = next(answers)
     answers.close()
-    pieces = answerer.stream(samples[0], greedy)
+    pieces = model.stream_answer(samples[0], greedy)
     next(pieces)
     try:
-        met = len(answerer.answer(samples[:1], greedy))
+        met = len(model.answer(samples[:1], greedy))
     except ValueError as error:
         met = str(error)
     pieces.close()
@@ -70,11 +69,11 @@ found = {
     "tokens": tokens(greedy),
     "alone": tokens(greedy, batch_size=1),
     "seven": tokens(greedy, batch_size=7),
-    "streamed": [list(answerer.stream(s, greedy))[-1].answer.tokens for s in samples],
+    "streamed": [list(model.stream_answer(s, greedy))[-1].answer.tokens for s in samples],
     "drawn": tokens(drawn),
     "drawn alone": tokens(drawn, batch_size=1),
-    "logprobs": [a.logprobs for a in answerer.answer(samples, scored)],
-    "prompt logprobs": [a.prompt_logprobs for a in answerer.answer(samples, scored)],
+    "logprobs": [a.logprobs for a in model.answer(samples, scored)],
+    "prompt logprobs": [a.prompt_logprobs for a in model.answer(samples, scored)],
 }
 
 
@@ -84,16 +83,16 @@ def without_a_cache(sample, steps):
     ids, chosen = batch.input_ids, []
     for _ in range(steps):
         with torch.no_grad():
-            logits = answerer.model(ids, modality_inputs=batch.modality_inputs)
+            logits = model.model(ids, modality_inputs=batch.modality_inputs)
         chosen.append(int(logits[0, -1].argmax()))
         ids = torch.cat([ids, torch.tensor([[chosen[-1]]])], dim=1)
     return chosen, logits[0].log_softmax(dim=-1), ids[0]
 
 
 def cached(sample, steps):
-    engine = Engine(answerer.model, answerer.config, eos_id=-1)
+    engine = Engine(model.model, model.config, eos_id=-1)
     reports = engine.start([SequenceRequest(0, sample, steps, logprobs=True, prompt_logprobs=True)])
-    while engine.rows:
+    while engine.sequences:
         reports += engine.step()
     prompt = reports[0].prompt_logprobs
     return [r.token for r in reports], [r.logprob for r in reports], prompt
@@ -111,7 +110,7 @@ def error(sample, steps):
 
 if mpu.get_tensor_model_parallel_rank() > 0:
     # Were its own choice to count, ranks would go apart.
-    answerer.engine._choose = lambda logits, rows: torch.zeros(len(rows))
+    model.engine._choose = lambda logits, sequences: torch.zeros(len(sequences))
 found["one rank chooses"] = tokens(greedy)
 if tp * pp == 1:
     found["errors"] = [error(sample, 12) for sample in samples[:5]]

@@ -1,4 +1,4 @@
-"""A trained checkpoint, files to ask about, and the command in this process."""
+"""A checkpoint whose answers are known, files to ask about, and the command in this process."""
 
 import sys
 
@@ -10,19 +10,29 @@ from PIL import Image
 from examples.mimo import avlm_inference
 from tests.conftest import run_train
 from tests.generation.served import Served
+from tests.helpers import known_answers
 
 
 @pytest.fixture(scope="session")
-def checkpoint(data_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("answers") / "checkpoint"
+def checkpoint(data_folder, tiny, build_model, tmp_path_factory):
+    """Known answers, saved by `train.py` at TP 2 after an iteration that changes nothing."""
+    folder = tmp_path_factory.mktemp("answers")
+    known_answers.write_checkpoint(tiny, data_folder, folder / "written")
     done = run_train(
         *("--tensor-model-parallel-size", "2", "--dataset-provider", "spoken_questions"),
-        *("--data-path", str(data_folder), "--micro-batch-size", "8", "--global-batch-size", "8"),
-        *("--lr", "2e-3", "--train-iters", "250", "--save", str(folder), "--save-interval", "250"),
+        *("--data-path", str(data_folder), "--load", str(folder / "written"), "--finetune"),
+        *("--train-iters", "1", "--lr", "0", "--save", str(folder / "saved")),
+        *("--save-interval", "1"),
         processes=2,
     )
     assert done.returncode == 0, done.stderr
-    return folder
+    return folder / "saved"
+
+
+@pytest.fixture(scope="session")
+def sentences(data_folder):
+    """All that the model of `checkpoint` ever answers when it is greedy."""
+    return known_answers.sentences(data_folder)
 
 
 @pytest.fixture(scope="session")

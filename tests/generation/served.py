@@ -31,7 +31,7 @@ class Served:
         self.process = subprocess.Popen(
             [*launch, "--port", str(self.port), *flags], env=environment, stderr=subprocess.PIPE
         )
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.process.stderr.read()
             try:
@@ -42,7 +42,7 @@ class Served:
         raise TimeoutError("the server does not answer")
 
     def send(self, method, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         headers = {"Authorization": f"Bearer {KEY}", **headers}
         connection.request(method, path, body, headers)
         reply = connection.getresponse()
@@ -73,7 +73,7 @@ class Served:
 
     def end(self):
         self.process.send_signal(signal.SIGINT)
-        assert self.process.wait(timeout=30) == 0
+        assert self.process.wait(timeout=120) == 0
         return self.process.stderr.read().decode()
 
 
@@ -103,7 +103,7 @@ def says(**more):
 
 def until(found):
     """Wait for it, but not for ever."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not found():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -1,10 +1,11 @@
-"""One checkpoint, trained at TP 2, answers alike everywhere; wrong questions end with one line."""
+"""One checkpoint, saved at TP 2, answers alike everywhere; wrong questions end with one line."""
 
 import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 
 from benchmarks import ranks
 from examples.mimo.generation.api import forbidden_tokens
@@ -52,14 +53,20 @@ def test_saved_by_encoders_on_ranks_of_their_own_it_answers_the_same(
 
 
 def test_the_answers_differ_so_the_comparison_means_something(answers):
-    assert len({tuple(tokens) for tokens in answers[1, 1]["tokens"]}) >= 2
+    """How likely they are tells every prompt apart; what is drawn leaves the known sentences."""
+    assert len({tuple(values) for values in answers[1, 1]["logprobs"]}) == SAMPLES
+    assert len({tuple(tokens) for tokens in answers[1, 1]["drawn"]}) > SAMPLES // 2
+
+
+def test_greedy_answers_are_known_sentences(answers, tokenizer, sentences):
+    assert {tokenizer.decode(tokens) for tokens in answers[1, 1]["tokens"]} <= set(sentences)
 
 
 def test_answers_that_are_left_early_are_out_of_the_way(answers):
     for found in answers.values():
         number, tokens, met = found["left early"]
         assert tokens == found["tokens"][number]
-        assert "other answers are being written" in met
+        assert "other answers are being generated" in met
 
 
 def test_one_tensor_parallel_rank_chooses_for_all(answers):
@@ -93,22 +100,40 @@ def test_json_is_all_that_is_printed(checkpoint, media):
     found = json.loads(done.stdout)
     assert found["images"] == [str(media / "white.png")]
     assert found["prompt"] == "Answer the question."
-    assert len(found["tokens"]) <= 4
+    assert len(found["tokens"]) == 4
+    assert found["finish"] == "length"
     assert done.stderr == ""
 
 
-def test_several_pictures_without_sound(checkpoint, media):
+DETAILS = ("--json", "--logprobs")
+
+
+def media_tokens(answer):
+    """The tokens of a prompt without a probability; the first one has none either."""
+    return answer["prompt_logprobs"].count(None) - 1
+
+
+def test_several_pictures_without_sound(checkpoint, media, tiny):
     picture = ("--image-path", str(media / "white.png"))
     prompt = ("--prompt", "<image>Name it. <image>")
-    done = run_alone("--ckpt", str(checkpoint), *picture, *picture, *prompt)
+    done = run_alone("--ckpt", str(checkpoint), *picture, *picture, *prompt, *DETAILS)
     assert done.returncode == 0, done.stderr
+    assert media_tokens(json.loads(done.stdout)) == 2 * tiny.modalities["images"].encoder.max_tokens
 
 
-def test_overflow_truncates_when_told(checkpoint, media):
-    sound = ("--audio-path", str(media / "long.flac"))
-    flags = (*sound, "--audio-overflow", "truncate")
-    done = run_alone("--ckpt", str(checkpoint), *flags)
-    assert done.returncode == 0, done.stderr
+def test_overflow_truncates_when_told(checkpoint, media, tiny):
+    encoder = tiny.modalities["audios"].encoder
+    samples, rate = soundfile.read(media / "long.flac")
+    soundfile.write(media / "head.flac", samples[: round(encoder.window_seconds * rate)], rate)
+    found = []
+    for file in ("long.flac", "head.flac"):
+        flags = ("--audio-path", str(media / file), "--audio-overflow", "truncate", *DETAILS)
+        done = run_alone("--ckpt", str(checkpoint), *flags)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+        assert media_tokens(found[-1]) == encoder.max_tokens
+    assert found[0]["tokens"] == found[1]["tokens"]
+    assert found[0]["logprobs"] == pytest.approx(found[1]["logprobs"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +144,11 @@ def test_overflow_truncates_when_told(checkpoint, media):
         (("--image-path", "second.wav"), "second.wav: "),
         (("--audio-path", "white.png"), "white.png: "),
         (("--audio-path", "long.flac"), "5.00 seconds of sound, but 2.4 fit"),
-        (("--image-path", "white.png", "--prompt", "<image><image>?"), "2 "),
-        (("--image-path", "white.png", "--prompt", "<audio>?"), "1 "),
+        (
+            ("--image-path", "white.png", "--prompt", "<image><image>?"),
+            "2 <image> in the text, but 1",
+        ),
+        (("--image-path", "white.png", "--prompt", "<audio>?"), "1 image files"),
         (("--prompt", " "), "nothing to answer"),
         (("--max-new-tokens", "0"), "--max-new-tokens 0"),
         (("--tp", "2"), "--nproc-per-node 2"),

@@ -58,10 +58,9 @@ def test_ctrl_c_ends_a_conversation_without_a_word(checkpoint):
 
 def test_in_python(say, checkpoint):
     script = (
-        "from examples.mimo.inference import Answerer, Request\n"
-        f"answerer = Answerer.open({str(checkpoint)!r})\n"
-        f"asked = answerer.read(Request({QUESTION!r}))\n"
-        "print(answerer.answer([asked])[0].text)\n"
+        "from examples.mimo.generation import Mimo\n"
+        f"model = Mimo.load({str(checkpoint)!r})\n"
+        f"print(model.generate({QUESTION!r}))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -80,19 +79,23 @@ def test_a_seed_gives_the_same_answers_and_another_others(say):
     assert len({json.loads(line)["answer"] for line in first.splitlines()}) > 2
 
 
-def test_a_stop_string_ends_the_answer(say):
+def test_a_stop_string_ends_the_answer(say, sentences):
     whole = json.loads(say("--prompt", QUESTION, "--json").out)
+    assert whole["answer"] in sentences
     assert whole["finish"] == "stop"
-    stop = whole["answer"][2:4]
+    stop = whole["answer"][8:12]
     cut = json.loads(say("--prompt", QUESTION, "--json", "--stop", stop).out)
     assert cut["answer"] == whole["answer"][: whole["answer"].index(stop)]
+    assert cut["finish"] == "stop"
     short = json.loads(say("--prompt", QUESTION, "--json", "--max-new-tokens", "1").out)
-    assert short["finish"] in ("length", "stop")
+    assert short["tokens"] == whole["tokens"][:1]
+    assert short["finish"] == "length"
 
 
 def test_log_probabilities_are_there_when_asked_for(say):
     found = json.loads(say("--prompt", QUESTION, "--json", "--logprobs").out)
-    assert len(found["logprobs"]) == len(found["tokens"]) + (found["finish"] == "stop")
+    assert found["finish"] == "stop"
+    assert len(found["logprobs"]) == len(found["tokens"]) + 1
     assert all(value <= 0 for value in found["logprobs"])
     assert found["prompt_logprobs"][0] is None
     assert all(value < 0 for value in found["prompt_logprobs"][1:])

@@ -12,7 +12,7 @@ from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation import engine as engine_file
 from examples.mimo.generation.cuda_graphs import DecodingGraphs
 from examples.mimo.generation.engine import Engine, SequenceRequest
-from examples.mimo.generation.prefix_cache import PrefixStore, units_of, usable_length
+from examples.mimo.generation.prefix_cache import PrefixCache, prompt_units, usable_length
 from examples.mimo.generation.sampling import Sampling
 
 PICTURE, SOUND = 4, 5
@@ -50,7 +50,7 @@ def drain(engine, reports):
     while True:
         for report in reports:
             found[report.number].append(report.token)
-        if not engine.rows:
+        if not engine.sequences:
             return dict(found)
         reports = engine.step()
 
@@ -91,7 +91,7 @@ def test_rows_that_come_later_and_rows_that_are_dropped(model, tiny):
     reports = engine.start(jobs[3:])
     reports += engine.step()
     engine.stop(4)
-    assert [row.job.number for row in engine.rows] == [3, 5]
+    assert [s.request.number for s in engine.sequences] == [3, 5]
     reports += engine.start(jobs[:3])
     found = drain(engine, reports)
     assert found.pop(4) == whole.pop(4)[:2]
@@ -126,13 +126,13 @@ def test_steps_that_are_replayed_choose_the_same_tokens(model, tiny, monkeypatch
     captured = []
 
     def capture(step):
-        captured.append((len(step.places), step.cache.length))
+        captured.append((len(step.positions), step.cache.length))
         return Recorded(step)
 
     monkeypatch.setattr(engine_file, "DecodingGraphs", lambda of: DecodingGraphs(of, capture))
     jobs = mixed_jobs(tiny)
     wanted = answer(model, tiny, jobs[:3])
-    engine = Engine(model, tiny, eos_id=-1, graphs=True)
+    engine = Engine(model, tiny, eos_id=-1, cuda_graphs=True)
     found = drain(engine, engine.start(jobs[:3]))
     assert found == wanted
     # Rows of 5, 8 and 11 tokens: three rows decode, then two, then one, each captured once.
@@ -185,7 +185,7 @@ def questions(config):
 def test_a_second_question_about_the_same_media_takes_them_over(model, tiny, monkeypatch):
     first, second, _ = questions(tiny)
     wanted = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
-    engine = Engine(model, tiny, eos_id=-1, prefixes=2)
+    engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
     drain(engine, engine.start([SequenceRequest(0, first, 6)]))
     watch = Watch(engine, monkeypatch)
     # Log-probabilities of the answer are no reason to work through the prompt.
@@ -197,7 +197,7 @@ def test_a_second_question_about_the_same_media_takes_them_over(model, tiny, mon
 def test_questions_asked_together_share_the_media(model, tiny, monkeypatch):
     jobs = [SequenceRequest(n, s, 6) for n, s in enumerate(questions(tiny))]
     wanted = answer(model, tiny, jobs)
-    engine = Engine(model, tiny, eos_id=-1, prefixes=2)
+    engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
     watch = Watch(engine, monkeypatch)
     assert drain(engine, engine.start(jobs)) == wanted
     assert watch.encoded == ["images", "audios"]
@@ -207,7 +207,7 @@ def test_questions_asked_together_share_the_media(model, tiny, monkeypatch):
 
 def test_a_conversation_goes_on_from_what_was_said(model, tiny, monkeypatch):
     first = sample(tiny, [("images", 1), words(30, 1)])
-    engine = Engine(model, tiny, eos_id=-1, prefixes=1)
+    engine = Engine(model, tiny, eos_id=-1, prefix_cache=1)
     said = drain(engine, engine.start([SequenceRequest(0, first, 6)]))[0]
     second = sample(tiny, [("images", 1), words(30, 1) + said + words(4, 9)])
     wanted = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
@@ -219,7 +219,7 @@ def test_a_conversation_goes_on_from_what_was_said(model, tiny, monkeypatch):
 
 
 def test_another_picture_is_not_taken_over(model, tiny, monkeypatch):
-    engine = Engine(model, tiny, eos_id=-1, prefixes=2)
+    engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
     drain(
         engine, engine.start([SequenceRequest(0, sample(tiny, [words(40, 1), ("images", 1)]), 3)])
     )
@@ -234,7 +234,7 @@ def test_another_picture_is_not_taken_over(model, tiny, monkeypatch):
 def test_a_prompt_that_broke_off_is_not_taken_over(model, tiny, monkeypatch):
     first, second, _ = questions(tiny)
     wanted = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
-    engine = Engine(model, tiny, eos_id=-1, prefixes=2)
+    engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
 
     def broken(*inputs):
         raise KeyboardInterrupt
@@ -244,12 +244,12 @@ def test_a_prompt_that_broke_off_is_not_taken_over(model, tiny, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             engine.start([SequenceRequest(0, first, 6)])
     engine.stop(0)
-    assert not engine.rows
+    assert not engine.sequences
     assert drain(engine, engine.start([SequenceRequest(1, second, 6)]))[1] == wanted
 
 
 def test_only_whole_items_are_taken_over(tiny):
-    prompt = units_of(sample(tiny, [words(3, 1), ("images", 1), words(2, 2)]), tiny)
+    prompt = prompt_units(sample(tiny, [words(3, 1), ("images", 1), words(2, 2)]), tiny)
     assert prompt.items == [("images", 0, 3, 19)]
     assert [usable_length(n, prompt) for n in (0, 2, 3, 4, 18, 19, 20, 21)] == [
         *(0, 2, 3, 3, 3, 19, 20, 20)
@@ -263,16 +263,16 @@ def test_the_store_keeps_the_rows_used_last():
         def __init__(self, units):
             self.units = units
 
-    store = PrefixStore(2)
+    store = PrefixCache(2)
     store.add([1, 2, 3], "a")
     store.add([1, 2, 3, 4], "b")
-    assert [cache for _, cache in store.rows.values()] == ["b"]
+    assert [cache for _, cache in store.sequences.values()] == ["b"]
     store.add([5, 6], "c")
     assert store.find(Units([1, 2, 9])) == (2, "b")
     store.add([7, 8], "d")
     assert store.find(Units([5, 6, 7])) == (0, None)
     store.add([], "e")
     assert store.find(Units([1, 2, 3, 4, 5])) == (4, "b")
-    store = PrefixStore(0)
+    store = PrefixCache(0)
     store.add([1], "a")
-    assert not store.rows
+    assert not store.sequences

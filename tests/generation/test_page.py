@@ -1,18 +1,22 @@
-"""The server's page in a real browser; needs the package playwright and an installed Chromium."""
+"""The server's page in a real browser; needs the package playwright and a Chromium."""
 
 import base64
 import io
-import shutil
 
 import pytest
 import soundfile
 from PIL import Image
 
+from benchmarks.screenshot import find_chromium
 from tests.generation.served import KEY, QUESTION, answer_of, user
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="the page's test needs playwright: pip install playwright"
+)
+CHROMIUM = find_chromium()
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM, reason="the page's test needs a Chromium: apt install chromium"
+)
 
 
 @pytest.fixture
@@ -26,6 +30,8 @@ def page(served):
         wrong = []
         tab.on("pageerror", lambda error: wrong.append(str(error)))
         tab.goto(f"http://127.0.0.1:{served.port}/")
+        tab.wait_for_selector("#examples button")
+        tab.click("summary")
         tab.fill("#key", KEY)
         yield tab
         assert not wrong
@@ -64,8 +70,8 @@ def test_a_file_is_dropped_and_sound_is_recorded(page, served):
           canvas.getContext("2d").fillRect(8, 8, 16, 16);
           return canvas.convertToBlob().then(blob => {
             carried.items.add(new File([blob], "drawn.png", {type: "image/png"}));
-            document.getElementById("drop").dispatchEvent(
-              new DragEvent("drop", {dataTransfer: carried}));
+            document.body.dispatchEvent(
+              new DragEvent("drop", {dataTransfer: carried, bubbles: true, cancelable: true}));
           });
         }"""
     )
@@ -80,9 +86,11 @@ def test_a_file_is_dropped_and_sound_is_recorded(page, served):
     (message,) = sent.value.post_data_json["messages"]
     picture, recording, text = message["content"]
     assert text == {"type": "text", "text": "What is it?"}
-    drawn = base64.b64decode(picture["image_url"]["url"].partition("base64,")[2])
+    assert (picture["type"], picture["modality"]) == ("input_file", "images")
+    drawn = base64.b64decode(picture["data"].partition("base64,")[2])
     assert Image.open(io.BytesIO(drawn)).size == (32, 32)
-    heard = base64.b64decode(recording["input_audio"]["data"])
+    assert (recording["type"], recording["modality"]) == ("input_file", "audios")
+    heard = base64.b64decode(recording["data"].partition("base64,")[2])
     samples, rate_hz = soundfile.read(io.BytesIO(heard))
     assert 0.5 < len(samples) / rate_hz < 2.4
     assert abs(samples).max() > 0.01
@@ -95,3 +103,67 @@ def test_an_error_is_shown(page):
     page.click("#send")
     page.wait_for_selector(".error")
     assert "API key is missing or wrong" in page.inner_text(".error")
+
+
+def test_a_file_of_no_modality_is_refused_and_a_file_can_be_taken_back(page, media, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    page.set_input_files("#files", [tmp_path / "notes.txt", media / "white.png"])
+    page.wait_for_selector("#items img")
+    assert "notes.txt: the model takes no such files, but .bmp" in page.inner_text(".error")
+    page.get_by_label("Remove white.png").click()
+    assert page.locator("#items .item").count() == 0
+
+
+def test_it_is_used_by_keyboard_alone(page, served):
+    page.click("#reset")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        # From the message back past files and the conversation to the examples.
+        page.focus("#examples button")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#items img")
+        page.wait_for_function("document.activeElement.id == 'prompt'")
+        page.keyboard.type("Which digit is this?")
+        page.keyboard.press("Enter")
+    page.locator(".answer.done").wait_for()
+    (message,) = sent.value.post_data_json["messages"]
+    digit = base64.b64decode(message["content"][0]["data"].partition("base64,")[2])
+    assert Image.open(io.BytesIO(digit)).size == (256, 256)
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    assert page.get_attribute("#log", "aria-live") == "polite"
+    names = "e => e.ariaLabel || e.innerText || e.labels?.[0]?.innerText || e.placeholder"
+    for control in page.locator("button:visible, input:visible, textarea:visible").all():
+        assert control.evaluate(names)
+    for picture in page.locator("img").all():
+        assert picture.get_attribute("alt")
+
+
+def test_the_recorded_example_is_sound(page, served):
+    page.locator("#examples button").nth(1).click()
+    page.wait_for_selector("#items audio")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "What is it?", 1)
+    (message,) = sent.value.post_data_json["messages"]
+    notes = base64.b64decode(message["content"][0]["data"].partition("base64,")[2])
+    samples, rate_hz = soundfile.read(io.BytesIO(notes))
+    assert (len(samples), rate_hz) == (24_000, 16_000)
+    assert abs(samples).max() > 0.3
+
+
+def test_files_of_any_modality_are_sent(page, tmp_path):
+    known = {"name": "sensors", "singular": "sensor", "suffixes": [".csv"], "media_types": []}
+    listed = {"model": "m", "prompt": "What is it?", "modalities": [known]}
+    page.route("**/modalities", lambda route: route.fulfill(json=listed))
+    page.reload()
+    page.get_by_text("takes text and sensors").wait_for()
+    assert page.locator("#examples button").count() == 0
+    assert page.locator("#record").is_hidden()
+    (tmp_path / "room.CSV").write_text("1,2,3")
+    page.set_input_files("#files", tmp_path / "room.CSV")
+    page.get_by_text("room.CSV, 1 KB").wait_for()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.click("#send")
+    (message,) = sent.value.post_data_json["messages"]
+    part, text = message["content"]
+    assert (part["type"], part["modality"]) == ("input_file", "sensors")
+    assert base64.b64decode(part["data"].partition("base64,")[2]) == b"1,2,3"
+    assert text["text"] == "What is it?"

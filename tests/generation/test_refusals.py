@@ -44,7 +44,7 @@ MALFORMED = [
     ({"messages": [{"role": "user", "content": 5}]}, "content must be text"),
     ({"messages": [{"role": "user", "content": [5]}]}, "must be an object"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "must be text"),
-    ({"messages": [{"role": "user", "content": ""}]}, "says and shows nothing"),
+    ({"messages": [{"role": "user", "content": ""}]}, "has no text and no file"),
     ({"messages": [{"role": "assistant", "content": "hi"}]}, "must be the user's"),
     ({"messages": [{"role": "user", "content": "<image>"}]}, "0 image files"),
     ({"messages": [{"role": "user", "content": "word " * 1_000}]}, "do not fit"),
@@ -63,7 +63,7 @@ MALFORMED = [
     (part("image_url", url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), "not an image"),
     (
         {"messages": [says()["messages"][0] | {"content": 65 * [PICTURE]}]},
-        "more than 64 pictures and recordings",
+        "more than 64 files",
     ),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a character"),
     (part("input_audio", "AAAA"), "must be base64"),

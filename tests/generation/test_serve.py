@@ -12,6 +12,7 @@ from tests.generation.served import KEY, QUESTION, Served, answer_of, says, unti
 
 pytest.importorskip("openai")
 pytest.importorskip("starlette")
+ROUNDS = 5
 
 
 def test_openais_client(served, media, command):
@@ -54,8 +55,9 @@ def test_choices_seeds_and_stops(served, command):
     flags = ("--prompt", QUESTION, "--temperature", "2", "--seed", "3", "--samples", "5")
     assert "\n".join(texts[0]) == command(*flags, "--max-new-tokens", "128")
     whole = command("--prompt", QUESTION)
-    cut = served.ask({"messages": body["messages"], "stop": [whole[2:4]]})[1]
-    assert answer_of(cut) == whole[: whole.index(whole[2:4])]
+    stop = whole[8:12]
+    cut = served.ask({"messages": body["messages"], "stop": [stop]})[1]
+    assert answer_of(cut) == whole[: whole.index(stop)]
 
 
 def test_a_conversation_with_a_system_text(served, command):
@@ -99,7 +101,7 @@ def test_many_clients_at_once(served, media):
         for seed in range(2)
     ]
     wanted = [answer_of(served.ask(body)[1]) for body in bodies]
-    memory, server = [], psutil.Process(served.process.pid)
+    server = psutil.Process(served.process.pid)
 
     def ask(number):
         body = bodies[number % len(bodies)]
@@ -114,13 +116,16 @@ def test_many_clients_at_once(served, media):
             found = "".join(chunk.choices[0].delta.content or "" for chunk in reply)
         else:
             found = answer_of(served.ask(body)[1])
-        memory.append(server.memory_info().rss)
         return found
 
+    memory = []
     with ThreadPoolExecutor(16) as clients:
-        found = list(clients.map(ask, range(200)))
-    assert found == [wanted[number % len(bodies)] for number in range(200)]
-    assert max(memory[150:]) < 1.03 * max(memory[:50])
+        for _ in range(ROUNDS):
+            found = list(clients.map(ask, range(48)))
+            assert found == [wanted[number % len(bodies)] for number in range(48)]
+            memory.append(server.memory_info().rss)
+    # The keys and values of a row are 256 KiB; a row of each request left behind would be 48 MiB.
+    assert memory[-1] - memory[0] < 8 * 2**20
 
 
 def test_served_by_tensor_and_pipeline_parallel_ranks(checkpoint, media, served):

@@ -85,11 +85,11 @@ def test_rows_move_and_the_cache_grows(case):
     transformer, embedded, wanted = case
     cache = room(transformer, ROWS, LENGTH)
     transformer.forward(embedded[:, :11], cache, 0, [0] * ROWS)
-    apart = cache.copy_of(2, 11)
+    apart = cache.copy_slot(2, 11)
     cache.reserve(5, 300)
     assert (cache.batch_size, cache.length) == (5, 384)
-    cache.put(3, cache, 1, 11)
-    cache.put(4, apart, 0, 11)
+    cache.write_slot(3, cache, 1, 11)
+    cache.write_slot(4, apart, 0, 11)
     hidden = transformer.forward(embedded[1:, 11:], cache, 3, [11, 11])
     assert_logits(transformer, hidden, wanted[1:, 11:])
 

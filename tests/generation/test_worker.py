@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from examples.mimo.generation.scheduler import Answer, Piece
-from examples.mimo.serving.worker import FullError, Worker
+from examples.mimo.serving.worker import QueueFullError, Worker
 from tests.generation.served import until
 
 
@@ -15,7 +15,7 @@ class Counting:
     def __init__(self):
         self.left, self.most, self.gate = {}, 0, threading.Semaphore(0)
 
-    def running(self):
+    def scheduler(self):
         return self
 
     def __len__(self):
@@ -52,7 +52,7 @@ def at_work(worker):
 
 def end(worker, thread):
     worker.stop()
-    thread.join(timeout=10)
+    thread.join(timeout=120)
     assert not thread.is_alive()
     assert worker.num_running == worker.num_waiting == 0
 
@@ -60,13 +60,13 @@ def end(worker, thread):
 def test_so_many_at_once_and_so_many_more_wait(worker):
     heard = []
     numbers = [worker.submit(2, None, heard.append) for _ in range(3)]
-    with pytest.raises(FullError):
+    with pytest.raises(QueueFullError):
         worker.submit(2, None, heard.append)
     thread = at_work(worker)
-    worker.running.gate.release(100)
+    worker.scheduler.gate.release(100)
     until(lambda: len(heard) == 3)
     assert [piece.number for piece in heard] == numbers
-    assert worker.running.most == 2
+    assert worker.scheduler.most == 2
     end(worker, thread)
 
 
@@ -78,10 +78,10 @@ def test_who_leaves_is_not_answered(worker):
     assert worker.cancel(numbers[0])
     assert worker.cancel(numbers[2])
     assert not worker.cancel(numbers[2])
-    worker.running.gate.release()
+    worker.scheduler.gate.release()
     until(lambda: worker.num_running == 1)
-    assert worker.running.left[numbers[1]] > 1
-    worker.running.gate.release(100)
+    assert worker.scheduler.left[numbers[1]] > 1
+    worker.scheduler.gate.release(100)
     until(lambda: heard)
     assert [piece.number for piece in heard] == [numbers[1]]
     assert not worker.cancel(numbers[1])
@@ -90,6 +90,6 @@ def test_who_leaves_is_not_answered(worker):
 
 def test_a_model_that_fails_ends_the_loop(worker):
     worker.submit(13, None, lambda piece: None)
-    worker.running.gate.release()
+    worker.scheduler.gate.release()
     with pytest.raises(RuntimeError, match="a model that fails"):
         worker.run()

@@ -101,7 +101,7 @@ def _vision(theirs: Any, model: Any, family: str, output: Any, layer: int = -1) 
     sizes = {"image_size": SIDE, "patch_size": PATCH, "hidden_size": WIDTH}
     sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     inner = {"mlp_ratio": INNER // WIDTH} if family == "dinov2" else {"intermediate_size": INNER}
-    vit = VitConfig(SIDE, PATCH, LAYERS, WIDTH, HEADS, INNER, family=family, feature_layer=layer)
+    vit = VitConfig(LAYERS, WIDTH, HEADS, INNER, SIDE, PATCH, family=family, feature_layer=layer)
     pixels = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
     return Case(
         "images.encoder",
@@ -113,7 +113,7 @@ def _vision(theirs: Any, model: Any, family: str, output: Any, layer: int = -1) 
 
 
 def _whisper(mels: int) -> Case:
-    whisper = WhisperConfig(mels, 160, 0.64, LAYERS, WIDTH, HEADS, INNER)
+    whisper = WhisperConfig(LAYERS, WIDTH, HEADS, INNER, mels, 160, 0.64)
     config = hf.WhisperConfig(
         num_mel_bins=mels,
         d_model=WIDTH,

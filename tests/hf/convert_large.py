@@ -19,8 +19,8 @@ from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig
 from examples.mimo.hf import convert
 from examples.mimo.hf.convert import start_alone
-from examples.mimo.hf.families import family_for_export
 from examples.mimo.hf.io import Folder
+from examples.mimo.hf.weights import family_for_export
 
 LANGUAGE = LanguageConfig(
     num_layers=28,

@@ -12,7 +12,7 @@ from examples.mimo import compat
 from examples.mimo.cli import command
 
 command.prepare_environment()
-command.alone_unless_launched()
+command.single_process_unless_launched()
 compat.install()
 
 import torch
@@ -21,7 +21,6 @@ from megatron.core import dist_checkpointing, mpu, tensor_parallel
 
 from examples.mimo.checkpoint.description import open_checkpoint, save_description
 from examples.mimo.checkpoint.loading import load_model
-from examples.mimo.compat import megatron
 from examples.mimo.model.mimo import ENCODER
 from tests.hf.cases import CASES
 
@@ -50,7 +49,7 @@ def logits(model, ids):
 
 def main():
     work, tp, pp = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    megatron.install_results_queue()
+    compat.install_results_queue()
     for name, case in CASES.items():
         if pp > 1 and case.part != "language" and tp == 1:
             continue

@@ -9,8 +9,8 @@ from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.hf import convert
 from examples.mimo.hf.convert import part_config
-from examples.mimo.hf.families import family_of
 from examples.mimo.hf.io import Folder
+from examples.mimo.hf.weights import family_of
 from examples.mimo.model.mimo import part_prefix, parts
 from tests.hf.cases import CASES
 from tests.hf.run_parity import encode

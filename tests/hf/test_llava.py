@@ -95,7 +95,7 @@ def test_twenty_greedy_tokens(llava):
     config = open_checkpoint(folder / "ours").config
     engine = Engine(ours, config, eos_id=-1, forbidden=range(120, 128))
     reports = engine.start([SequenceRequest(0, sample, max_new_tokens=20)])
-    while engine.rows:
+    while engine.sequences:
         reports += engine.step()
     assert [report.token for report in reports] == wanted.tolist()
 

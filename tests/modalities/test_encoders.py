@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from examples.mimo.configs import get_model_config
-from examples.mimo.modalities.audio import WhisperConfig, log_mel, sinusoids
-from examples.mimo.modalities.image import VitConfig, VitEncoder
+from examples.mimo.modalities.audio import WhisperConfig, log_mel
+from examples.mimo.modalities.base import sinusoids
+from examples.mimo.modalities.image import VitConfig
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,10 @@ def test_log_mel_is_the_whisper_feature_extractors():
     sound = np.random.default_rng(0).uniform(-1, 1, 30 * 16_000).astype(np.float32)
     sound[16_000 * 7 :] = 0
     extractor = WhisperFeatureExtractor(feature_size=80)
-    wanted = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features[0]
-    found, silence = log_mel(torch.from_numpy(sound), 80, 160)
-    assert (found - wanted).abs().max() < 1e-4
-    assert abs(silence - float(wanted.min())) < 1e-4
+    expected = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features[0]
+    features, silence = log_mel(torch.from_numpy(sound), 80, 160)
+    assert (features - expected).abs().max() < 1e-4
+    assert abs(silence - float(expected.min())) < 1e-4
 
 
 @pytest.mark.parametrize("seconds", [0.01, 1.23, 29.98, 29.995, 30])
@@ -49,8 +50,8 @@ def test_the_silence_behind_a_sound_is_the_whisper_feature_extractors(whisper, s
     length = round(seconds * 16_000)
     sound = np.random.default_rng(0).uniform(-1, 1, length).astype(np.float32)
     extractor = WhisperFeatureExtractor(feature_size=80)
-    wanted = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features
-    assert (whisper.preprocess(sound)["input_features"] - wanted).abs().max() < 1e-4
+    expected = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features
+    assert (whisper.preprocess(sound)["input_features"] - expected).abs().max() < 1e-4
 
 
 def test_sinusoids_are_whispers():
@@ -60,15 +61,10 @@ def test_sinusoids_are_whispers():
 
 
 def test_neighbouring_patches_side_by_side_make_a_token():
-    vit = VitConfig(
-        image_size=24, patch_size=4, num_layers=1, width=1, num_heads=1, ffn_hidden_size=1,
-        patches_per_token=4,
-    )  # fmt: skip
-    encoder = object.__new__(VitEncoder)
-    encoder.patches_per_side, encoder.token_side = vit.patches_per_side, vit.token_side
+    vit = VitConfig(1, 1, 1, 1, image_size=24, patch_size=4, family="siglip", patches_per_token=4)
     numbers = torch.arange(2 * 36.0).reshape(2, 36, 1)
-    tokens = encoder._join_patches(numbers)
-    assert tokens.shape == (2 * vit.max_tokens, vit.hidden_size) == (18, 4)
+    tokens = vit.select(numbers)
+    assert tokens.shape == (2 * vit.max_tokens, vit.output_size) == (18, 4)
     assert tokens[0].tolist() == [0, 1, 6, 7]
     assert tokens[1].tolist() == [2, 3, 8, 9]
     assert tokens[3].tolist() == [12, 13, 18, 19]
@@ -78,7 +74,7 @@ def test_neighbouring_patches_side_by_side_make_a_token():
 @pytest.mark.parametrize("patches", [2, 16, 0])
 def test_a_token_is_a_square_of_patches(patches):
     with pytest.raises(ValueError, match="square of a number that divides the 6 patches"):
-        VitConfig(24, 4, 1, 1, 1, 1, patches_per_token=patches)
+        VitConfig(1, 1, 1, 1, image_size=24, patch_size=4, patches_per_token=patches)
 
 
 def test_clip_preprocessing_is_the_image_processors():
@@ -89,8 +85,8 @@ def test_clip_preprocessing_is_the_image_processors():
     noise = np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     clip = get_model_config("tiny_avlm").modalities["images"].encoder
-    wanted = processor(picture, return_tensors="pt").pixel_values[0]
-    assert (clip.preprocess(picture)["pixel_values"][0] - wanted).abs().max() < 1e-5
+    expected = processor(picture, return_tensors="pt").pixel_values[0]
+    assert (clip.preprocess(picture)["pixel_values"][0] - expected).abs().max() < 1e-5
 
 
 def test_augmentation_moves_a_picture_a_little():
@@ -117,15 +113,32 @@ def test_whisper_augmentation_stays_in_the_window(tiny):
     [
         ({"patch_size": 64}, "hold a patch of 64 pixels"),
         ({"feature_layer": -3}, "-2..-1"),
-        ({"family": "resnet"}, "there are clip, siglip, dinov2"),
+        ({"family": "resnet"}, "choose one of clip, siglip, dinov2"),
+        ({"fit": "squeeze"}, "fit is 'squeeze'; choose one of crop, stretch, pad"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be at least 1"),
     ],
 )
 def test_vit_configs_that_cannot_be(fields, message):
-    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "width": 8, "num_heads": 2}
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "hidden_size": 8}
     with pytest.raises(ValueError, match=message):
-        VitConfig(**{**sizes, "ffn_hidden_size": 8, **fields})
+        VitConfig(**{**sizes, "num_attention_heads": 2, "ffn_hidden_size": 8, **fields})
+
+
+def test_a_class_token_is_no_patch():
+    vit = VitConfig(1, 1, 1, 1, image_size=8, patch_size=4)
+    hidden = torch.arange(2 * 5.0).reshape(2, 5, 1)
+    assert vit.select(hidden).flatten().tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
+
+
+def test_frames_of_sound_side_by_side_make_a_token():
+    whisper = WhisperConfig(
+        1, 1, 1, 1, num_mel_bins=80, hop_samples=160, window_seconds=0.1, frames_per_token=2
+    )
+    hidden = torch.arange(1, 11.0).reshape(2, 5, 1)
+    tokens = whisper.select(hidden, num_frames=torch.tensor([5, 1]))
+    assert tokens.tolist() == [[1, 2], [3, 4], [5, 0], [6, 7]]
 
 
 def test_whisper_windows_that_cannot_be():
     with pytest.raises(ValueError, match="multiple of two hops"):
-        WhisperConfig(80, 160, 0.015, 2, 8, 2, 8)
+        WhisperConfig(2, 8, 2, 8, num_mel_bins=80, hop_samples=160, window_seconds=0.015)

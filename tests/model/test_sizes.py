@@ -1,23 +1,42 @@
 import functools
-import importlib
 import json
-import re
 import subprocess
 import sys
 
 import pytest
 
-from examples.mimo.configs import MODEL_PROVIDERS
+from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from tests.conftest import ROOT
 
-# The heads of smollm2_avlm divide by neither two nor four.
-SIZES = {name: (1,) if name == "smollm2_avlm" else (1, 2, 4) for name in MODEL_PROVIDERS}
-CASES = [f"{name}:{tp}" for name, sizes in SIZES.items() for tp in sizes]
+# Parameters of a part in millions, from the papers and model cards where there are any.
+MILLIONS = {
+    "tiny_avlm": {"images.encoder": 0.4, "audios.encoder": 0.5, "language": 0.9},
+    "llava_vlm": {"images.encoder": 290.9, "images.projector": 21.0, "language": 6738.9},
+    "video_llava_vlm": {"videos.encoder": 290.9, "videos.projector": 33.6, "language": 6738.9},
+    "llava_avlm": {"audios.encoder": 19.8, "audios.projector": 18.9},
+    "qwen3_avlm": {"images.encoder": 413.0, "audios.encoder": 635.1, "language": 8190.7},
+    "smollm2_avlm": {"images.encoder": 21.6, "audios.encoder": 7.6, "language": 134.5},
+    "scale_1b_avlm": {"images.encoder": 290.9, "images.projector": 12.6, "language": 852.8},
+}
+
+
+def splits_over(config, tp):
+    """Whether all heads of a config are divisible by a tensor-parallel size."""
+    heads = [modality.encoder.num_attention_heads for modality in config.modalities.values()]
+    heads += [config.language.num_attention_heads, config.language.num_query_groups]
+    return not any(number % tp for number in heads)
+
+
+SIZES = {
+    name: [tp for tp in (1, 2) if splits_over(get_model_config(name), tp)]
+    for name in MODEL_PROVIDERS
+}
 
 
 @functools.cache
 def counts():
-    command = [sys.executable, "-m", "tests.model.count_parameters", *CASES]
+    cases = [f"{name}:{tp}" for name, sizes in SIZES.items() for tp in sizes]
+    command = [sys.executable, "-m", "tests.model.count_parameters", *cases]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -27,11 +46,14 @@ def count(name, tp):
     return counts()[f"{name}:{tp}"]
 
 
-@pytest.mark.parametrize("name", ["tiny_avlm", "llava_avlm", "qwen3_avlm"])
+@pytest.mark.parametrize("name", [name for name, sizes in SIZES.items() if 2 in sizes])
 def test_every_linear_weight_is_halved_at_tp_2(name):
     whole, half = count(name, 1)["linear"], count(name, 2)["linear"]
-    assert len(whole) >= 4 * 3 + 2 * 2
-    assert {path: size // 2 for path, size in whole.items()} == half
+    modalities = get_model_config(name).modalities
+    # At least two layers of the language model and one of each encoder, and the projectors.
+    assert len(whole) >= 4 * (2 + len(modalities)) + 2 * len(modalities)
+    sharded = {path: size for path, size in whole.items() if "stem" not in path}
+    assert {path: size // 2 for path, size in sharded.items()} == {p: half[p] for p in sharded}
 
 
 def test_each_part_of_llava_is_within_five_percent_of_half_at_tp_2():
@@ -50,27 +72,29 @@ def test_qwen3_is_as_large_as_it_should_be():
 
 def test_llava_is_as_large_as_it_should_be():
     whole = count("llava_avlm", 1)["parts"]
-    # Vicuna-7B with 32,064 rows in both tables; 23 layers of CLIP ViT-L/14 at 336 px.
+    # Vicuna-7B with 32,064 entries in both tables; 23 layers of CLIP ViT-L/14 at 336 px.
     assert whole["language"] == 6_738_939_904
     assert whole["images.projector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
     assert whole["images.encoder"] == 23 * 12_596_224 + 588 * 1024 + 578 * 1024 + 2 * 1024
 
 
+def test_a_sensor_encoder_is_as_large_as_it_should_be():
+    layer = 4 * 128 * 128 + 4 * 128 + 2 * 128 * 512 + 512 + 128 + 4 * 128
+    encoder = count("sensor_lm", 1)["parts"]["sensors.encoder"]
+    assert encoder == (16 * 6 * 128 + 128) + 2 * layer + 2 * 128
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_parts_are_as_large_as_ever(name):
+    parts = count(name, 1)["parts"]
+    assert {part: round(parts[part] / 1e6, 1) for part in MILLIONS[name]} == MILLIONS[name]
+
+
 @pytest.mark.parametrize("name", MODEL_PROVIDERS)
-def test_a_config_says_what_it_holds(name):
-    config = getattr(importlib.import_module(MODEL_PROVIDERS[name]), name)
-    text = " ".join(config.__doc__.split())
-    listed = re.search(r"Million parameters: (.*?)\. Before", text)[1]
-    said = {part: float(size) for part, size in (line.split() for line in listed.split(", "))}
-    counted = count(name, 1)["parts"]
-    assert said == {part: round(size / 1e6, 1) for part, size in counted.items()}
-    found = re.search(r"a rank of TP (\d) in (\w+) holds ([\d.]+) GiB", text)
-    tp, dtype, gib = int(found[1]), found[2], float(found[3])
-    # Weights; for what trains also fp32 gradients, Adam's moments, and in bf16 fp32 weights.
-    weight, trained = {"bf16": (2, 16), "fp32": (4, 12)}[dtype]
-    frozen = config().frozen
-    here = count(name, tp)["parts"]
-    size = sum(n * (weight + trained * (part not in frozen)) for part, n in here.items())
-    assert gib == round(size / 2**30, 2)
-    assert f"torchrun --nproc-per-node {2 if tp < 4 else 8} examples/mimo/train.py" in text
-    assert f"--model-provider {name}" in text
+def test_every_config_builds_all_its_parts(name):
+    config = get_model_config(name)
+    parts = count(name, 1)["parts"]
+    expected = {f"{m}.{side}" for m in config.modalities for side in ("encoder", "projector")}
+    assert set(parts) == {*expected, "language"}
+    assert set(config.frozen) <= set(parts)
+    assert all(size > 0 for size in parts.values())

@@ -135,20 +135,20 @@ LINES = [
 
 def cases():
     """(key, record or line, parts by name, words): the files are parts' contents."""
-    found = []
+    samples = []
     for number, (content, words) in enumerate(PICTURES):
         name = f"picture{number}.png"
         record = {"images": [name], "conversations": turns(SEE)}
-        found.append((f"picture-{number}", record, {name: content}, words))
+        samples.append((f"picture-{number}", record, {name: content}, words))
     for number, (content, words) in enumerate(SOUNDS):
         name = f"sound{number}.flac"
         record = {"audios": [name], "conversations": turns(HEAR)}
-        found.append((f"sound-{number}", record, {name: content}, words))
+        samples.append((f"sound-{number}", record, {name: content}, words))
     for number, (record, words) in enumerate(RECORDS):
-        found.append((f"record-{number}", record, {}, words))
+        samples.append((f"record-{number}", record, {}, words))
     for number, (line, words) in enumerate(LINES):
-        found.append((f"line-{number}", line, {}, words))
-    return found
+        samples.append((f"line-{number}", line, {}, words))
+    return samples
 
 
 GOOD = {"good.png": picture(), "good.flac": sound()}

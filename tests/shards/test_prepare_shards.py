@@ -14,7 +14,8 @@ import time
 import pytest
 
 from examples.mimo.shards.manifest import Entry
-from examples.mimo.shards.write import Item, Options, Shard, prepare, split_of
+from examples.mimo.shards.mixtures import DatasetModel
+from examples.mimo.shards.write import Item, Shard, WriteOptions, prepare_shards, split_of
 from tests.conftest import ROOT, run_command
 from tests.shards import broken
 from tests.shards.megatron_example import write_megatron_example
@@ -25,7 +26,7 @@ pytest.importorskip("megatron.energon")
 def options(manifest, output, **fields):
     chosen = {"splits": {"train": 0.9, "val": 0.1}, "shard_bytes": 10**6, "shard_samples": 40}
     chosen |= {"media": manifest if manifest.is_dir() else manifest.parent, "num_workers": 2}
-    return Options(manifest=manifest, output=output, **(chosen | fields))
+    return WriteOptions(manifest=manifest, output=output, **(chosen | fields))
 
 
 def samples(folder):
@@ -46,7 +47,7 @@ def rejected(folder):
 
 
 def test_a_manifest_becomes_shards(data_folder, tiny, tmp_path):
-    about = prepare(options(data_folder / "train.jsonl", tmp_path / "out"), tiny)
+    about = prepare_shards(options(data_folder / "train.jsonl", tmp_path / "out"), tiny)
     found, splits = samples(tmp_path / "out")
     records = list(map(json.loads, (data_folder / "train.jsonl").read_text().splitlines()))
     keys = [record["key"] for record in records]
@@ -68,7 +69,7 @@ def test_a_manifest_becomes_shards(data_folder, tiny, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_split_is_for_ever():
+def test_a_key_is_always_in_the_same_split():
     halves = {"train": 0.5, "val": 0.5}
     found = [split_of(f"key-{n}", halves) == "train" for n in range(8)]
     assert found == [False, False, True, False, False, True, False, True]
@@ -77,38 +78,42 @@ def test_a_split_is_for_ever():
     assert shares["b"] / 10_000 == pytest.approx(0.1, abs=0.02)
 
 
+# More than there are broken samples, or nothing would be written.
+NUM_GOOD = 80
+
+
 def write_broken(folder):
     for name, content in broken.GOOD.items():
         (folder / name).write_bytes(content)
-    lines, wanted = [], {}
+    lines, expected = [], {}
     for number, (key, record, files, words) in enumerate(broken.cases(), start=1):
         for name, content in files.items():
             (folder / name).write_bytes(content)
         if isinstance(record, bytes):
-            wanted[f"line {2 * number}"] = words
+            expected[f"line {2 * number}"] = words
             lines += [b"", record]
         else:
-            wanted[key] = words
+            expected[key] = words
             lines += [b"", json.dumps({"key": key, **record}).encode()]
     good = {"images": ["good.png"], "audios": ["good.flac"]}
-    for number in range(20):
+    for number in range(NUM_GOOD):
         record = {"key": f"good-{number}", **good, "conversations": broken.turns("<image><audio>")}
         lines.append(json.dumps(record).encode())
     lines.append(json.dumps({"key": "good-3", "conversations": broken.turns("again")}).encode())
-    wanted["good-3"] = "was used before"
+    expected["good-3"] = "was used before"
     (folder / "manifest.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    return wanted
+    return expected
 
 
 def test_sixty_broken_samples_are_refused_each_for_its_reason(tiny, tmp_path):
     (tmp_path / "in").mkdir()
-    wanted = write_broken(tmp_path / "in")
-    assert len(wanted) >= 60
-    about = prepare(options(tmp_path / "in/manifest.jsonl", tmp_path / "out"), tiny)
+    expected = write_broken(tmp_path / "in")
+    assert len(expected) >= 60
+    about = prepare_shards(options(tmp_path / "in/manifest.jsonl", tmp_path / "out"), tiny)
     found, reasons = samples(tmp_path / "out")[0], rejected(tmp_path / "out")
-    assert set(found) == {f"good-{number}" for number in range(20)}
-    assert about["rejected"] == len(reasons) == len(wanted)
-    for key, words in wanted.items():
+    assert set(found) == {f"good-{number}" for number in range(NUM_GOOD)}
+    assert about["rejected"] == len(reasons) == len(expected)
+    for key, words in expected.items():
         assert re.search(words, reasons[key]), (key, reasons[key])
         assert "\n" not in reasons[key]
 
@@ -116,8 +121,83 @@ def test_sixty_broken_samples_are_refused_each_for_its_reason(tiny, tmp_path):
 def test_a_manifest_without_a_usable_sample(tiny, tmp_path):
     (tmp_path / "m.jsonl").write_text('{"key": "a"}\n')
     with pytest.raises(ValueError, match=r"no sample could be used; the first: conversations must"):
-        prepare(options(tmp_path / "m.jsonl", tmp_path / "out"), tiny)
+        prepare_shards(options(tmp_path / "m.jsonl", tmp_path / "out"), tiny)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.jsonl", "out.rejected.jsonl"]
+
+
+def test_a_mostly_refused_manifest_is_an_error_that_names_the_reasons(tiny, tmp_path):
+    lines = [{"key": f"good-{n}", "conversations": broken.turns("q")} for n in range(20)]
+    missing = {"images": ["none.png"], "conversations": broken.turns("<image>")}
+    lines += [{"key": f"missing-{n}", **missing} for n in range(12)]
+    lines += [{"key": f"empty-{n}", "conversations": []} for n in range(8)]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    about = prepare_shards(options(manifest, tmp_path / "half"), tiny)
+    assert about["rejected"] == 20
+    lines.append({"key": "another", "conversations": []})
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    message = (
+        r"tiny_avlm can use 20 samples of 41, less than half "
+        r"\(12 x no such file; 9 x conversations must be a list .*choose another --model-provider"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare_shards(options(manifest, tmp_path / "out"), tiny)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["half", "m.jsonl", "out.rejected.jsonl"]
+    assert len((tmp_path / "out.rejected.jsonl").read_text().splitlines()) == 21
+
+
+@pytest.fixture
+def image_questions(tmp_path):
+    """A data folder that says that it is for a model without sound; some samples have sound."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, content in broken.GOOD.items():
+        (folder / name).write_bytes(content)
+    see = {"images": ["good.png"], "conversations": broken.turns("<image>what?")}
+    hear = {"audios": ["good.flac"], "conversations": broken.turns("<audio>what?")}
+    lines = [{"key": f"{n}", **(hear if n % 4 == 3 else see)} for n in range(20)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    DatasetModel("llava_vlm").write(folder)
+    return folder
+
+
+def test_commands_know_the_model_from_the_folder(image_questions, data_folder, tmp_path):
+    output = tmp_path / "out"
+    flags = ("--manifest", str(image_questions / "train.jsonl"), "--output", str(output))
+    flags += ("--splits", "train=1", "--tokenizer", str(data_folder / "tokenizer.model"))
+    done = run_command("prepare_data.py", "webdataset", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "train 15 samples for llava_vlm in 1 shards; 5 refused" in done.stderr
+    assert set(rejected(output).values()) == {
+        "holds audios, but llava_vlm takes images; choose another --model-provider or --train-split"
+    }
+    page = ("--html", str(tmp_path / "page.html"))
+    shown = run_command("prepare_data.py", "show", str(output), *page)
+    assert shown.returncode == 0, shown.stderr
+    assert "15 samples as llava_vlm sees them" in shown.stderr
+    tiny = ("--overwrite", "--model-provider", "tiny_avlm")
+    done = run_command("prepare_data.py", "webdataset", *flags, *tiny)
+    assert "train 20 samples for tiny_avlm in 1 shards\n" in done.stderr
+    assert DatasetModel.read(output) == DatasetModel("tiny_avlm")
+
+
+def test_fields_that_were_set_are_remembered(tmp_path):
+    model = DatasetModel("tiny_avlm", ("audios.encoder.max_windows=4",))
+    model.write(tmp_path)
+    assert DatasetModel.read(tmp_path) == model
+
+
+def test_a_folder_cannot_choose_code_to_import(tmp_path):
+    DatasetModel("os:abort").write(tmp_path)
+    with pytest.raises(ValueError, match=r"for os:abort, .* add --model-provider os:abort"):
+        DatasetModel.read(tmp_path)
+    (tmp_path / "about.json").write_text('{"model_provider": "tiny_avlm"}')
+    with pytest.raises(ValueError, match=r"about\.json: damaged"):
+        DatasetModel.read(tmp_path)
+    (tmp_path / "about.json").write_text('{"title": "somebody else\'s"}')
+    assert DatasetModel.read(tmp_path) is None
+    assert DatasetModel.read(tmp_path / "none") is None
 
 
 def test_a_llava_list_is_taken_as_it_is(tiny, tmp_path):
@@ -128,7 +208,9 @@ def test_a_llava_list_is_taken_as_it_is(tiny, tmp_path):
         {"id": 7, "conversations": broken.turns("hello")},
     ]
     (tmp_path / "llava.json").write_text(json.dumps(items))
-    about = prepare(options(tmp_path / "llava.json", tmp_path / "out", splits={"train": 1.0}), tiny)
+    about = prepare_shards(
+        options(tmp_path / "llava.json", tmp_path / "out", splits={"train": 1.0}), tiny
+    )
     found, _ = samples(tmp_path / "out")
     first, second, third = found
     assert third == "7"
@@ -141,21 +223,22 @@ def test_a_llava_list_is_taken_as_it_is(tiny, tmp_path):
     assert about["rejected"] == 0
 
 
-def test_keys_that_no_file_can_have_stay_apart(tiny, tmp_path):
+def test_keys_that_cannot_be_file_names_stay_apart(tiny, tmp_path):
     keys = ["a/b", "a_b", "a/b", "x" * 300 + "1", "x" * 300 + "2", "\udcff", 5, "5"]
     lines = [json.dumps({"key": key, "conversations": broken.turns("q")}) for key in keys]
+    lines.insert(0, json.dumps({"key": "0", "conversations": broken.turns("q")}))
     lines.append('{"key": ' + "9" * 5_000 + "}")
     lines.append(json.dumps({"key": "t", "tags": ["x"], "conversations": broken.turns("q")}))
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
-    prepare(options(tmp_path / "m.jsonl", tmp_path / "out", splits={"train": 1.0}), tiny)
+    prepare_shards(options(tmp_path / "m.jsonl", tmp_path / "out", splits={"train": 1.0}), tiny)
     found, _ = samples(tmp_path / "out")
     kept = [json.loads(parts["json"])["key"] for parts in found.values()]
-    assert kept == ["a/b", "a_b", "x" * 300 + "1", "x" * 300 + "2", "5"]
+    assert kept == ["0", "a/b", "a_b", "x" * 300 + "1", "x" * 300 + "2", "5"]
     reasons = rejected(tmp_path / "out")
     assert "was used before" in reasons["a/b"]
     assert "was used before" in reasons["5"]
-    assert "is no name" in reasons["line 6"]
-    assert "not JSON" in reasons["line 9"]
+    assert "is not usable" in reasons["line 7"]
+    assert "not JSON" in reasons["line 10"]
     assert "holds tags" in reasons["t"]
 
 
@@ -169,7 +252,7 @@ def test_another_model_checks_again(tiny, tmp_path):
 
 def test_shards_of_megatrons_example_are_taken_as_they_are(tiny, tmp_path):
     source = write_megatron_example(tmp_path / "in")
-    about = prepare(options(source, tmp_path / "out", splits={"train": 1.0}), tiny)
+    about = prepare_shards(options(source, tmp_path / "out", splits={"train": 1.0}), tiny)
     found, _ = samples(tmp_path / "out")
     assert about["samples"] == {"train": 12}
     record = json.loads(found["s3_100"]["json"])
@@ -182,7 +265,7 @@ def test_an_interrupted_run_goes_on_where_it_was(data_folder, tmp_path):
     flags = ["--manifest", str(data_folder / "train.jsonl"), "--shard-samples", "20"]
     whole = run_command("prepare_data.py", "webdataset", *flags, "--output", str(tmp_path / "a"))
     assert whole.returncode == 0, whole.stderr
-    assert re.search(r"a: train 19\d, val \d+ samples in \d+ shards", whole.stderr)
+    assert re.search(r"a: train 19\d, val \d+ samples for tiny_avlm in \d+ shards", whole.stderr)
     command = [sys.executable, str(ROOT / "examples/mimo/prepare_data.py"), "webdataset", *flags]
     command += ["--output", str(tmp_path / "b"), "--num-workers", "1"]
     draft = tmp_path / ".b.draft"

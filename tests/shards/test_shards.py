@@ -13,7 +13,7 @@ import yaml
 from examples.mimo.data.batch import collate, collate_packed
 from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.shards.mixtures import read_mixture
-from examples.mimo.shards.write import Options, index_shards, prepare
+from examples.mimo.shards.write import WriteOptions, index_shards, prepare_shards
 from tests.shards import broken
 
 pytest.importorskip("megatron.energon")
@@ -28,7 +28,7 @@ from examples.mimo.shards.read import (
 )
 from examples.mimo.shards.resume import from_plain, to_plain
 
-ROW = 256
+SEQ_LENGTH = 256
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def shards(tiny, data_folder, tmp_path_factory):
             question = f"{number}. " + "what is this? " * (number % 7)
             turns = broken.turns(question, "it is a digit") * (1 + number % 2)
             lines.write(json.dumps({"key": f"k{number}", "conversations": turns}) + "\n")
-    prepare(options(folder / "m.jsonl", folder / "out", folder), tiny)
+    prepare_shards(options(folder / "m.jsonl", folder / "out", folder), tiny)
     return folder / "out"
 
 
@@ -48,12 +48,12 @@ def shards(tiny, data_folder, tmp_path_factory):
 def spoken(tiny, data_folder, tmp_path_factory):
     """Pictures and recordings."""
     output = tmp_path_factory.mktemp("spoken") / "out"
-    prepare(options(data_folder / "train.jsonl", output, data_folder), tiny)
+    prepare_shards(options(data_folder / "train.jsonl", output, data_folder), tiny)
     return output
 
 
 def options(manifest, output, media):
-    return Options(manifest, media, output, {"train": 0.9, "val": 0.1}, 10**6, 60, 2)
+    return WriteOptions(manifest, media, output, {"train": 0.9, "val": 0.1}, 10**6, 60, 2)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def read(tiny, tokenizer, shards):
     started = []
 
     def start(rank=0, ranks=1, workers=0, path=shards, packing=None, max_bad=100, seed=1, size=4):
-        packed = functools.partial(collate_packed, multiple=ROW)
+        packed = functools.partial(collate_packed, multiple=SEQ_LENGTH)
         encoder = ConversationEncoder(reader, packed if packing else collate, max_bad, packing)
         places = worker_config(rank, ranks, workers, seed)
         loader = training_loader(path, "train", encoder, places, size, 20)
@@ -115,25 +115,25 @@ def next_after_a_stop(start, stop):
     keys(batches, stop)
     file = io.BytesIO()
     torch.save(to_plain(batches.save_state()), file)
-    wanted = [next(batches) for _ in range(6)]
+    expected = [next(batches) for _ in range(6)]
     file.seek(0)
     again = start()
     again.restore_state(from_plain(torch.load(file, weights_only=True)))
-    return wanted, [next(again) for _ in range(6)]
+    return expected, [next(again) for _ in range(6)]
 
 
-@pytest.mark.parametrize("packing", [None, Packing(30, ROW)])
+@pytest.mark.parametrize("packing", [None, Packing(30, SEQ_LENGTH)])
 @pytest.mark.parametrize("stop", [1, 7, 45, 47, 49, 51])
 def test_the_next_batch_after_a_stop_is_the_one_that_would_have_come(read, packing, stop):
     """Inside an epoch, at its end, where the shuffle buffer empties, and in the next one."""
-    wanted, found = next_after_a_stop(lambda: read(packing=packing), stop)
-    assert [batch.keys for batch in found] == [batch.keys for batch in wanted]
+    expected, resumed = next_after_a_stop(lambda: read(packing=packing), stop)
+    assert [batch.keys for batch in resumed] == [batch.keys for batch in expected]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_media_after_a_stop_are_the_same(read, spoken, workers):
-    wanted, found = next_after_a_stop(lambda: read(path=spoken, workers=workers), 5)
-    for mine, batch in zip(found, wanted, strict=True):
+    expected, resumed = next_after_a_stop(lambda: read(path=spoken, workers=workers), 5)
+    for mine, batch in zip(resumed, expected, strict=True):
         assert mine.keys == batch.keys
         assert torch.equal(mine.input_ids, batch.input_ids)
         for name, inputs in batch.modality_inputs.items():
@@ -141,20 +141,20 @@ def test_media_after_a_stop_are_the_same(read, spoken, workers):
                 assert torch.equal(mine.modality_inputs[name][key], tensor)
 
 
-def test_packed_rows_are_full_and_samples_whole(read, tiny, tokenizer, count):
-    packed = read(packing=Packing(90, ROW))
-    rows = []
-    while sum(len(row.keys) for row in rows) < 3 * count:
-        rows.append(next(packed))
-    assert {row.seq_length for row in rows} == {ROW}
-    assert sum(row.num_tokens for row in rows) / (ROW * len(rows)) > 0.95
+def test_packed_sequences_are_full_and_samples_whole(read, tiny, tokenizer, count):
+    packed = read(packing=Packing(90, SEQ_LENGTH))
+    batches = []
+    while sum(len(batch.keys) for batch in batches) < 3 * count:
+        batches.append(next(packed))
+    assert {batch.seq_length for batch in batches} == {SEQ_LENGTH}
+    assert sum(batch.num_tokens for batch in batches) / (SEQ_LENGTH * len(batches)) > 0.95
     # At an epoch's end a buffer holds some of the next.
-    times = collections.Counter(flat(row.keys for row in rows))
+    times = collections.Counter(flat(batch.keys for batch in batches))
     assert len(times) == count
     assert set(times.values()) <= {2, 3, 4}
-    for row in rows[:5]:
-        assert len(row.cu_seqlens) == len(row.keys) + 1
-        starts = row.input_ids[0, torch.tensor(row.cu_seqlens[:-1])]
+    for batch in batches[:5]:
+        assert len(batch.cu_seqlens) == len(batch.keys) + 1
+        starts = batch.input_ids[0, torch.tensor(batch.cu_seqlens[:-1])]
         assert set(starts.tolist()) == {tokenizer.bos_id}
 
 
@@ -194,13 +194,13 @@ def test_a_mixture_draws_by_weight(read, shards, tmp_path):
     [
         ({"blend": [{"path": "none"}]}, "no .nv-meta in it"),
         ({"blend": [{"path": "x", "weight": 0}]}, "must be above 0"),
-        ({"blend": [{"path": "x", "aux": {}}]}, "is not understood"),
-        ({"join": []}, "is not understood"),
-        ({"path": "mix.yaml"}, "holds itself"),
-        ([], "an empty mixture"),
+        ({"blend": [{"path": "x", "aux": {}}]}, "is not an entry of a mixture"),
+        ({"join": []}, "is not an entry of a mixture"),
+        ({"path": "mix.yaml"}, "includes itself"),
+        ([], "has no entries"),
     ],
 )
-def test_mixtures_that_are_none(tmp_path, train, message):
+def test_malformed_mixtures(tmp_path, train, message):
     path = write_mixture(tmp_path / "mix.yaml", train)
     with pytest.raises(ValueError, match=message):
         read_mixture(path, "train")
@@ -217,7 +217,7 @@ def test_a_mixture_names_no_code(tmp_path):
 
 
 def test_a_split_that_is_not_there(shards, tmp_path):
-    with pytest.raises(ValueError, match=r"no split 'test' in it; there is train, val"):
+    with pytest.raises(ValueError, match=r"no split 'test' in it; it has train, val"):
         read_mixture(shards, "test")
     with pytest.raises(ValueError, match=r"neither a folder of shards nor"):
         read_mixture(tmp_path / "none", "train")
@@ -237,14 +237,14 @@ def test_broken_samples_are_skipped_and_named(read, broken_shards, workers):
     good = {f"good-{number}" for number in range(60)}
     # What comes after the last good sample is named by the next epoch's first batch.
     assert set(flat(batch.keys for batch in found)) <= good
-    refused = {bad.key: bad.reason for batch in found for bad in batch.bad_samples}
+    bad_samples = {bad.key: bad.reason for batch in found for bad in batch.bad_samples}
     cases = broken.cases()
     assert len(cases) == 60
-    assert len(refused) >= 50
+    assert len(bad_samples) >= 50
     for key, _, _, words in cases:
-        if key in refused:
-            assert re.search(f"{words}|not JSON|bytes", refused[key]), (key, refused[key])
-            assert "Error: " not in refused[key]
+        if key in bad_samples:
+            assert re.search(f"{words}|not JSON|bytes", bad_samples[key]), (key, bad_samples[key])
+            assert "Error: " not in bad_samples[key]
 
 
 def test_nothing_but_bad_samples_ends_the_run(read, broken_shards):
@@ -254,3 +254,8 @@ def test_nothing_but_bad_samples_ends_the_run(read, broken_shards):
     batches = read(path=broken_shards, max_bad=3, workers=2)
     with pytest.raises(ValueError, match=r"^4 samples since .* --max-bad-samples 3; the last: "):
         keys(batches, 60)
+
+
+def test_a_split_with_fewer_samples_than_readers(read, shards):
+    with pytest.raises(ValueError, match=r"fewer than 2000 readers \(1000 data-parallel ranks x 2"):
+        read(ranks=1000, workers=2)

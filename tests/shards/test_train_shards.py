@@ -163,11 +163,14 @@ def test_windows_and_tiles_train_alike_at_every_layout(data_folder, tmp_path):
     longer += ("images.encoder.fit=pad",)
     output = ("--output", str(tmp_path / "shards"), "--splits", "train=1")
     refused = run_command("prepare_data.py", "webdataset", "--manifest", str(manifest), *output)
-    assert refused.returncode == 0, refused.stderr
-    assert re.search(r"train 4 samples .*; 12 refused", refused.stderr)
+    assert refused.returncode == 2, refused.stderr
+    assert "tiny_avlm can use 4 samples of 16, less than half" in refused.stderr
+    assert not (tmp_path / "shards").exists()
     command = ("prepare_data.py", "webdataset", "--manifest", str(manifest), *output)
-    done = run_command(*command, "--overwrite", *longer)
-    assert re.search(r"train 16 samples in 1 shards$", done.stderr.strip()), done.stderr
+    done = run_command(*command, *longer)
+    assert re.search(r"train 16 samples for tiny_avlm in 1 shards$", done.stderr.strip()), (
+        done.stderr
+    )
     more = ("--seq-length", "256", "--tokenizer-model", str(data_folder), *longer)
     shards, start = tmp_path / "shards", tmp_path / "start"
     train(shards, start, *more, "--train-iters", "4", "--exit-interval", "1", processes=1)
@@ -202,7 +205,7 @@ def test_videos_in_the_layout_of_megatrons_example_train(data_folder, tmp_path):
     small = ("--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128")
     small += ("--num-attention-heads", "4", "--num-query-groups", "2", "--kv-channels", "16")
     small += ("--seq-length", "512", "--set", "videos.encoder.num_layers=2")
-    small += ("videos.encoder.width=64", "videos.encoder.num_heads=4")
+    small += ("videos.encoder.hidden_size=64", "videos.encoder.num_attention_heads=4")
     small += ("videos.encoder.image_size=56",)
     more = ("--model-provider", "video_llava_vlm", "--dataset-provider", "video_llava_vlm", *small)
     found = train(
@@ -247,7 +250,7 @@ def test_killed_five_times_the_samples_are_the_same(shapes, tmp_path, layout, wo
         assert again[iteration]["loss"] == pytest.approx(row["loss"], rel=1e-6)
 
 
-def test_packed_rows_train(spoken, tmp_path):
+def test_packed_sequences_train(spoken, tmp_path):
     packed = (
         "--packing-buffer-size",
         "100",
@@ -267,7 +270,7 @@ def test_packed_rows_train(spoken, tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_of_the_shapes_are_97_percent_full(shapes, tmp_path):
+def test_packed_sequences_of_the_shapes_are_97_percent_full(shapes, tmp_path):
     packed = ("--packing-buffer-size", "300", "--total-seq-length", "512")
     found = train(shapes, tmp_path / "one", *packed, "--micro-batch-size", "1", "--train-iters=50")
     samples = sum(len(row["keys"]) for row in found.values())

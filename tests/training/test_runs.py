@@ -5,7 +5,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from examples.mimo.configs import MODEL_PROVIDERS
+from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from tests.conftest import run_command, run_train
 
 # LLaVA's width and depth are for clusters; its shapes otherwise stay.
@@ -14,22 +14,22 @@ SMALL = (
     *("--num-attention-heads", "4", "--num-query-groups", "2", "--kv-channels", "16"),
 )
 SMALL_ENCODERS = {
-    "images": ("images.encoder.num_layers=2", "images.encoder.width=64"),
-    "audios": ("audios.encoder.num_layers=1", "audios.encoder.width=64"),
-    "videos": ("videos.encoder.num_layers=2", "videos.encoder.width=64"),
+    "images": ("images.encoder.num_layers=2", "images.encoder.hidden_size=64"),
+    "audios": ("audios.encoder.num_layers=1", "audios.encoder.hidden_size=64"),
+    "videos": ("videos.encoder.num_layers=2", "videos.encoder.hidden_size=64"),
 }
-SMALL_HEADS = {name: (f"{name}.encoder.num_heads=4",) for name in SMALL_ENCODERS}
+SMALL_HEADS = {name: (f"{name}.encoder.num_attention_heads=4",) for name in SMALL_ENCODERS}
 MODALITIES = {"llava_vlm": ("images",), "video_llava_vlm": ("videos",)}
 MODALITIES["llava_avlm"] = ("images", "audios")
 for name in ("scale_1b_avlm", "llava_avlm_tuned", "qwen3_avlm", "smollm2_avlm"):
     MODALITIES[name] = MODALITIES["llava_avlm"]
 
-# These have no audio encoder, so they do not fit spoken questions.
+# Spoken questions are asked about images.
 PAIRS = [
     (model, dataset)
     for model in MODEL_PROVIDERS
     for dataset in ("spoken_questions", "mock")
-    if dataset == "mock" or model not in ("llava_vlm", "video_llava_vlm")
+    if dataset == "mock" or {"images", "audios"} <= set(get_model_config(model).modalities)
 ]
 
 
@@ -58,7 +58,7 @@ def test_every_provider_starts(model, dataset, data_folder, tmp_path):
     assert all(0 < row["loss"] < 20 for row in rows)
 
 
-def test_a_model_without_audio_refuses_spoken_questions(data_folder):
+def test_a_model_that_hears_nothing_refuses_spoken_questions(data_folder):
     flags = flags_for("llava_vlm", "spoken_questions", data_folder)
     done = run_command("train.py", *flags)
     assert done.returncode == 2
@@ -94,7 +94,7 @@ def test_the_first_screen_is_the_header(run):
         whole, split, copied, here = (int(n.replace(",", "")) for n in cells[part][2:6])
         assert whole == split + copied
         assert here == 4 * (split // 2 + copied)
-    # What tensor parallelism replicates of the language model are its nine norms.
+    # What the language model copies are its nine norms.
     assert copied == 9 * 128
     assert run[1].stdout == ""
 

@@ -30,7 +30,7 @@ ENDING = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias"}
 def read_variables(file: Path, prefix: str) -> dict[str, np.ndarray]:
     """The variables whose names begin with `prefix`; sizes are checked before they are read."""
     size = file.stat().st_size
-    found = {}
+    variables = {}
     with file.open("rb") as stream:
         (version,) = _unpack(stream, "<I", file)
         if version != VERSION:
@@ -48,10 +48,10 @@ def read_variables(file: Path, prefix: str) -> dict[str, np.ndarray]:
                 raise ValueError(f"{file}: {name} does not fit the file; it is damaged")
             data = stream.read(num_bytes) if name.startswith(prefix) else b""
             if name.startswith(prefix):
-                found[name] = np.frombuffer(data, DTYPES[kind]).reshape(shape)
+                variables[name] = np.frombuffer(data, DTYPES[kind]).reshape(shape)
             else:
                 stream.seek(num_bytes, 1)
-    return found
+    return variables
 
 
 def write_whisper(file: Path, folder: Path) -> None:
@@ -94,9 +94,9 @@ def _tensors(name: str, values: np.ndarray) -> list[tuple[str, torch.Tensor]]:
     ours = f"layers.{layer.removeprefix('layer_')}."
     if inside != "self_attention/linear_0":
         return [(f"{ours}{LAYER[inside]}.{ENDING[ending]}", tensor)]
-    found = zip("qkv", tensor.chunk(3), strict=True)
+    projections = zip("qkv", tensor.chunk(3), strict=True)
     # Whisper's keys have no bias; CTranslate2 keeps zeros in its place.
-    kept = [(side, part) for side, part in found if (side, ending) != ("k", "bias")]
+    kept = [(side, part) for side, part in projections if (side, ending) != ("k", "bias")]
     return [(f"{ours}self_attn.{side}_proj.{ending}", part.clone()) for side, part in kept]
 
 

@@ -61,18 +61,18 @@ def _backbone(file: Path) -> dict[str, torch.Tensor]:
         entry.name: torch.from_numpy(numpy_helper.to_array(entry).copy())
         for entry in graph.initializer
     }
-    found = {n.removeprefix(ROOT): t for n, t in values.items() if n.startswith(ROOT)}
+    tensors = {n.removeprefix(ROOT): t for n, t in values.items() if n.startswith(ROOT)}
     for node in graph.node:
         path = node.name.strip("/").replace("/", ".")
         if node.op_type == "MatMul" and path.startswith(ROOT) and node.input[1] in values:
             name = path.removeprefix(ROOT).removesuffix(".MatMul")
-            found[f"{name}.weight"] = values[node.input[1]].T
-    width = found["embeddings.cls_token"].shape[-1]
+            tensors[f"{name}.weight"] = values[node.input[1]].T
+    width = tensors["embeddings.cls_token"].shape[-1]
     tables = [t for n, t in values.items() if n.startswith("onnx::") and t.shape[:1] == (1,)]
     tables = [t for t in tables if t.ndim == 3 and t.shape[-1] == width]
     if len(tables) != 2:
-        raise ValueError(f"{file}: {len(tables)} position tables found, and 2 are expected")
-    found["embeddings.position_embeddings"] = torch.cat(
+        raise ValueError(f"{file}: {len(tables)} position tables, but 2 are expected")
+    tensors["embeddings.position_embeddings"] = torch.cat(
         sorted(tables, key=lambda table: table.shape[1]), dim=1
     )
-    return found
+    return tensors

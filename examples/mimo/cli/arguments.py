@@ -23,6 +23,7 @@ from examples.mimo.cli.flags import SHARDED, add_own_flags
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields, with_token_ids
 from examples.mimo.modalities.audio import whisper_fields
+from examples.mimo.modalities.base import MLPProjectorConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.mimo import check_freeze
 from examples.mimo.planner.stages import balance_stages, num_micro_batches
@@ -273,10 +274,13 @@ def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
     else:
         _check_colocated(args, colocated_encoder_tp(args))
     for name, modality in config.modalities.items():
-        widths = {f"{name}.projector.ffn_hidden_size": modality.projector.ffn_hidden_size}
-        for field in ("num_heads", "ffn_hidden_size"):
-            if hasattr(modality.encoder, field):
-                widths[f"{name}.encoder.{field}"] = getattr(modality.encoder, field)
+        encoder = modality.encoder
+        widths = {
+            f"{name}.encoder.num_attention_heads": encoder.num_attention_heads,
+            f"{name}.encoder.ffn_hidden_size": encoder.ffn_hidden_size,
+        }
+        if isinstance(modality.projector, MLPProjectorConfig):
+            widths[f"{name}.projector.ffn_hidden_size"] = modality.projector.ffn_hidden_size
         _check_widths(widths, "--encoder-tensor-model-parallel-size", sizes[name])
 
 

@@ -1,6 +1,6 @@
-"""What every command shares: one-line errors, a parser, quiet libraries, a process group of one.
+"""What every command shares: one-line errors, a parser, quiet libraries, a progress line.
 
-Progress of many answers.
+Imports nothing slow, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 # Read once, when torch, transformers or CUDA start.
@@ -28,12 +29,13 @@ ENVIRONMENT = {
 
 
 def run(command: str, main: Callable[[], None]) -> None:
-    """`main()`; a ValueError ends the process with one line on stderr and exit status 2.
+    """Call `main`; a ValueError ends the process with one line on stderr and exit status 2.
 
-    Under torchrun every rank meets a wrong input alike, so rank 0 speaks for all; once ranks
-    differ (`speak_for_myself`), whoever meets it says so.
+    Under torchrun every rank meets a wrong input alike, so rank 0 reports for all; once ranks
+    differ (`report_every_rank`), each reports its own errors.
     """
     try:
+        check_source_tree()
         main()
         leave_process_group()
     except SystemExit:
@@ -43,21 +45,41 @@ def run(command: str, main: Callable[[], None]) -> None:
     except ValueError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or _every_rank_reports:
-            alone = os.environ.get("WORLD_SIZE", "1") == "1"
-            who = f" [rank {rank}]" if _every_rank_reports and not alone else ""
-            say(f"{command}{who}: error: {' '.join(str(error).split())}")
-        _end_now(2)
+            single = os.environ.get("WORLD_SIZE", "1") == "1"
+            who = f" [rank {rank}]" if _every_rank_reports and not single else ""
+            log_line(f"{command}{who}: error: {' '.join(str(error).split())}")
+        _exit_now(2)
     except KeyboardInterrupt:
-        _end_now(130)
+        _exit_now(130)
 
 
-def say(line: str) -> None:
-    """A line on stderr, in one write: `print` under torchrun takes two, and ranks share a line."""
+def check_source_tree() -> None:
+    """ValueError when the running script and the imported package are of different clones.
+
+    Python puts a script's own folder on the import path, not the root of its clone, so with the
+    package installed from another clone a script would run that clone's code.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is None:
+        return
+    script_folder, package = Path(script).resolve().parent, Path(__file__).resolve().parents[1]
+    # A script of a test or a benchmark stands in no such folder.
+    in_a_clone = (script_folder / "cli" / "command.py").is_file()
+    if in_a_clone and script_folder != package:
+        root = script_folder.parents[1]
+        raise ValueError(
+            f"this script is {script_folder / Path(script).name}, but the code it would run is "
+            f"that of {package}; run `pip install -e .` in {root}, or set PYTHONPATH={root}"
+        )
+
+
+def log_line(line: str) -> None:
+    """Write a line to stderr in one call: `print` makes two, and ranks under torchrun mingle."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 
-def _end_now(status: int) -> NoReturn:
+def _exit_now(status: int) -> NoReturn:
     """Other ranks may wait in a collective for this one; a normal exit would wait for them."""
     sys.stderr.flush()
     sys.stdout.flush()
@@ -65,21 +87,21 @@ def _end_now(status: int) -> NoReturn:
 
 
 def leave_process_group() -> None:
-    """Gloo's threads abort a process that ends while they run, in one of two tries."""
+    """Close the process group: gloo's threads may abort a process that ends while they run."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, for `run` to print."""
+    """An argument parser that reports a wrong command line in one line, through `run`."""
 
     def error(self, message: str) -> NoReturn:
         refuse(self, message)
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """ValueError with argparse's message, and the flag that was perhaps meant."""
+    """Raise ValueError with argparse's message, and the flag that was perhaps meant."""
     known = [flag for action in parser._actions for flag in action.option_strings]
     wrong = next((word for word in message.split() if word.startswith("--")), "")
     close = difflib.get_close_matches(wrong, set(known) - {wrong}, n=1)
@@ -97,7 +119,7 @@ def report_every_rank() -> None:
 
 
 def prepare_environment() -> None:
-    """Set what libraries read at import; their warnings do not reach the terminal."""
+    """Set what libraries read when they are imported, and keep their warnings off the terminal."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
@@ -105,8 +127,8 @@ def prepare_environment() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def alone_unless_launched() -> None:
-    """Without torchrun a command is a world of one; give it an address."""
+def single_process_unless_launched() -> None:
+    """Without torchrun, set what it would: a world of one process with an address."""
     if "RANK" in os.environ:
         return
     # At port 0 the store takes a free one, which nobody can take first.
@@ -116,25 +138,44 @@ def alone_unless_launched() -> None:
 
 @contextlib.contextmanager
 def stdout_to(path: str) -> Iterator[None]:
-    """What libraries print goes to `path`; a command's own results are printed outside."""
+    """Send what libraries print to the file `path`; a command prints its results outside."""
     with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         yield
 
 
-EVERY_SECONDS = 5.0
+PROGRESS_SECONDS = 5.0
 
 
 class ProgressBar:
-    """Says on stderr how many of `total` are done and how long the rest takes."""
+    """Prints every five seconds how much of a long step is done, and the time left if known.
 
-    def __init__(self, title: str, total: int) -> None:
+    Under torchrun rank 0 prints.
+    """
+
+    def __init__(self, title: str = "", total: int | None = None) -> None:
+        self.begin(title, total)
+
+    def begin(self, title: str, total: int | None) -> None:
+        """A step of `total` items begins now."""
         self.title, self.total = title, total
-        self.started = self.spoken = time.perf_counter()
+        self.started = self.printed = time.perf_counter()
 
     def __call__(self, done: int) -> None:
-        """`done` of them are done."""
+        """`done` items of the step are done."""
         now = time.perf_counter()
-        if now - self.spoken > EVERY_SECONDS and done < self.total and os.environ["RANK"] == "0":
-            self.spoken = now
-            left = (now - self.started) / done * (self.total - done)
-            print(f"  {self.title}: {done} of {self.total}, {left:.0f} s left", file=sys.stderr)
+        finished = self.total is not None and done >= self.total
+        if now - self.printed <= PROGRESS_SECONDS or finished or os.environ.get("RANK", "0") != "0":
+            return
+        self.printed = now
+        rest = ""
+        if self.total is not None:
+            seconds_left = (now - self.started) / max(done, 1) * (self.total - done)
+            rest = f" of {self.total:,}, {seconds_left:.0f} s left"
+        log_line(f"  {self.title}: {done:,}{rest}")
+
+    def step(self, title: str, done: int, total: int | None) -> None:
+        """As a call, for work of several steps: a new title begins a new one."""
+        if title != self.title:
+            self.begin(title, total)
+        self.total = total
+        self(done)

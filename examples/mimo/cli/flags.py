@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 
-from examples.mimo.cli.command import Parser
+from examples.mimo.cli.command import Parser, stdout_to
 from examples.mimo.configs import MODEL_PROVIDERS
 
 # Other names of energon: those of Megatron's own multimodal example.
@@ -17,10 +19,10 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("mimo")
     group.add_argument(
         "--model-provider",
-        choices=tuple(MODEL_PROVIDERS),
         default="tiny_avlm",
-        help="what the model is (%(choices)s; default %(default)s); its sizes become the "
-        "defaults of Megatron's flags",
+        metavar="NAME",
+        help=f"what the model is: {', '.join(MODEL_PROVIDERS)}, or package.module:function "
+        "(default %(default)s); its sizes become the defaults of Megatron's flags",
     )
     group.add_argument(
         "--dataset-provider",
@@ -173,3 +175,32 @@ def help_parser() -> argparse.ArgumentParser:
         "--help-megatron", action="store_true", help="list Megatron's flags (slow) and exit"
     )
     return parser
+
+
+def print_without_training(argv: Sequence[str]) -> bool:
+    """Answer `--help-megatron` or `--dry-run`; False when `argv` asks for a training run."""
+    if "--help-megatron" in argv:
+        _print_megatron_help()
+        return True
+    if any(argument.split("=")[0] == "--dry-run" for argument in argv):
+        from examples.mimo.planner.dry_run import plan
+
+        with stdout_to(os.devnull):
+            report = plan(argv)
+        print(report)
+        return True
+    return False
+
+
+def _print_megatron_help() -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False)
+    add_megatron_arguments(parser)
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            # Some of Megatron's texts hold a bare per cent sign.
+            action.help = str(action.help).replace("%", "%%")
+    parser.print_help()

@@ -1,4 +1,4 @@
-"""A run's first screen: what the model is made of, where its parts live, what trains."""
+"""The header of a run: layout, data, and the size and place of each part of the model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from examples.mimo.training.layout import colocated_encoder_tp, module_of_rank, 
 
 @dataclass(frozen=True)
 class PartSize:
-    """Parameters: `split` over the tensor-parallel ranks (all shares), `copied` to each of them.
+    """Parameters of a part: those tensor parallelism splits, and those each of its ranks copies.
 
-    `here` is what this rank holds: its share and the copies.
+    `split` counts the shares of all ranks; `here` is what this rank holds: its share and copies.
     """
 
     split: int
@@ -33,7 +33,7 @@ class PartSize:
 
 
 def part_sizes(model: StageMimoModel, args: argparse.Namespace) -> dict[str, PartSize]:
-    """The sizes of the parts this stage holds; works on meta tensors too."""
+    """Sizes of the parts that this stage holds; works on meta tensors too."""
     sizes = {"language": args.tensor_model_parallel_size, **args.encoder_tensor_model_parallel_size}
     return {
         name: _size(list(module.parameters()), sizes[name.split(".")[0]])
@@ -54,23 +54,27 @@ def _size(parameters: list[torch.nn.Parameter], tensor_parallel_size: int) -> Pa
 
 
 def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[StageMimoModel]) -> str:
-    """The header, on rank 0; every rank must call it."""
-    mine: dict[str, list[PartSize]] = {}
+    """The text of the header; every rank must call it, rank 0 gets all of it.
+
+    `chunks` are this rank's part of the model, one per virtual pipeline stage.
+    """
+    sizes_here: dict[str, list[PartSize]] = {}
     for chunk in chunks:
         for name, size in part_sizes(chunk, args).items():
-            mine.setdefault(name, []).append(size)
-    everyone: list[Any] = [None] * dist.get_world_size()
+            sizes_here.setdefault(name, []).append(size)
+    of_ranks: list[Any] = [None] * dist.get_world_size()
     stage = mpu.get_pipeline_model_parallel_rank()
-    dist.all_gather_object(everyone, (module_of_rank(args), stage, mine))
-    held = {(module, stage): sizes for module, stage, sizes in everyone}
-    found = {place.label: held[place.module, place.stage] for place in places(args)}
+    dist.all_gather_object(of_ranks, (module_of_rank(args), stage, sizes_here))
+    # Ranks of one place hold the same.
+    held = {(module, stage): sizes for module, stage, sizes in of_ranks}
+    by_place = {place.label: held[place.module, place.stage] for place in places(args)}
     lines = [
         f"{config.name}: {layout_name(args)} on {_device()}, {numerics(args)}",
         f"data: {describe_data(args)}; {args.global_batch_size} samples an iteration in "
         f"micro-batches of {args.micro_batch_size}; {args.train_iters} iterations",
-        *parts_table(config, found, is_split(args)),
+        *parts_table(config, by_place, is_split(args)),
     ]
-    if len(found) > 1 and args.rank == 0:
+    if len(by_place) > 1 and args.rank == 0:
         split = predicted_split(args, config, chunks[0].config, workload(args, config))
         lines.append(f"pipeline: {describe_pipeline(split, args)}")
     return "\n".join(lines)
@@ -98,19 +102,20 @@ def layout_name(args: argparse.Namespace) -> str:
 
 
 def _encoders_layout(args: argparse.Namespace) -> str:
-    """What is different about the encoders: ` on ranks 2-5, images TP 2 on ranks 0-1`."""
+    """Where encoders differ from the language model: ` on ranks 2-5; images TP 2 on ranks 0-1;`."""
     placed = placements(args)
     if placed:
-        described = [f"; {one.name}{_sizes(one)}{_on_ranks(one)}" for one in placed[:-1]]
-        return _on_ranks(placed[-1]) + "".join(described) + ";"
+        *encoders, language = placed
+        described = [f"; {e.name}{_parallel_sizes(e)}{_on_ranks(e)}" for e in encoders]
+        return _on_ranks(language) + "".join(described) + ";"
     tp = colocated_encoder_tp(args)
     if tp == args.tensor_model_parallel_size:
         return ""
-    copies = args.world_size // (args.pipeline_model_parallel_size * tp)
-    return f", encoders TP {tp} x DP {copies}"
+    replicas = args.world_size // (args.pipeline_model_parallel_size * tp)
+    return f", encoders TP {tp} x DP {replicas}"
 
 
-def _sizes(placement: Placement) -> str:
+def _parallel_sizes(placement: Placement) -> str:
     sizes = {"TP": placement.tp, "DP": placement.dp}
     split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     return f" {split}" if split else ""
@@ -136,50 +141,50 @@ def _device() -> str:
 
 
 def describe_data(args: argparse.Namespace) -> str:
-    """Where samples come from."""
+    """Where samples come from: folder, split, packing."""
     if args.dataset_provider == "mock":
         return "mock (random)"
-    packed = f", packed into rows of {args.total_seq_length}" if args.packing_buffer_size else ""
+    packed = (
+        f", packed into sequences of {args.total_seq_length}" if args.packing_buffer_size else ""
+    )
     return f"{args.data_path[0]}, split {args.train_split}{packed}"
 
 
 def parts_table(
     config: MimoConfig, places: Mapping[str, dict[str, list[PartSize]]], tp: bool
 ) -> list[str]:
-    """A row a part: parameters, whether it trains, and what a rank of each place holds."""
+    """One line per part: parameters, whether it trains, and bytes on a rank of each place."""
     headings = ["part", "trains", "parameters"]
     headings += ["split by TP", "copied"] if tp else []
     headings += [f"{label} rank" for label in places] if len(places) > 1 else ["per rank"]
     rows = [headings]
     stages = list(places.values())
     by_part = {name: [stage.get(name, []) for stage in stages] for name in part_names(config)}
-    for name, found in by_part.items():
-        trains = any(size.trains for sizes in found for size in sizes)
-        rows.append([name, "yes" if trains else "frozen", *_counts(found, tp)])
+    for name, by_stage in by_part.items():
+        trains = any(size.trains for sizes in by_stage for size in sizes)
+        rows.append([name, "yes" if trains else "frozen", *_counts(by_stage, tp)])
     everything = [[s for sizes in stage.values() for s in sizes] for stage in stages]
-    rows.append(["in all", "", *_counts(everything, tp)])
+    rows.append(["total", "", *_counts(everything, tp)])
     return aligned(rows)
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows of as many cells each; the first column starts left, the others end right."""
+    """Lines of a table with as many cells each: the first column left-aligned, others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + _row(row, widths) for row in rows]
+    return [
+        "  "
+        + "  ".join(
+            f"{cell:>{width}}" if column else f"{cell:<{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _counts(stages: list[list[PartSize]], tp: bool) -> list[str]:
-    """The cells of sizes that lie on each stage."""
+    """Cells for the parts' sizes on each stage: parameters in total, bytes by stage."""
     split = sum(size.split for sizes in stages for size in sizes)
     copied = sum(size.copied for sizes in stages for size in sizes)
     cells = [f"{split + copied:,}", *([f"{split:,}", f"{copied:,}"] if tp else [])]
-    return cells + [_bytes(sum(size.here_bytes for size in sizes)) for sizes in stages]
-
-
-def _row(cells: list[str], widths: list[int]) -> str:
-    first = f"{cells[0]:<{widths[0]}}"
-    rest = (f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
-    return "  ".join([first, *rest]).rstrip()
-
-
-def _bytes(count: int) -> str:
-    return f"{count:,} B" if count else "-"
+    stage_bytes = [sum(size.here_bytes for size in sizes) for sizes in stages]
+    return cells + [f"{count:,} B" if count else "-" for count in stage_bytes]

@@ -1,36 +1,122 @@
-"""The CPU host layer: lets unchanged Megatron-Core run on gloo where CUDA is absent.
+"""Everything this package replaces in torch and Megatron, in one table.
 
-A command calls `install()` first. Where CUDA is available the only thing it changes is what
-`pretrain()` needs to start from a plain wheel; `python -m examples.mimo.compat` prints the table
-of stand-ins with the Megatron call that needs each.
+`replacements()` returns the table and `python -m examples.mimo.compat` prints it: what is
+replaced, and which Megatron file needs that. Nothing else in the package sets an attribute of a
+module or class of theirs.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from examples.mimo.compat.stand_in import StandIn
+
+class Replacement(NamedTuple):
+    """`owner.attribute` becomes `replacement`, for the Megatron file and reason in `needed_by`."""
+
+    owner: Any
+    attribute: str
+    replacement: Any
+    needed_by: str
+
+    @property
+    def name(self) -> str:
+        """The attribute with its full path, as one would type it."""
+        module = self.owner.__name__
+        if isinstance(self.owner, type):
+            module = f"{self.owner.__module__}.{self.owner.__qualname__}"
+        return f"{module}.{self.attribute}"
 
 
 @functools.cache
-def install() -> list[StandIn]:
-    """Put the stand-ins this machine needs in place, once; returns them."""
+def install() -> list[Replacement]:
+    """Make Megatron run on this machine; every command calls this before it imports Megatron.
+
+    With CUDA, one function of Megatron changes: the one that runs `make` in its source tree, which
+    a wheel lacks. Without CUDA, the importing process changes for good:
+
+    - `Tensor.cuda` and `Module.cuda` return the tensor or module as it is, and factories such as
+      `torch.zeros` take `device="cuda"` and `pin_memory=True` to mean plain CPU memory;
+    - `torch.cuda`'s device, stream, event and random-number functions answer for the CPU, while
+      `torch.cuda.is_available()` stays False;
+    - `Tensor.type()` returns a name that equals both `torch.FloatTensor` and its CUDA spelling;
+    - `torch.distributed.barrier` ignores `device_ids`;
+    - Megatron starts without asserting CUDA and does not warm up CUDA kernels;
+    - `TORCHDYNAMO_DISABLE` is set, and threads other than this one compute without helpers.
+
+    A second call changes nothing more. Returns the entries now in place.
+    """
     import torch
 
-    from examples.mimo.compat import cpu, megatron
-
-    stand_ins = []
+    entries = []
     if not torch.cuda.is_available():
+        from examples.mimo.compat import cpu
+
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         cpu.compute_in_this_thread_only()
         os.register_at_fork(after_in_child=cpu.compute_in_this_thread_only)
-        stand_ins += _place(cpu.torch_stand_ins())
-        stand_ins += _place(cpu.megatron_stand_ins())
-    return stand_ins + _place(megatron.stand_ins())
+        # Megatron takes some of these by name when it is imported, so torch comes first.
+        entries += _put_in_place(cpu.torch_replacements())
+        entries += _put_in_place(cpu.megatron_replacements())
+    from examples.mimo.compat import megatron
+
+    return entries + _put_in_place(megatron.wheel_replacements())
 
 
-def _place(stand_ins: list[StandIn]) -> list[StandIn]:
-    for stand_in in stand_ins:
-        setattr(stand_in.owner, stand_in.attribute, stand_in.replacement)
-    return stand_ins
+def install_for_training(observer: Any, saves_checkpoints: bool) -> None:
+    """Let `observer` follow `pretrain()`, and give Megatron what checkpoints need to load and save.
+
+    Call it before the process group starts: saving forks a helper while there are no threads.
+    """
+    from examples.mimo.compat import megatron
+
+    _put_in_place(megatron.observer_hooks(observer))
+    _put_in_place(megatron.adam_replacements())
+    if saves_checkpoints:
+        install_results_queue()
+
+
+def install_results_queue() -> None:
+    """Start the helper through which this rank's checkpoint writers report; once a process."""
+    from examples.mimo.compat import megatron
+
+    _put_in_place(megatron.results_queue_replacement(megatron.start_results_queue()))
+
+
+def install_for_noncolocated(
+    parallel_state: dict[str, Any], wrap_optimizer: Callable[..., Any]
+) -> None:
+    """Give Megatron the parallel state of this rank's module, and an optimizer for all modules.
+
+    `parallel_state` maps Megatron's globals to values; `wrap_optimizer` takes the function that
+    builds Megatron's optimizer and returns the one to call instead.
+    """
+    from examples.mimo.compat import megatron
+
+    _put_in_place(megatron.noncolocated_replacements(parallel_state, wrap_optimizer))
+
+
+def replacements() -> dict[str, list[Replacement]]:
+    """Every entry that this machine needs, by the commands that put it in place."""
+    entries = install()
+    from examples.mimo.compat import megatron
+
+    return {
+        "every command and Mimo.load": entries,
+        "train.py": [
+            *megatron.observer_hooks(None),
+            *megatron.adam_replacements(),
+            *megatron.results_queue_replacement(None),
+        ],
+        "train.py --encoder-ranks": megatron.noncolocated_replacements(
+            megatron.parallel_state_globals(), lambda build: build
+        ),
+    }
+
+
+def _put_in_place(entries: list[Replacement]) -> list[Replacement]:
+    for entry in entries:
+        setattr(entry.owner, entry.attribute, entry.replacement)
+    return entries

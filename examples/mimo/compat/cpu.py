@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from examples.mimo.compat.stand_in import StandIn
+from examples.mimo.compat import Replacement
 
 CPU = torch.device("cpu")
 PROPERTIES = SimpleNamespace(name="CPU", major=0, minor=0, multi_processor_count=1, total_memory=0)
@@ -81,8 +81,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _named_alike(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
     def type_or_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = tensor_type(self, *args, **kwargs)
-        return TensorType(found) if isinstance(found, str) else found
+        result = tensor_type(self, *args, **kwargs)
+        return TensorType(result) if isinstance(result, str) else result
 
     return type_or_name
 
@@ -93,6 +93,10 @@ def _without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
 
 def _returns(value: Any = None) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
+
+
+def _gets_rng_state() -> Callable[..., torch.Tensor]:
+    return lambda *args, **kwargs: torch.get_rng_state()
 
 
 def _sets_rng_state() -> Callable[..., None]:
@@ -120,49 +124,92 @@ def compute_in_this_thread_only() -> None:
     other.join()
 
 
-def torch_stand_ins() -> list[StandIn]:
-    """The entries in torch itself; they must stand before Megatron is imported."""
+def torch_replacements() -> list[Replacement]:
+    """The entries in torch itself; put them in place before Megatron is imported."""
     with torch.device("cpu"):
         torch.empty(0)  # torch now remembers its own factories, for `with torch.device(...)`
-    cuda, tensor, comms = torch.cuda, torch.Tensor, torch.distributed
-    kinds, barrier = _named_alike(tensor.type), _without_device_ids(comms.barrier)
+    cuda, tensor, module, comms = torch.cuda, torch.Tensor, torch.nn.Module, torch.distributed
+    type_name, barrier = _named_alike(tensor.type), _without_device_ids(comms.barrier)
     factories = "training.py, schedules.py, clip_grads.py: device='cuda', pin_memory"
     return [
-        StandIn(cuda, "current_device", _returns(CPU), "training.py and 40 more: device="),
-        StandIn(cuda, "device_count", _returns(1), "initialize.py _set_random_seed"),
-        StandIn(cuda, "set_device", _returns(), "initialize.py _initialize_distributed"),
-        StandIn(cuda, "get_device_properties", _returns(PROPERTIES), "common_utils.py arch"),
-        StandIn(cuda, "get_device_capability", _returns((0, 0)), "core/utils.py"),
-        StandIn(cuda, "synchronize", _returns(), "timers.py, p2p_communication.py"),
-        StandIn(cuda, "empty_cache", _returns(), "training.py train_step"),
-        StandIn(cuda, "Stream", StreamOnCpu, "training.py get_model"),
-        StandIn(cuda, "Event", EventOnCpu, "param_and_grad_buffer.py"),
-        StandIn(cuda, "current_stream", _returns(StreamOnCpu()), "training.py get_model"),
-        StandIn(cuda, "stream", _in_stream, "training.py get_model"),
-        StandIn(cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state(), "checkpointing.py"),
-        StandIn(cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state(), "random.py"),
-        StandIn(cuda, "set_rng_state", _sets_rng_state(), "checkpointing.py"),
-        StandIn(cuda, "manual_seed", lambda seed: torch.manual_seed(seed), "random.py"),
-        StandIn(tensor, "cuda", lambda self, *_, **__: self, "clip_vit_model.py position_ids"),
-        StandIn(torch.nn.Module, "cuda", lambda self, *_, **__: self, "training.py get_model"),
-        StandIn(tensor, "type", kinds, "optimizer.py, clip_grads.py compare type names"),
-        StandIn(comms, "barrier", barrier, "parallel_state.py: gloo takes no device_ids"),
-        *(StandIn(torch, name, _on_cpu(getattr(torch, name)), factories) for name in FACTORIES),
+        Replacement(
+            cuda,
+            "current_device",
+            _returns(CPU),
+            "training.py and 40 more: device=current_device()",
+        ),
+        Replacement(
+            cuda,
+            "device_count",
+            _returns(1),
+            "initialize.py: _set_random_seed asks whether there is any",
+        ),
+        Replacement(
+            cuda, "set_device", _returns(), "initialize.py: _initialize_distributed, its own"
+        ),
+        Replacement(
+            cuda, "get_device_properties", _returns(PROPERTIES), "common_utils.py: architecture"
+        ),
+        Replacement(cuda, "get_device_capability", _returns((0, 0)), "core/utils.py: architecture"),
+        Replacement(
+            cuda, "synchronize", _returns(), "timers.py, p2p_communication.py: wait for kernels"
+        ),
+        Replacement(cuda, "empty_cache", _returns(), "training.py: train_step may empty it"),
+        Replacement(
+            cuda, "Stream", StreamOnCpu, "training.py: get_model wraps with DDP on a side stream"
+        ),
+        Replacement(cuda, "Event", EventOnCpu, "param_and_grad_buffer.py: overlaps communication"),
+        Replacement(
+            cuda,
+            "current_stream",
+            _returns(StreamOnCpu()),
+            "training.py: get_model wraps with DDP on a side stream",
+        ),
+        Replacement(
+            cuda, "stream", _in_stream, "training.py: get_model wraps with DDP on a side stream"
+        ),
+        Replacement(cuda, "get_rng_state", _gets_rng_state(), "checkpointing.py: saves it"),
+        Replacement(
+            cuda.random,
+            "get_rng_state",
+            _gets_rng_state(),
+            "tensor_parallel/random.py: a state per region",
+        ),
+        Replacement(cuda, "set_rng_state", _sets_rng_state(), "checkpointing.py: restores it"),
+        Replacement(
+            cuda,
+            "manual_seed",
+            lambda seed: torch.manual_seed(seed),
+            "tensor_parallel/random.py: seeds",
+        ),
+        Replacement(tensor, "cuda", lambda self, *_, **__: self, "clip_vit_model.py: position_ids"),
+        Replacement(module, "cuda", lambda self, *_, **__: self, "training.py: get_model moves it"),
+        Replacement(tensor, "type", type_name, "optimizer.py, clip_grads.py: compare type names"),
+        Replacement(comms, "barrier", barrier, "parallel_state.py: gloo takes no device_ids"),
+        *(Replacement(torch, name, _on_cpu(getattr(torch, name)), factories) for name in FACTORIES),
     ]
 
 
-def megatron_stand_ins() -> list[StandIn]:
-    """The entries in Megatron; importing it is slow, so a command does this once."""
+def megatron_replacements() -> list[Replacement]:
+    """The entries in Megatron for a machine without CUDA; its import takes seconds."""
     import megatron.core.tensor_parallel.random as random
     import megatron.training.initialize as initialize
     import megatron.training.training as training
 
+    # Two objects: an object under two names breaks torch's compiler, see the title.
     start = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     start_too = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    warm_up = "training.py: warms up CUDA kernels, with random numbers the CPU's generator shares"
+    never = "tensor_parallel/random.py: defers it until CUDA starts, which never happens"
     return [
-        StandIn(training, "initialize_megatron", start, "training.py pretrain asserts CUDA"),
-        StandIn(initialize, "initialize_megatron", start_too, "initialize.py asserts CUDA"),
-        StandIn(training, "set_jit_fusion_options", _returns(), "training.py warms CUDA kernels"),
-        StandIn(training, "report_memory", _returns(), "training.py reads CUDA's allocator"),
-        StandIn(random, "_set_cuda_rng_state", _sets_rng_state(), "random.py waits for CUDA"),
+        Replacement(training, "initialize_megatron", start, "training.py: pretrain asserts CUDA"),
+        Replacement(
+            initialize,
+            "initialize_megatron",
+            start_too,
+            "initialize.py: asserts CUDA when answering, too",
+        ),
+        Replacement(training, "set_jit_fusion_options", _returns(), warm_up),
+        Replacement(training, "report_memory", _returns(), "training.py: reads CUDA's allocator"),
+        Replacement(random, "_set_cuda_rng_state", _sets_rng_state(), never),
     ]

@@ -1,45 +1,171 @@
-"""Adam with one step count per parameter group, as Apex and Transformer Engine keep it.
+"""What is replaced in Megatron on every machine, and what training replaces on top.
 
-Megatron's distributed optimizer saves and reloads that form in every layout; with torch's own
-AdamW, whose step is a tensor per parameter, its checkpoints do not reload
-(distrib_optimizer.py, `load_state_dict`). Where Apex or Transformer Engine is installed theirs
-is used and `install()` does nothing.
-
-The queue through which the writers of a checkpoint report, served by a helper process.
-
-What `pretrain()` lacks when Megatron comes from its wheel, on GPUs as on CPUs.
+`wheel_replacements` are for every command. The others are for training: hooks that let an
+observer follow `pretrain()`, which has no callbacks; an Adam whose checkpoints reload; the queue
+of checkpoint writers; and what encoders on ranks of their own need.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+import megatron.core.datasets.utils as dataset_utils
 import torch
-from megatron.core import optimizer
+from megatron.core import optimizer, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
+from megatron.training import training
 
-from examples.mimo.compat.stand_in import StandIn
+from examples.mimo.compat import Replacement
 
 
-def install_adam() -> None:
-    """Give Megatron this Adam where it would fall back to torch's."""
-    if optimizer.USING_PYTORCH_OPTIMIZER:
-        optimizer.Adam = GroupStepAdam
-        optimizer.USING_PYTORCH_OPTIMIZER = False
-        distrib_optimizer.HAVE_APEX_OR_TE = True
-        distrib_optimizer.USING_APEX_OPTIMIZER = True
+def wheel_replacements() -> list[Replacement]:
+    """Skip the build of an extension that the wheel already holds."""
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        return []
+    reason = "initialize.py: _compile_dependencies runs make, and the wheel has no Makefile"
+    return [Replacement(dataset_utils, "compile_helpers", lambda: None, reason)]
+
+
+def observer_hooks(observer: Any) -> list[Replacement]:
+    """Functions of Megatron's training loop that tell `observer` where this rank is.
+
+    `observer.enter(phase)` is called before and after each; some also report what they returned.
+    """
+
+    def hook(
+        name: str, phase: str | None, report: Callable[[Any, dict[str, Any]], None] | None = None
+    ) -> Replacement:
+        wrapped = _observed(observer, getattr(training, name), phase, report)
+        return Replacement(training, name, wrapped, "training.py: pretrain() offers no callbacks")
+
+    return [
+        hook(
+            "setup_model_and_optimizer",
+            "building the model and loading weights",
+            lambda result, call: observer.model_built(result[0]),
+        ),
+        hook("build_train_valid_test_data_iterators", "opening the data"),
+        hook("train_step", "iteration {iteration}, computing"),
+        hook(
+            "training_log",
+            None,
+            lambda result, call: observer.iteration_done(
+                call["loss_dict"], call["learning_rate"], call["iteration"], call["grad_norm"]
+            ),
+        ),
+        hook("save_checkpoint_and_time", "iteration {iteration}, saving a checkpoint"),
+        hook(
+            "evaluate",
+            "evaluation after iteration {iteration}",
+            lambda result, call: observer.evaluated(result[0]),
+        ),
+    ]
+
+
+def _observed(
+    observer: Any,
+    function: Callable[..., Any],
+    phase: str | None,
+    report: Callable[[Any, dict[str, Any]], None] | None,
+) -> Callable[..., Any]:
+    """`function` within `phase`; `report` gets its result and its arguments by name."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        if phase:
+            observer.enter(phase)
+        result = function(*args, **kwargs)
+        if report:
+            report(result, signature.bind(*args, **kwargs).arguments)
+        if phase:
+            observer.enter("after iteration {iteration}")
+        return result
+
+    return observed
+
+
+def adam_replacements() -> list[Replacement]:
+    """Our Adam where Megatron would fall back to torch's: without Apex and Transformer Engine."""
+    if not optimizer.USING_PYTORCH_OPTIMIZER and optimizer.Adam is not GroupStepAdam:
+        return []
+    which = "optimizer/__init__.py: picks torch's AdamW, whose distributed checkpoints do not load"
+    state = "distrib_optimizer.py: load_state_dict knows the step of Apex's and TE's Adam only"
+    return [
+        Replacement(optimizer, "Adam", GroupStepAdam, which),
+        Replacement(optimizer, "USING_PYTORCH_OPTIMIZER", False, which),
+        Replacement(distrib_optimizer, "HAVE_APEX_OR_TE", True, state),
+        Replacement(distrib_optimizer, "USING_APEX_OPTIMIZER", True, state),
+    ]
+
+
+def results_queue_replacement(queue: Any) -> list[Replacement]:
+    """The queue through which the writers of a checkpoint report, from `start_results_queue`."""
+    reason = (
+        "filesystem_async.py: starts an interpreter on each rank at the first save, which "
+        "outlives a rank that is killed or fails"
+    )
+    return [Replacement(filesystem_async, "_results_queue", queue, reason)]
+
+
+def start_results_queue() -> Any:
+    """A queue served by a forked helper, which ends when this process does, however that is.
+
+    Call it while this process has no threads: a fork keeps the locks that others hold.
+    """
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_end_with_parent)
+    return manager.Queue()
+
+
+def _end_with_parent() -> None:
+    def wait_for_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def parallel_state_globals() -> dict[str, Any]:
+    """Megatron's process groups and sizes of this rank: the globals of `parallel_state`."""
+    state = vars(parallel_state)
+    return {name: state[name] for name in state if name.startswith("_") and name.isupper()}
+
+
+def noncolocated_replacements(
+    state: dict[str, Any], wrap_optimizer: Callable[..., Any]
+) -> list[Replacement]:
+    """Parallel state of one module, and an optimizer whose gradient norm spans all modules."""
+    one_model = "parallel_state.py: knows the groups of one model, and each module has its own"
+    one_norm = "training.py: setup_model_and_optimizer clips the gradient of this rank's module"
+    build = wrap_optimizer(training.get_megatron_optimizer)
+    return [
+        Replacement(training, "get_megatron_optimizer", build, one_norm),
+        *(Replacement(parallel_state, name, value, one_model) for name, value in state.items()),
+    ]
 
 
 class GroupStepAdam(torch.optim.Optimizer):
-    """Adam (arXiv:1412.6980), or AdamW (arXiv:1711.05101) when `adam_w_mode`."""
+    """Adam (arXiv:1412.6980), or AdamW (arXiv:1711.05101) when `adam_w_mode`.
+
+    Keeps one step count per parameter group, as Apex and Transformer Engine do. Megatron's
+    distributed optimizer saves and reloads that form in every layout; with torch's own AdamW,
+    whose step is a tensor per parameter, its checkpoints do not reload.
+    """
 
     def __init__(
         self,
@@ -89,36 +215,3 @@ class GroupStepAdam(torch.optim.Optimizer):
         torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
         torch._foreach_add_(denominator, group["eps"])
         torch._foreach_addcdiv_(params, first, denominator, -lr / (1 - beta1**step))
-
-
-def install_results_queue() -> None:
-    """Fork the helper, while there are no threads; it ends when this process does, however that is.
-
-    Megatron's own starts an interpreter on each rank at the first save, and outlives a rank that
-    is killed or fails.
-    """
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(_end_with_parent)
-    filesystem_async._results_queue = manager.Queue()
-
-
-def _end_with_parent() -> None:
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    threading.Thread(target=_watch_parent, daemon=True).start()
-
-
-def _watch_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def stand_ins() -> list[StandIn]:
-    """Skip the build of an extension that is built already."""
-    import megatron.core.datasets.utils as dataset_utils
-
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-        return []
-    reason = "initialize.py _compile_dependencies: runs make, and the wheel has no Makefile"
-    return [StandIn(dataset_utils, "compile_helpers", lambda: None, reason)]

@@ -1,13 +1,18 @@
-"""The registry: `--model-provider` names and where each config is written."""
+"""The registry of models: `--model-provider` names, and the functions that they stand for."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from dataclasses import replace
+from typing import Any
 
 from examples.mimo.configs.schema import MimoConfig
 
 MODEL_PROVIDERS = {
     "tiny_avlm": "examples.mimo.configs.tiny_avlm",
+    "sensor_lm": "examples.mimo.configs.sensor_lm",
     "llava_vlm": "examples.mimo.configs.llava",
     "video_llava_vlm": "examples.mimo.configs.llava",
     "llava_avlm": "examples.mimo.configs.llava",
@@ -19,10 +24,54 @@ MODEL_PROVIDERS = {
 
 
 def get_model_config(name: str) -> MimoConfig:
-    """The config called `name`; ValueError lists the names there are."""
-    if name not in MODEL_PROVIDERS:
+    """The config of an entry of the registry, or what `package.module:function` returns.
+
+    The module is found as Python finds it, and then in the current directory. Whatever goes wrong
+    is a ValueError of one line. A config from a function of one's own is named by its path, so
+    that a checkpoint knows where it came from.
+    """
+    flag = f"--model-provider {name}"
+    if name in MODEL_PROVIDERS:
+        config = _call(flag, MODEL_PROVIDERS[name], name)
+        if config.name != name:
+            raise ValueError(f"{flag}: this config calls itself {config.name!r}; give it its name")
+        return config
+    module, colon, function = name.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), function]):
         raise ValueError(
-            f"unknown --model-provider {name}; choose one of {', '.join(MODEL_PROVIDERS)}"
+            f"unknown {flag}; choose one of {', '.join(MODEL_PROVIDERS)}, or write "
+            "package.module:function"
         )
-    module = importlib.import_module(MODEL_PROVIDERS[name])
-    return getattr(module, name)()
+    # At the end of the path and for this import only: nothing in the current directory may stand
+    # in for a package that is imported later, or that is not installed.
+    folder = os.getcwd()
+    is_new = folder not in sys.path
+    if is_new:
+        sys.path.append(folder)
+    try:
+        return replace(_call(flag, module, function), name=name)
+    finally:
+        if is_new:
+            sys.path.remove(folder)
+
+
+def _call(flag: str, module_name: str, function: str) -> Any:
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(f"{flag}: importing {module_name} failed: {_one_line(error)}") from error
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"{flag}: {module_name} has no function {function}")
+    try:
+        config = getattr(module, function)()
+    except Exception as error:
+        raise ValueError(f"{flag}: {function}() failed: {_one_line(error)}") from error
+    if not isinstance(config, MimoConfig):
+        raise ValueError(f"{flag}: {function}() returned a {type(config).__name__}, no MimoConfig")
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    """The error's first line, with its type unless that is this package's own ValueError."""
+    text = next(iter(str(error).splitlines()), "")
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"

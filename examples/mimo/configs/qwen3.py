@@ -1,4 +1,4 @@
-"""Qwen3-8B with SigLIP's eyes and Whisper large-v3's ears: what one would choose today."""
+"""Qwen3-8B with SigLIP and Whisper large-v3: the parts one would choose today."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from examples.mimo.configs.schema import (
     LanguageConfig,
     MimoConfig,
     ModalityConfig,
-    ProjectorConfig,
 )
 from examples.mimo.modalities.audio import WhisperConfig
+from examples.mimo.modalities.base import MLPProjectorConfig
 from examples.mimo.modalities.image import VitConfig
 
 
 def qwen3_avlm() -> MimoConfig:
-    """729 tokens a picture at 384 px; 30 seconds of sound are 1,500 tokens.
+    """729 tokens an image at 384 px; 30 seconds of audio are 1,500 tokens.
 
-    The placeholders take two rows of the embedding table that Qwen's tokenizer leaves unused.
-    Both towers and the language model start frozen; `--freeze images.encoder audios.encoder`
-    trains the language model too.
-
-    Million parameters: images.encoder 413.0, images.projector 21.5, audios.encoder 635.1,
-    audios.projector 22.0, language 8190.7.
-    Before activations a rank of TP 4 in bf16 holds 4.50 GiB.
+    The placeholders take two entries of the embedding table that Qwen's tokenizer leaves unused.
+    Only the projectors train; `--freeze images.encoder audios.encoder` trains the language model
+    too.
 
     torchrun --nproc-per-node 8 examples/mimo/train.py --model-provider qwen3_avlm --bf16
     --tensor-model-parallel-size 4 --pretrained-checkpoint START
@@ -53,11 +49,11 @@ def qwen3_avlm() -> MimoConfig:
                     image_size=384,
                     patch_size=14,
                     num_layers=27,
-                    width=1152,
-                    num_heads=16,
+                    hidden_size=1152,
+                    num_attention_heads=16,
                     ffn_hidden_size=4304,
                 ),
-                projector=ProjectorConfig(ffn_hidden_size=4096),
+                projector=MLPProjectorConfig(ffn_hidden_size=4096),
             ),
             "audios": ModalityConfig(
                 singular="audio",
@@ -68,11 +64,11 @@ def qwen3_avlm() -> MimoConfig:
                     hop_samples=160,
                     window_seconds=30.0,
                     num_layers=32,
-                    width=1280,
-                    num_heads=20,
+                    hidden_size=1280,
+                    num_attention_heads=20,
                     ffn_hidden_size=5120,
                 ),
-                projector=ProjectorConfig(ffn_hidden_size=4096),
+                projector=MLPProjectorConfig(ffn_hidden_size=4096),
             ),
         },
         chat=ChatTemplate(

@@ -1,7 +1,7 @@
 """What a model is: plain values, complete when built, without a GPU or Megatron in sight.
 
-A `MimoConfig` holds a language model and a dict of modalities. A modality is an encoder
-config (see `EncoderConfig`), a projector, and the placeholder that stands for it in text.
+A `MimoConfig` holds a language model and a dict of modalities. A modality is an encoder, a
+projector (see `modalities/base.py` for both) and the placeholder that stands for it in text.
 A variant is a function that derives from another config with `dataclasses.replace`.
 """
 
@@ -10,78 +10,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import ModuleSpec
+    from examples.mimo.modalities.base import EncoderConfig, ProjectorConfig
 
-    from examples.mimo.modalities.base import Source
-    from examples.mimo.planner.flops import Flops
-
-
-class EncoderConfig(Protocol):
-    """What the package asks of a modality; a dataclass beside its encoder implements it.
-
-    An item may be several of the encoder's inputs: windows of a recording, tiles of a picture.
-    `hidden_size` is the width of the features that leave the encoder, `max_tokens` the most rows
-    of the language model that one input takes, `max_inputs` the most inputs of one item.
-    """
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def max_tokens(self) -> int: ...
-
-    @property
-    def max_inputs(self) -> int: ...
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """How names of this modality's files end, in lower case."""
-
-    def read(self, source: Source) -> Any:
-        """A decoded file, checked: ValueError with one line on anything that is not one."""
-
-    def augment(self, raw: Any, generator: np.random.Generator) -> Any:
-        """A slightly different `raw`, for training."""
-
-    def describe(self, raw: Any) -> str:
-        """A few words about an item's size, for statistics."""
-
-    def preview(self, raw: Any) -> list[tuple[str, bytes]]:
-        """What the encoder sees or hears of an item, as files for a browser: (type, content)."""
-
-    def blank(self, raw: Any) -> Any:
-        """`raw` with its content gone and its shape kept; measures how much it is used."""
-
-    def preprocess(self, raw: Any) -> dict[str, torch.Tensor]:
-        """The encoder's inputs for one item, as many rows in each tensor as it is inputs."""
-
-    def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
-        """How many rows of the language model one item takes."""
-
-    def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Random inputs of the right shapes, for runs without data."""
-
-    def flops(self) -> Flops:
-        """What one input's forward pass costs."""
-
-    def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:
-        """The encoder; its forward takes the batched inputs and returns (tokens, hidden_size)."""
+# Names that mean something else where modalities are told apart by name: a part of the model,
+# Megatron's word for the text embeddings, and the fields of a data record.
+RESERVED_NAMES = ("language", "text", "key", "conversations")
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
     """A Llama-shaped GPT: RMSNorm, rotary positions, SwiGLU, grouped queries, no biases.
 
-    `vocab_size` is the size of the embedding table; it must divide by the tensor-parallel size.
-    `head_dim` is hidden_size / num_attention_heads when None. `rope_scaling_factor` stretches
-    rotary positions as Llama 3 does, from 8,192 positions. `qkv_bias` and `qk_norm` are what
-    Qwen2 and Qwen3 add.
+    `vocab_size` is the size of the embedding table; it must be divisible by the
+    tensor-parallel size. `head_dim` is hidden_size / num_attention_heads when None.
+    `rope_scaling_factor` stretches rotary positions as Llama 3 does, from 8,192 positions.
+    `qkv_bias` and `qk_norm` are what Qwen2 and Qwen3 add.
     """
 
     num_layers: int
@@ -100,6 +46,9 @@ class LanguageConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
 
+    # As of `EncoderConfig`.
+    hf_families: ClassVar[str | None] = "examples.mimo.hf.language:FAMILIES"
+
     @property
     def query_projection_size(self) -> int:
         """The width of all query heads together."""
@@ -113,13 +62,6 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
-class ProjectorConfig:
-    """Two linear layers with a GELU between, as in LLaVA-1.5; sizes in features."""
-
-    ffn_hidden_size: int
-
-
-@dataclass(frozen=True)
 class ModalityConfig:
     """One kind of input; `singular` names it in flags (`--image-path`) and messages."""
 
@@ -128,6 +70,15 @@ class ModalityConfig:
     token_id: int
     encoder: EncoderConfig
     projector: ProjectorConfig
+
+    def __post_init__(self) -> None:
+        if not self.singular.isidentifier():
+            raise ValueError(
+                f"singular {self.singular!r} becomes part of a flag and of a variable's name: use "
+                "letters, digits and underscores"
+            )
+        if not self.placeholder.strip():
+            raise ValueError(f"{self.singular}: the placeholder is empty; write <{self.singular}>")
 
 
 @dataclass(frozen=True)
@@ -166,19 +117,31 @@ class MimoConfig:
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        seen: dict[int, str] = {}
         for name, modality in self.modalities.items():
+            if not name.isidentifier() or name in RESERVED_NAMES:
+                raise ValueError(
+                    f"{self.name}: a modality cannot be called {name!r}; use letters, digits and "
+                    f"underscores, and none of {', '.join(RESERVED_NAMES)}"
+                )
             if not 0 <= modality.token_id < self.language.vocab_size:
                 raise ValueError(
                     f"{self.name}: token id {modality.token_id} of {name} is outside the "
                     f"vocabulary of {self.language.vocab_size}"
                 )
-            if modality.token_id in seen:
-                raise ValueError(
-                    f"{self.name}: {name} and {seen[modality.token_id]} share token id "
-                    f"{modality.token_id}; give each its own"
-                )
-            seen[modality.token_id] = name
+        for attribute, words in (
+            ("token_id", "token id"),
+            ("placeholder", "placeholder"),
+            ("singular", "singular"),
+        ):
+            owners: dict[Any, str] = {}
+            for name, modality in self.modalities.items():
+                value = getattr(modality, attribute)
+                if value in owners:
+                    raise ValueError(
+                        f"{self.name}: {name} and {owners[value]} share {words} {value}; give "
+                        "each its own"
+                    )
+                owners[value] = name
 
 
 def to_dict(config: MimoConfig) -> dict[str, Any]:

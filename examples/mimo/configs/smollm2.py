@@ -1,4 +1,4 @@
-"""Real weights that ordinary Python packages carry, small enough for a CPU."""
+"""SmolLM2 with DINOv2 and Whisper: real weights that Python packages carry, for a CPU."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from examples.mimo.configs.schema import (
     LanguageConfig,
     MimoConfig,
     ModalityConfig,
-    ProjectorConfig,
 )
 from examples.mimo.modalities.audio import WhisperConfig
+from examples.mimo.modalities.base import MLPProjectorConfig
 from examples.mimo.modalities.image import VitConfig
 
 
 def smollm2_avlm() -> MimoConfig:
     """SmolLM2-135M-Instruct with a DINOv2 ViT-S/14 at 224 px and Whisper tiny.en.
 
-    `prepare_data.py real-weights` unpacks the three, `convert.py from-hf` takes them in. Heads
-    allow a tensor-parallel size of 1 or 3. A picture takes 16 tokens, a second of sound 12.5.
-    The projectors train; `make pretrained-demo` does it.
-
-    Million parameters: images.encoder 21.6, images.projector 7.7, audios.encoder 7.6,
-    audios.projector 2.4, language 134.5.
-    Before activations a rank of TP 1 in fp32 holds 0.76 GiB.
+    `prepare_data.py real-weights` unpacks the three, `convert.py from-hf` converts them. The
+    number of heads allows a tensor-parallel size of 1 or 3. An image takes 16 tokens, a second of
+    audio 12.5. Only the projectors train; `make pretrained-demo` does it.
 
     torchrun --nproc-per-node 2 examples/mimo/train.py --model-provider smollm2_avlm
     --pretrained-checkpoint START
@@ -53,15 +49,15 @@ def smollm2_avlm() -> MimoConfig:
                     image_size=224,
                     patch_size=14,
                     num_layers=12,
-                    width=384,
-                    num_heads=6,
+                    hidden_size=384,
+                    num_attention_heads=6,
                     ffn_hidden_size=1536,
                     patches_per_token=16,
                     augment_shift=0.08,
                     augment_degrees=10.0,
                     augment_scale=0.15,
                 ),
-                projector=ProjectorConfig(ffn_hidden_size=1152),
+                projector=MLPProjectorConfig(ffn_hidden_size=1152),
             ),
             "audios": ModalityConfig(
                 singular="audio",
@@ -72,14 +68,14 @@ def smollm2_avlm() -> MimoConfig:
                     hop_samples=160,
                     window_seconds=30.0,
                     num_layers=4,
-                    width=384,
-                    num_heads=6,
+                    hidden_size=384,
+                    num_attention_heads=6,
                     ffn_hidden_size=1536,
                     frames_per_token=4,
                     augment_noise=0.01,
                     augment_shift_seconds=0.3,
                 ),
-                projector=ProjectorConfig(ffn_hidden_size=1152),
+                projector=MLPProjectorConfig(ffn_hidden_size=1152),
             ),
         },
         chat=ChatTemplate(

@@ -7,21 +7,17 @@ from examples.mimo.configs.schema import (
     LanguageConfig,
     MimoConfig,
     ModalityConfig,
-    ProjectorConfig,
 )
 from examples.mimo.modalities.audio import WhisperConfig
+from examples.mimo.modalities.base import MLPProjectorConfig
 from examples.mimo.modalities.image import VitConfig
 
 
 def tiny_avlm() -> MimoConfig:
     """A ViT, a Whisper-shaped encoder and a Llama-shaped GPT, all of width 128.
 
-    Sees 32 x 32 pictures as 16 tokens and hears up to 2.4 seconds as at most 20 tokens.
+    A 32 x 32 image is 16 tokens, and up to 2.4 seconds of audio are at most 20.
     Everything trains; `make demo` does it.
-
-    Million parameters: images.encoder 0.4, images.projector 0.1, audios.encoder 0.5,
-    audios.projector 0.1, language 0.9.
-    Before activations a rank of TP 2 in fp32 holds 0.02 GiB.
 
     torchrun --nproc-per-node 2 examples/mimo/train.py --model-provider tiny_avlm
     --tensor-model-parallel-size 2
@@ -46,14 +42,14 @@ def tiny_avlm() -> MimoConfig:
                     image_size=32,
                     patch_size=8,
                     num_layers=2,
-                    width=128,
-                    num_heads=4,
+                    hidden_size=128,
+                    num_attention_heads=4,
                     ffn_hidden_size=512,
                     augment_shift=0.08,
                     augment_degrees=10.0,
                     augment_scale=0.1,
                 ),
-                projector=ProjectorConfig(ffn_hidden_size=256),
+                projector=MLPProjectorConfig(ffn_hidden_size=256),
             ),
             "audios": ModalityConfig(
                 singular="audio",
@@ -64,14 +60,14 @@ def tiny_avlm() -> MimoConfig:
                     hop_samples=320,
                     window_seconds=2.4,
                     num_layers=2,
-                    width=128,
-                    num_heads=4,
+                    hidden_size=128,
+                    num_attention_heads=4,
                     ffn_hidden_size=512,
                     frames_per_token=3,
                     augment_noise=0.01,
                     augment_shift_seconds=0.2,
                 ),
-                projector=ProjectorConfig(ffn_hidden_size=256),
+                projector=MLPProjectorConfig(ffn_hidden_size=256),
             ),
         },
         chat=ChatTemplate(human="{}\n", answer="{}"),

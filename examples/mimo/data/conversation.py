@@ -75,6 +75,14 @@ class BadSample:
     reason: str
 
 
+@dataclass
+class BadSampleCount:
+    """How many samples a data-parallel rank could not read since training began, and the last."""
+
+    count: int = 0
+    last: BadSample | None = None
+
+
 @dataclass(frozen=True)
 class Sample:
     """One conversation, ready for `collate`.

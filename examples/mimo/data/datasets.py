@@ -6,7 +6,9 @@ Sample `i` is a function of `i` and the seed alone, so a run resumes at any samp
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +25,42 @@ from examples.mimo.data.conversation import (
 )
 
 
+def json_lines(path: Path, max_bytes: int = 2**30) -> Iterator[tuple[int, Any]]:
+    """The number, from 1, and the value of each line of `path` that is not blank.
+
+    A line that is not JSON, or has more than `max_bytes`, gives the ValueError that says so.
+    """
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(max_bytes + 1)
+            if not line:
+                return
+            size = len(line)
+            if size > max_bytes:
+                # The rest is read in pieces, so that memory stays bounded.
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(max_bytes)
+                    size += len(line)
+                yield number, ValueError(f"{size:,} bytes in one line, more than {max_bytes:,}")
+            elif line.strip():
+                try:
+                    yield number, json.loads(line)
+                # Also numbers of too many digits, and half characters.
+                except (ValueError, RecursionError) as error:
+                    yield number, ValueError(f"not JSON ({error})")
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of `path`; ValueError names the line that is not an object."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; prepare_data.py makes a data folder")
     records = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: a sample must be a JSON object")
-            records.append(record)
+    for number, record in json_lines(path):
+        if isinstance(record, ValueError):
+            raise ValueError(f"{path}, line {number}: {record}")
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: a sample must be a JSON object")
+        records.append(record)
     if not records:
         raise ValueError(f"{path}: no samples in this file")
     return records

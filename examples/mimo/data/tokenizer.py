@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import io
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from examples.mimo.configs.schema import MimoConfig
 
 
 class Tokenizer(Protocol):
@@ -133,3 +137,82 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if (path / SENTENCE_PIECE).is_file():
         return SentencePieceTokenizer(path / SENTENCE_PIECE)
     raise ValueError(f"{path}: no tokenizer here (tokenizer.model or tokenizer.json)")
+
+
+# Ids 0 to 3: padding, unknown, begin and end of text.
+NUM_CONTROL_TOKENS = 4
+NUM_BYTES = 256
+
+
+def train_tokenizer(
+    texts: Iterable[str], config: MimoConfig, vocab_size: int | None = None
+) -> bytes:
+    """A SentencePiece model for `config`: BPE with byte fallback, trained on `texts`.
+
+    The placeholders are symbols of their own, at the ids that the config gives them. It has at most
+    `vocab_size` tokens (default: the model's vocabulary), fewer if the text has no more to merge.
+    ValueError when the placeholders or the characters of the text do not fit.
+    """
+    import sentencepiece
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    size = config.language.vocab_size if vocab_size is None else vocab_size
+    placeholders = {m.placeholder: m.token_id for m in config.modalities.values()}
+    _check_vocab_size(size, placeholders, config)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            # Text is encoded as it is, so that decoding gives it back to the character.
+            add_dummy_prefix=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            user_defined_symbols=sorted(placeholders, key=placeholders.__getitem__),
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).rpartition("] ")[2].split())
+        raise ValueError(f"no tokenizer of {size} tokens from this text: {reason}") from None
+    trained = ModelProto.FromString(model.getvalue())
+    # The trainer numbers symbols from 4 on; merges go by score, so that pieces can change places.
+    pieces = [piece for piece in trained.pieces if piece.piece not in placeholders]
+    symbols = {piece.piece: piece for piece in trained.pieces if piece.piece in placeholders}
+    for placeholder, token_id in sorted(placeholders.items(), key=lambda item: item[1]):
+        if token_id > len(pieces):
+            raise ValueError(
+                f"{config.name} has {placeholder} at token id {token_id}, but the text gives only "
+                f"{len(pieces)} tokens; give more text, or a config with a smaller id"
+            )
+        pieces.insert(token_id, symbols[placeholder])
+    del trained.pieces[:]
+    trained.pieces.extend(pieces)
+    return trained.SerializeToString()
+
+
+def _check_vocab_size(size: int, placeholders: Mapping[str, int], config: MimoConfig) -> None:
+    if size > config.language.vocab_size:
+        raise ValueError(
+            f"--vocab-size {size}: {config.name}'s vocabulary holds {config.language.vocab_size}"
+        )
+    smallest = NUM_CONTROL_TOKENS + len(placeholders) + NUM_BYTES
+    if size < smallest:
+        raise ValueError(
+            f"--vocab-size {size}: at least {smallest} are needed for {NUM_CONTROL_TOKENS} control "
+            f"tokens, {len(placeholders)} placeholders and {NUM_BYTES} bytes"
+        )
+    for placeholder, token_id in placeholders.items():
+        if not NUM_CONTROL_TOKENS <= token_id < size:
+            raise ValueError(
+                f"{config.name} has {placeholder} at token id {token_id}; a tokenizer of {size} "
+                f"tokens can place it at {NUM_CONTROL_TOKENS} to {size - 1}"
+            )

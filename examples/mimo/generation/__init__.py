@@ -1,18 +1,30 @@
-"""From prompts with pictures and recordings to answers, at the terminal and in Python.
+"""Answers about media, from a checkpoint: in Python, at the terminal, and for the server.
 
-`Answerer.open(folder)` loads a checkpoint, `read` checks a `Request`, `answer` takes any number of
-them and gives as many `Answer`s; `stream` gives one in pieces.
+    from examples.mimo.generation import Mimo
+    model = Mimo.load("demo/checkpoint")
+    print(model.generate("Which digit is this?", images=["digit.png"], temperature=0.7))
+
+Importing this package imports no Megatron and changes nothing in the process; `Mimo.load` says what
+it replaces.
 """
 
-from examples.mimo import compat
-from examples.mimo.cli import command
+from __future__ import annotations
 
-# Megatron looks for CUDA when it is imported.
-command.prepare_environment()
-compat.install()
+import importlib
+from typing import TYPE_CHECKING
 
-from examples.mimo.generation.api import Answerer, Request  # noqa: E402
-from examples.mimo.generation.sampling import Sampling  # noqa: E402
-from examples.mimo.generation.scheduler import Answer, Options  # noqa: E402
+if TYPE_CHECKING:
+    from examples.mimo.generation.api import Mimo
+    from examples.mimo.generation.sampling import Options, Sampling
 
-__all__ = ["Answer", "Answerer", "Options", "Request", "Sampling"]
+__all__ = ["Mimo", "Options", "Sampling"]
+
+# Imported when first used, so that a module of this package can be imported without torch.
+_MODULES = {"Mimo": "api", "Options": "sampling", "Sampling": "sampling"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module when it is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

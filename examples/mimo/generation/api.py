@@ -1,202 +1,325 @@
-"""One rank reads what is asked; the others follow.
-
-A loaded model that answers requests.
-"""
+"""The Python interface: `Mimo` loads a checkpoint and answers prompts about media."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.distributed as dist
 
+from examples.mimo import compat
 from examples.mimo.checkpoint.description import Checkpoint, open_checkpoint
-from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import Sample, SampleEncoder, Turn
+from examples.mimo.data.conversation import ANSWER_ROLES, FindFile, Sample, SampleEncoder
 from examples.mimo.data.tokenizer import Tokenizer, load_tokenizer
-from examples.mimo.generation.engine import Engine
-from examples.mimo.generation.sampling import numbered
-from examples.mimo.generation.scheduler import DEFAULTS, Answer, Options, Piece, Scheduler
-from examples.mimo.modalities.base import Source
+from examples.mimo.generation.sampling import DEFAULT_OPTIONS, Options, Sampling
+from examples.mimo.modalities.base import Blob, Source
+
+if TYPE_CHECKING:
+    from examples.mimo.generation.scheduler import Answer, Piece, Scheduler
+
+# Finished sequences that the prefix cache keeps, for prompts that start alike.
+PREFIX_CACHE = 4
+BATCH_SIZE = 64
+# Answers are started in the order of their length, sorted over so many batches.
+LOOKAHEAD_BATCHES = 4
+Record = Mapping[str, Any]
 
 
-def share[T](make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, or its ValueError, on every rank."""
-    if dist.get_world_size() == 1:
-        return make()
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = make()
-        except ValueError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found, src=0)
-    value, message = found
-    if message is not None:
-        raise ValueError(message)
-    return value
+class Mimo:
+    """A model that answers prompts about media.
 
+        model = Mimo.load("demo/checkpoint")
+        answer = model.generate("What is it?", images=["digit.png"], audios=["question.wav"])
 
-# Rows that are kept when they are done, for questions that begin like them.
-PREFIXES = 4
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and its files: `files[modality]`, in the order of the placeholders.
-
-    `history` are the turns before it; their files come first in `files`.
+    Media are named by the model's modalities (`model.config.modalities`). On several ranks every
+    rank makes the same calls, and all get the same answers.
     """
 
-    prompt: str
-    files: Mapping[str, Sequence[Source]] = field(default_factory=dict)
-    key: str = "prompt"
-    history: tuple[Turn, ...] = ()
+    @classmethod
+    def load(cls, folder: str | Path, tp: int = 1, pp: int = 1) -> Mimo:
+        """Load the checkpoint in `folder`, on tp x pp ranks under torchrun, else on one process.
 
-
-class Answerer:
-    """Answers requests with the model in a checkpoint; `blank` wipes out modalities' content.
-
-    On several ranks every rank must make the same calls; all get the same answers.
-    """
+        On a machine without CUDA this replaces, for the whole process, what Megatron needs of
+        torch.cuda (`Tensor.cuda`, `Module.cuda`, tensor factories, streams, random state ...);
+        `python -m examples.mimo.compat` lists it all. It must come before the process imports
+        Megatron in another way, sets environment variables that torch and Megatron read, and makes
+        a process group of one where there is none. ValueError, one line, for a wrong checkpoint.
+        """
+        command.prepare_environment()
+        command.single_process_unless_launched()
+        compat.install()
+        with command.stdout_to(os.devnull):
+            return cls(open_checkpoint(Path(folder)), tp, pp)
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         tp: int = 1,
         pp: int = 1,
-        prefixes: int = PREFIXES,
-        graphs: bool = False,
+        prefix_cache: int = PREFIX_CACHE,
+        cuda_graphs: bool = False,
     ) -> None:
-        if graphs and not torch.cuda.is_available():
+        if cuda_graphs and not torch.cuda.is_available():
             raise ValueError("--cuda-graphs needs a CUDA device, and there is none here")
+        # Megatron looks for CUDA when it is imported, so `compat.install` must have run.
+        from examples.mimo.checkpoint.loading import load_model
+        from examples.mimo.generation.engine import Engine
+
         self.config: MimoConfig = checkpoint.config
         self.tokenizer = load_tokenizer(checkpoint.tokenizer)
         # Loading is slow and wrong files are common, so the tokenizer is checked first.
-        self.reader()
+        self.sample_encoder()
         self.model = load_model(checkpoint, tp, pp)
         forbidden = forbidden_tokens(self.tokenizer, self.config)
         self.engine = Engine(
-            self.model, self.config, self.tokenizer.eos_id, forbidden, prefixes, graphs
+            self.model, self.config, self.tokenizer.eos_id, forbidden, prefix_cache, cuda_graphs
         )
 
-    @classmethod
-    def open(cls, folder: str | Path, tp: int = 1, pp: int = 1) -> Answerer:
-        """The model in `folder`; tp x pp processes under torchrun, else this one alone."""
-        command.alone_unless_launched()
-        with command.stdout_to(os.devnull):
-            return cls(open_checkpoint(Path(folder)), tp, pp)
+    @overload
+    def generate(
+        self, prompt: str | None = None, *, batch_size: int = BATCH_SIZE, **keywords: Any
+    ) -> str: ...
 
-    def reader(self, blank: Sequence[str] = ()) -> SampleEncoder:
-        """What turns files and prompts into the model's inputs."""
+    @overload
+    def generate(
+        self, prompt: Sequence[str], *, batch_size: int = BATCH_SIZE, **keywords: Any
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        **keywords: Any,
+    ) -> str | list[str]:
+        """Answer a prompt with a str, or a list of prompts with a list of str.
+
+        `keywords` are the files of each modality, such as `images=["a.png", Path("b.png")]` or
+        the bytes of files, and the fields of `Sampling`, `max_new_tokens` and `stop` (a str or a
+        list). For a list of prompts the media are a list for each prompt: `images=[["a.png"], []]`.
+        Without a prompt the one in the model's config is used. A placeholder such as `<image>` in
+        the prompt says where a file goes; else files come before the prompt.
+        """
+        options, media = self._parse_keywords(keywords)
+        if prompt is None or isinstance(prompt, str):
+            records = [self._record(prompt, media, "prompt")]
+        else:
+            for name, lists in media.items():
+                if not isinstance(lists, list | tuple) or len(lists) != len(prompt):
+                    raise ValueError(
+                        f"{name}: {len(prompt)} prompts need {len(prompt)} lists of files, "
+                        f"not {lists!r:.60}"
+                    )
+            records = [
+                self._record(text, {name: media[name][n] or [] for name in media}, f"prompt {n}")
+                for n, text in enumerate(prompt)
+            ]
+        samples = on_rank_zero(lambda: [self.encode(record) for record in records])
+        texts = [answer.text for answer in self.answer(samples, options, batch_size)]
+        return texts[0] if prompt is None or isinstance(prompt, str) else texts
+
+    def stream(self, prompt: str | None = None, **keywords: Any) -> Iterator[str]:
+        """Answer one prompt in pieces of text, as they are generated; keywords as `generate`."""
+        options, media = self._parse_keywords(keywords)
+        record = self._record(prompt, media, "prompt")
+        sample = on_rank_zero(lambda: self.encode(record))
+        return (piece.text for piece in self.stream_answer(sample, options) if piece.text)
+
+    def sample_encoder(self, blank: Sequence[str] = ()) -> SampleEncoder:
+        """What turns records into the model's inputs; `blank` modalities lose their content."""
         seq_length = self.config.language.seq_length
         return SampleEncoder(self.config, self.tokenizer, seq_length, blank=blank)
 
-    def read(self, request: Request, blank: Sequence[str] = ()) -> Sample:
-        """The request as a sample; ValueError for a file or a placeholder that is wrong.
+    def encode(
+        self, record: Record, find_file: FindFile = Path, blank: Sequence[str] = ()
+    ) -> Sample:
+        """Turn a record of the training data's shape into a sample to answer.
 
-        Files whose placeholder no turn names are put in front of the prompt.
+        Its `conversations` end with a prompt; files that no turn has a placeholder for come before
+        that prompt. Media are file names for `find_file`, paths, or Blobs. ValueError, one line,
+        for a wrong record or whatever reading a file raises.
         """
-        request = self.with_placeholders(request)
-        turns = [*request.history, Turn(is_answer=False, text=request.prompt)]
-        files = {name: list(items) for name, items in request.files.items()}
-        record = {"conversations": turns, **files}
-        return self.reader(blank).encode(record, Path, name=request.key)
+        record = _without_empty_answers(self.with_placeholders(record))
+        return self.sample_encoder(blank).encode(record, find_file)
 
-    def with_placeholders(self, request: Request) -> Request:
-        """The request with a placeholder for every file in front of a prompt that names none."""
-        if any(m.placeholder in request.prompt for m in self.config.modalities.values()):
-            return request
-        return dataclasses.replace(request, prompt=self._placeholders(request) + request.prompt)
+    def with_placeholders(self, record: Record) -> Record:
+        """Put a placeholder for every new file in front of a prompt that names none itself."""
+        turns = record.get("conversations")
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            return record  # which encoding refuses
+        texts = [str(turn.get("value", turn.get("content", ""))) for turn in turns]
+        modalities = self.config.modalities
+        if not texts or any(m.placeholder in texts[-1] for m in modalities.values()):
+            return record
+        history = "".join(
+            text
+            for turn, text in zip(turns[:-1], texts, strict=False)
+            if turn.get("from", turn.get("role")) not in ANSWER_ROLES
+        )
+        placeholders = ""
+        for name, modality in modalities.items():
+            files = record.get(name)
+            count = len(files) if isinstance(files, list) else 0
+            placeholders += modality.placeholder * (count - history.count(modality.placeholder))
+        text_field = "value" if "value" in turns[-1] else "content"
+        last = {**turns[-1], text_field: placeholders + texts[-1]}
+        return {**record, "conversations": [*turns[:-1], last]} if placeholders else record
 
-    def running(self) -> Scheduler:
-        """Nothing yet: answers are started on it. One at a time, so ValueError beside another."""
-        if self.engine.rows:
-            raise ValueError("other answers are being written; close or finish them first")
+    def scheduler(self) -> Scheduler:
+        """A scheduler without answers; ValueError while another one is at work."""
+        from examples.mimo.generation.scheduler import Scheduler
+
+        if self.engine.sequences:
+            raise ValueError("other answers are being generated; close or finish them first")
         return Scheduler(self.engine, self.tokenizer, self.config.language.seq_length)
 
     def answer(
         self,
         samples: Sequence[Sample],
-        options: Options = DEFAULTS,
-        batch_size: int = 64,
+        options: Options = DEFAULT_OPTIONS,
+        batch_size: int = BATCH_SIZE,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[Answer]:
-        """Answers in the samples' order."""
-        found: dict[int, Answer] = {}
-        for number, answer in self.answers(iter(enumerate(samples)), options, batch_size):
-            found[number] = answer
-            progress(len(found))
-        return [found[number] for number in range(len(samples))]
+        """Answers in the samples' order; `progress` is told how many are done."""
+        answers: dict[int, Answer] = {}
+        for number, answer in self.iter_answers(iter(enumerate(samples)), options, batch_size):
+            answers[number] = answer
+            progress(len(answers))
+        return [answers[number] for number in range(len(samples))]
 
-    def answers(
+    def iter_answers(
         self,
         samples: Iterator[tuple[int, Sample]],
-        options: Options = DEFAULTS,
-        batch_size: int = 64,
+        options: Options = DEFAULT_OPTIONS,
+        batch_size: int = BATCH_SIZE,
     ) -> Iterator[tuple[int, Answer]]:
-        """Answers as they are done, with the numbers their samples came with.
+        """Answers as they are done, with the numbers that their samples came with.
 
-        `batch_size` are worked on at once. They are begun in order of their length, as far as
-        four batches are looked ahead, so that prompts of one length go through together.
+        At most `batch_size` sequences run at once. They start in the order of their length, over a
+        look-ahead of a few batches, so that prompts of one length are prefilled together. Sampled
+        answers have the seed plus their number, so they do not depend on the batch size.
         """
-        running = self.running()
+        scheduler = self.scheduler()
         waiting: list[tuple[int, Sample]] = []
         try:
             while True:
-                while len(waiting) < 4 * batch_size and (one := next(samples, None)) is not None:
-                    waiting.append(one)
+                while len(waiting) < LOOKAHEAD_BATCHES * batch_size:
+                    numbered_sample = next(samples, None)
+                    if numbered_sample is None:
+                        break
+                    waiting.append(numbered_sample)
                 pieces: list[Piece] = []
-                if waiting and 2 * len(running) <= batch_size:
+                if waiting and 2 * len(scheduler) <= batch_size:
                     waiting.sort(key=lambda pair: len(pair[1].tokens.ids))
-                    count = batch_size - len(running)
-                    chosen, waiting = waiting[:count], waiting[count:]
-                    pieces = running.start([(n, s, _of(options, n)) for n, s in chosen])
-                elif not len(running):
+                    free = batch_size - len(scheduler)
+                    batch, waiting = waiting[:free], waiting[free:]
+                    pieces = scheduler.start(
+                        [(n, sample, options.with_seed_offset(n)) for n, sample in batch]
+                    )
+                elif not len(scheduler):
                     return
-                pieces += running.step()
+                pieces += scheduler.step()
                 yield from ((p.number, p.answer) for p in pieces if p.answer is not None)
         finally:
-            running.cancel_all()
+            scheduler.cancel_all()
 
-    def stream(self, sample: Sample, options: Options = DEFAULTS) -> Iterator[Piece]:
-        """The answer as it comes, in whole characters; the last piece has all of it."""
-        running = self.running()
+    def stream_answer(self, sample: Sample, options: Options = DEFAULT_OPTIONS) -> Iterator[Piece]:
+        """Pieces of one answer as they are generated; the last one has the whole answer."""
+        scheduler = self.scheduler()
         try:
-            yield from running.start([(0, sample, options)])
-            while len(running):
-                yield from running.step()
+            yield from scheduler.start([(0, sample, options)])
+            while len(scheduler):
+                yield from scheduler.step()
         finally:
-            running.cancel_all()
+            scheduler.cancel_all()
 
-    def _placeholders(self, request: Request) -> str:
-        said = "".join(turn.text for turn in request.history if not turn.is_answer)
-        return "".join(
-            modality.placeholder
-            * (len(request.files.get(name, ())) - said.count(modality.placeholder))
-            for name, modality in self.config.modalities.items()
+    def _parse_keywords(self, keywords: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+        """Options and media from `generate`'s keywords; ValueError for a name that is neither."""
+        sampling_names = [f.name for f in dataclasses.fields(Sampling)]
+        names = [*self.config.modalities, "max_new_tokens", *sampling_names, "stop"]
+        for name in keywords:
+            if name not in names:
+                raise ValueError(
+                    f"{name}: neither a modality of {self.config.name} nor a sampling option; "
+                    f"choose from {', '.join(names)}"
+                )
+        stop = keywords.get("stop", ())
+        options = Options(
+            keywords.get("max_new_tokens", DEFAULT_OPTIONS.max_new_tokens),
+            Sampling(**{name: keywords[name] for name in sampling_names if name in keywords}),
+            (stop,) if isinstance(stop, str) else tuple(stop),
         )
+        return options, {n: keywords[n] for n in self.config.modalities if keywords.get(n)}
+
+    def _record(self, prompt: str | None, media: Mapping[str, Any], key: str) -> Record:
+        prompt = self.config.prompt if prompt is None else prompt
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt must be a str, not {prompt!r:.60}")
+        sources: dict[str, list[Source]] = {}
+        for name, files in media.items():
+            if not isinstance(files, list | tuple):
+                raise ValueError(f"{name} must be a list of files, not {files!r:.60}")
+            sources[name] = [_source(file, f"{name}[{i}]") for i, file in enumerate(files)]
+        if not prompt.strip() and not any(sources.values()):
+            raise ValueError("nothing to answer: give a prompt or a file")
+        return {"key": key, "conversations": [{"role": "user", "content": prompt}], **sources}
+
+
+def _without_empty_answers(record: Record) -> Record:
+    """Drop answers without text from a conversation.
+
+    A model may answer nothing, or be stopped before it does; training data has no such turns, so
+    encoding refuses them.
+    """
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        return record  # which encoding refuses
+
+    def is_empty(turn: Mapping[str, Any]) -> bool:
+        is_answer = turn.get("from", turn.get("role")) in ANSWER_ROLES
+        return is_answer and not str(turn.get("value", turn.get("content"))).strip()
+
+    return {**record, "conversations": [turn for turn in turns if not is_empty(turn)]}
+
+
+def _source(file: object, name: str) -> Source:
+    if isinstance(file, bytes):
+        return Blob(name, file)
+    if isinstance(file, str | Path):
+        return Path(file)
+    if isinstance(file, Blob):
+        return file
+    raise ValueError(f"{name} must be a path or the bytes of a file, not {file!r:.60}")
 
 
 def forbidden_tokens(tokenizer: Tokenizer, config: MimoConfig) -> set[int]:
-    """Rows of the table that are no words: beyond the tokenizer's, placeholders, padding.
+    """Ids that no answer may hold: padding of the vocabulary, placeholders, the padding token.
 
-    Many tokenizers pad with the end-of-text token, which must stay.
+    Many tokenizers pad with the end-of-text token, which must stay allowed.
     """
     beyond = range(tokenizer.size, config.language.vocab_size)
     placeholders = (modality.token_id for modality in config.modalities.values())
     return {*beyond, *placeholders, tokenizer.pad_id} - {tokenizer.eos_id}
 
 
-def _of(options: Options, number: int) -> Options:
-    """Each answer draws numbers of its own, whatever is answered beside it."""
-    if options.sampling.temperature == 0:
-        return options
-    return dataclasses.replace(options, sampling=numbered(options.sampling, number))
+def on_rank_zero[T](function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 alone; every rank gets its result, or raises its ValueError."""
+    if dist.get_world_size() == 1:
+        return function()
+    result: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            result[0] = function()
+        except ValueError as error:
+            result[1] = str(error)
+    dist.broadcast_object_list(result, src=0)
+    value, message = result
+    if message is not None:
+        raise ValueError(message)
+    return value

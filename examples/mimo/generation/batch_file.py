@@ -1,7 +1,7 @@
-"""A file of questions and a file of answers, a JSON object a line.
+"""Answers a file of questions: JSON lines in, JSON lines out, resumable.
 
-A line of the input has a `prompt`, or `conversations` that end with a question, and the files of
-each modality (`images`, `audios`) by name, in the input's folder. A line of the output has the
+A line of the input has a `prompt`, or `conversations` that end with a question, and for each
+modality (`images`, `audios`) the names of files in the input's folder. A line of the output has the
 number of its input line, and an `answer` or an `error`.
 """
 
@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from examples.mimo.cli.command import ProgressBar
-from examples.mimo.data.conversation import FilesInside, Sample, Turn, find_media, parse_turns
-from examples.mimo.generation.api import Answerer, Request, share
-from examples.mimo.generation.scheduler import Answer, Options
+from examples.mimo.data.conversation import ANSWER_ROLES, FilesInside, Sample
+from examples.mimo.generation.api import Mimo, on_rank_zero
+from examples.mimo.generation.sampling import Options
+from examples.mimo.generation.scheduler import Answer
 
 MAX_LINE_BYTES = 10_000_000
-# Of every line of the output.
-BEGINNING = b'{"line": '
+# Every line of the output starts so, which tells our own files from others.
+LINE_START = b'{"line": '
 
 
 @dataclass(frozen=True)
 class Question:
-    """A line of the input: a sample, or why it is none."""
+    """A line of the input: a sample, or the error that it is answered with."""
 
     line: int
     key: str | None = None
@@ -35,7 +36,7 @@ class Question:
 
 
 def answer_file(
-    answerer: Answerer,
+    model: Mimo,
     source: Path,
     target: Path,
     options: Options,
@@ -44,18 +45,18 @@ def answer_file(
 ) -> None:
     """Answer every line of `source` that `target` does not hold yet, `samples` times each.
 
-    Answers are written as soon as they are known, in the order in which they are done. A line that
-    cannot be read is answered with an error.
+    Answers are written as soon as they are done, in that order. A line that cannot be read is
+    answered with an error.
     """
-    total, done = share(lambda: _begin(source, target))
-    clock = ProgressBar(target.name, total * samples)
+    num_lines, done = on_rank_zero(lambda: _open_files(source, target))
+    progress = ProgressBar(target.name, num_lines * samples)
     keys: dict[int, str | None] = {}
     count = len(done)
-    with _Output(target) as output:
+    with _Output(target, samples) as output:
 
-        def asked() -> Iterator[tuple[int, Sample]]:
+        def missing_answers() -> Iterator[tuple[int, Sample]]:
             nonlocal count
-            for question in _questions(answerer, source, samples, done):
+            for question in _questions(model, source, samples, done):
                 keys[question.line] = question.key
                 for number in range(samples):
                     if (question.line, number) in done:
@@ -63,61 +64,71 @@ def answer_file(
                     if question.sample is not None:
                         yield (question.line - 1) * samples + number, question.sample
                         continue
-                    output.write(question.line, number, samples, question.key, error=question.error)
+                    output.write(question.line, number, question.key, {"error": question.error})
                     count += 1
 
-        for number, answer in answerer.answers(asked(), options, batch_size):
+        for number, answer in model.iter_answers(missing_answers(), options, batch_size):
             line, sample = number // samples + 1, number % samples
-            output.write(line, sample, samples, keys[line], answer)
+            output.write(line, sample, keys[line], answer_fields(answer))
             count += 1
-            clock(count)
+            progress(count)
 
 
-def request_of(record: Any, root: Path, answerer: Answerer, key: str) -> Request:
-    """What a line asks; ValueError, one line, when it asks nothing or names no file."""
-    if not isinstance(record, dict):
+def answer_fields(answer: Answer) -> dict[str, Any]:
+    """An answer as JSON-ready values."""
+    fields: dict[str, Any] = {"answer": answer.text, "tokens": answer.tokens}
+    fields["finish"] = answer.finish
+    if answer.logprobs is not None:
+        fields["logprobs"] = answer.logprobs
+        fields["prompt_logprobs"] = answer.prompt_logprobs
+    return fields
+
+
+def question_record(line: object, model: Mimo, key: str) -> dict[str, Any]:
+    """The record of a parsed line; ValueError, one line, when it asks nothing."""
+    if not isinstance(line, dict):
         raise ValueError("a question must be a JSON object")
-    files = find_media(record, answerer.config, FilesInside(root))
-    if "conversations" in record:
-        *history, last = parse_turns(record["conversations"])
-    else:
-        prompt = record.get("prompt", answerer.config.prompt)
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be text, not {prompt!r:.80}")
-        history, last = [], Turn(is_answer=False, text=prompt)
-    if last.is_answer:
-        raise ValueError("the last turn is an answer already; end with a question")
-    if not last.text.strip() and not any(files.values()):
+    record = {**line, "key": key}
+    if "conversations" in line:
+        turns = line["conversations"]
+        last = turns[-1] if isinstance(turns, list) and turns else None
+        if isinstance(last, Mapping) and last.get("from", last.get("role")) in ANSWER_ROLES:
+            raise ValueError("the last turn is an answer already; end with a question")
+        return record
+    prompt = line.get("prompt", model.config.prompt)
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be text, not {prompt!r:.80}")
+    if not prompt.strip() and not any(line.get(name) for name in model.config.modalities):
         raise ValueError("nothing to answer: give a prompt or a file")
-    return Request(last.text, files, key, tuple(history))
+    return record | {"conversations": [{"role": "user", "content": prompt}]}
 
 
 def _questions(
-    answerer: Answerer, source: Path, samples: int, done: set[tuple[int, int]]
+    model: Mimo, source: Path, samples: int, done: set[tuple[int, int]]
 ) -> Iterator[Question]:
-    """The lines that still want an answer, on every rank as rank 0 reads them."""
+    """The lines that lack an answer, read by rank 0 for every rank."""
     lines = _lines(source) if os.environ["RANK"] == "0" else None
 
-    def following() -> Question | None:
+    def next_question() -> Question | None:
         assert lines is not None
         for number, line in lines:
             if any((number, sample) not in done for sample in range(samples)):
-                return _question(answerer, source, number, line)
+                return _question(model, source, number, line)
         return None
 
-    while (question := share(following)) is not None:
+    while (question := on_rank_zero(next_question)) is not None:
         yield question
 
 
-def _question(answerer: Answerer, source: Path, number: int, line: bytes) -> Question:
+def _question(model: Mimo, source: Path, number: int, text: bytes) -> Question:
     key = None
     try:
-        if len(line) > MAX_LINE_BYTES:
+        if len(text) > MAX_LINE_BYTES:
             raise ValueError(f"a line of more than {MAX_LINE_BYTES:,} bytes")
-        record = json.loads(line)
-        key = str(record["key"]) if isinstance(record, dict) and "key" in record else None
-        request = request_of(record, source.parent, answerer, key or f"line {number}")
-        return Question(number, key, answerer.read(request))
+        line = json.loads(text)
+        key = str(line["key"]) if isinstance(line, dict) and "key" in line else None
+        record = question_record(line, model, key or f"line {number}")
+        return Question(number, key, model.encode(record, FilesInside(source.parent)))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         return Question(number, error=f"not JSON ({error})")
     except ValueError as error:
@@ -125,7 +136,11 @@ def _question(answerer: Answerer, source: Path, number: int, line: bytes) -> Que
 
 
 def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers from 1, blank ones left out; of a giant one its beginning."""
+    """Lines with their numbers from 1, without blank ones; an oversized one is cut.
+
+    A bad line is an answer here and not the end of the run, and a file may exceed the memory, so
+    this is not `read_records`.
+    """
     with source.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -137,8 +152,8 @@ def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _begin(source: Path, target: Path) -> tuple[int, set[tuple[int, int]]]:
-    """How many lines there are, and which of them `target` has answered whole."""
+def _open_files(source: Path, target: Path) -> tuple[int, set[tuple[int, int]]]:
+    """The number of lines, and the (line, sample) pairs that `target` has answered already."""
     if not source.is_file():
         raise ValueError(f"--input {source}: no such file")
     if not target.absolute().parent.is_dir():
@@ -148,24 +163,24 @@ def _begin(source: Path, target: Path) -> tuple[int, set[tuple[int, int]]]:
     done: set[tuple[int, int]] = set()
     if target.exists():
         with target.open("rb+") as file:
-            done = _answered(target, file)
+            done = _read_answered(target, file)
     return sum(1 for _ in _lines(source)), done
 
 
-def _answered(target: Path, file: BinaryIO) -> set[tuple[int, int]]:
-    """The answers a file holds; what a killed run left of a line is cut off."""
+def _read_answered(target: Path, file: BinaryIO) -> set[tuple[int, int]]:
+    """The answers a file holds; the incomplete last line of a killed run is cut off."""
     done, end = set(), 0
     for number, line in enumerate(iter(file.readline, b""), start=1):
-        is_whole = line.endswith(b"\n")
-        if not is_whole and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+        is_complete = line.endswith(b"\n")
+        if not is_complete and (line.startswith(LINE_START) or LINE_START.startswith(line)):
             file.truncate(end)
             break
         end += len(line)
         try:
-            if not is_whole:
+            if not is_complete:
                 raise ValueError
-            found = json.loads(line)
-            done.add((int(found["line"]), int(found.get("sample", 0))))
+            answer = json.loads(line)
+            done.add((int(answer["line"]), int(answer.get("sample", 0))))
         except (ValueError, TypeError, KeyError):
             raise ValueError(
                 f"--output {target}, line {number}: no answer of an earlier run; name a new file"
@@ -176,10 +191,11 @@ def _answered(target: Path, file: BinaryIO) -> set[tuple[int, int]]:
 class _Output:
     """The file of answers, which rank 0 writes."""
 
-    def __init__(self, path: Path) -> None:
-        # A half character, which JSON can say, is written as JSON says it.
+    def __init__(self, path: Path, samples: int) -> None:
+        self.samples = samples
         self.file = None
         if os.environ["RANK"] == "0":
+            # An unpaired surrogate, which JSON allows and UTF-8 does not, is written as an escape.
             self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def __enter__(self) -> _Output:
@@ -189,31 +205,12 @@ class _Output:
         if self.file:
             self.file.close()
 
-    def write(
-        self,
-        line: int,
-        sample: int,
-        samples: int,
-        key: str | None = None,
-        answer: Answer | None = None,
-        error: str | None = None,
-    ) -> None:
-        """One line, at once."""
+    def write(self, line: int, sample: int, key: str | None, fields: dict[str, Any]) -> None:
+        """Write one line and flush it, so that a killed run loses none."""
         if not self.file:
             return
-        found: dict[str, Any] = {"line": line}
-        found |= {"sample": sample} if samples > 1 else {}
-        found |= {"key": key} if key is not None else {}
-        found |= {"error": error} if answer is None else answer_fields(answer)
-        self.file.write(json.dumps(found, ensure_ascii=False) + "\n")
+        entry: dict[str, Any] = {"line": line}
+        entry |= {"sample": sample} if self.samples > 1 else {}
+        entry |= {"key": key} if key is not None else {}
+        self.file.write(json.dumps(entry | fields, ensure_ascii=False) + "\n")
         self.file.flush()
-
-
-def answer_fields(answer: Answer) -> dict[str, Any]:
-    """An answer as JSON-ready values."""
-    fields: dict[str, Any] = {"answer": answer.text, "tokens": answer.tokens}
-    fields["finish"] = answer.finish
-    if answer.logprobs is not None:
-        fields["logprobs"] = answer.logprobs
-        fields["prompt_logprobs"] = answer.prompt_logprobs
-    return fields

@@ -1,115 +1,123 @@
-"""A conversation at the terminal: what was said, seen and heard stays in the cache."""
+"""Conversation at the terminal; earlier turns and their media stay in the prefix cache."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from examples.mimo.data.conversation import Turn
-from examples.mimo.generation.api import Answerer, Request, share
-from examples.mimo.generation.sampling import numbered
-from examples.mimo.generation.scheduler import Options
-from examples.mimo.modalities.base import Source
+from examples.mimo.generation.api import Mimo, on_rank_zero
+from examples.mimo.generation.sampling import Options
 
 
 @dataclass
 class Conversation:
-    """What was said so far, its files, and those that the next turn adds."""
+    """The turns so far with their media, and the media that the next turn adds."""
 
-    turns: list[Turn] = field(default_factory=list)
-    files: dict[str, list[Source]] = field(default_factory=dict)
-    added: dict[str, list[Source]] = field(default_factory=dict)
+    turns: list[dict[str, str]] = field(default_factory=list)
+    media: dict[str, list[Path]] = field(default_factory=dict)
+    new_media: dict[str, list[Path]] = field(default_factory=dict)
 
-    def request(self, prompt: str) -> Request:
+    def record(self, prompt: str) -> dict[str, Any]:
         """The whole conversation with `prompt` as its last turn."""
-        # In the order they were named: a set's would differ from one process to the next.
-        names = dict.fromkeys([*self.files, *self.added])
-        files = {n: [*self.files.get(n, []), *self.added.get(n, [])] for n in names}
-        return Request(prompt, files, "this turn", tuple(self.turns))
+        turns = [*self.turns, {"role": "user", "content": prompt}]
+        return {"key": "this turn", "conversations": turns, **self._all_media()}
 
-    def said(self, prompt: str, answer: str) -> None:
-        """A turn is over."""
-        self.files = {n: list(of) for n, of in self.request(prompt).files.items()}
-        self.added = {}
-        self.turns += [Turn(is_answer=False, text=prompt), Turn(is_answer=True, text=answer)]
+    def add_turns(self, prompt: str, answer: str) -> None:
+        """Append a prompt and its answer."""
+        self.media, self.new_media = self._all_media(), {}
+        self.turns.append({"role": "user", "content": prompt})
+        self.turns.append({"role": "assistant", "content": answer})
+
+    def _all_media(self) -> dict[str, list[Path]]:
+        # A dict keeps the order of names, which a set would change from process to process.
+        names = dict.fromkeys([*self.media, *self.new_media])
+        return {n: [*self.media.get(n, []), *self.new_media.get(n, [])] for n in names}
 
 
 class ChatSession:
-    """Reads lines and answers them; on several ranks rank 0 reads and all answer."""
+    """Answers lines of text; on several ranks rank 0 reads the lines and all ranks answer."""
 
-    def __init__(self, answerer: Answerer, options: Options, output: TextIO) -> None:
-        self.answerer, self.options, self.output = answerer, options, output
-        self.nouns = {f"/{m.singular}": name for name, m in answerer.config.modalities.items()}
+    def __init__(self, model: Mimo, options: Options, output: TextIO) -> None:
+        self.model, self.options, self.output = model, options, output
+        self.modalities = {f"/{m.singular}": name for name, m in model.config.modalities.items()}
         self.conversation = Conversation()
-        self.speaks = os.environ["RANK"] == "0"
+        self.is_rank_zero = os.environ["RANK"] == "0"
 
     @property
     def help(self) -> str:
-        """The commands."""
-        files = ", ".join(f"{singular} FILE" for singular in self.nouns)
+        """One line about the commands."""
+        files = ", ".join(f"{slash} FILE" for slash in self.modalities)
         return f"{files} add to the next turn; /reset starts over; /quit or Ctrl-D ends"
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer until the lines end or one says /quit."""
-        self._tell(self.help)
-        source = iter(lines)
-        while (line := share(lambda: self._following(source))) is not None:
+        """Answer lines until they end or one is /quit."""
+        self._message(self.help)
+        iterator = iter(lines)
+        while (line := on_rank_zero(lambda: self._next_line(iterator))) is not None:
             word, _, rest = line.strip().partition(" ")
             if word == "/quit":
                 return
             try:
-                self._obey(word, rest.strip(), line.strip())
+                self._run_line(word, rest.strip(), line.strip())
             except ValueError as error:
-                self._tell(" ".join(str(error).split()))
+                self._message(" ".join(str(error).split()))
 
-    def _following(self, source: Iterator[str]) -> str | None:
+    def _next_line(self, lines: Iterator[str]) -> str | None:
         print("> ", end="", file=sys.stderr, flush=True)
-        return next(source, None)
+        return next(lines, None)
 
-    def _obey(self, word: str, rest: str, line: str) -> None:
+    def _run_line(self, word: str, rest: str, line: str) -> None:
         if word == "/reset":
             self.conversation = Conversation()
-        elif word in self.nouns:
-            self._add(self.nouns[word], rest)
+        elif word in self.modalities:
+            self._add_file(self.modalities[word], Path(rest))
         elif word.startswith("/"):
             raise ValueError(f"{word}: not a command; {self.help}")
-        elif line or self.conversation.added:
-            self._answer(line or self.answerer.config.prompt)
+        elif line or self.conversation.new_media:
+            self._answer(line or self.model.config.prompt)
 
-    def _add(self, name: str, file: str) -> None:
-        encoder = self.answerer.config.modalities[name].encoder
-        described = share(lambda: encoder.describe(encoder.read(Path(file))))
-        self.conversation.added.setdefault(name, []).append(Path(file))
-        self._tell(f"{file}: {described}")
+    def _add_file(self, name: str, file: Path) -> None:
+        description = on_rank_zero(lambda: self._describe(name, file))
+        self.conversation.new_media.setdefault(name, []).append(file)
+        self._message(f"{file}: {description}")
+
+    def _describe(self, name: str, file: Path) -> str:
+        modality = self.model.config.modalities[name]
+        try:
+            return modality.encoder.describe(modality.encoder.read(file))
+        except ValueError:
+            raise
+        except Exception as error:
+            # Decoders raise whatever they like at damaged files; the conversation goes on.
+            raise ValueError(
+                f"{file}: the {modality.singular} file cannot be read "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
     def _answer(self, prompt: str) -> None:
-        request = self.answerer.with_placeholders(self.conversation.request(prompt))
-        sample = share(lambda: self.answerer.read(request))
-        turn = len(self.conversation.turns) // 2
-        sampling = numbered(self.options.sampling, turn)
-        said = ""
+        record = self.model.with_placeholders(self.conversation.record(prompt))
+        sample = on_rank_zero(lambda: self.model.encode(record))
+        options = self.options.with_seed_offset(len(self.conversation.turns) // 2)
+        answer = ""
         try:
-            for piece in self.answerer.stream(
-                sample, dataclasses.replace(self.options, sampling=sampling)
-            ):
-                said += piece.text
-                self._show(piece.text)
+            for piece in self.model.stream_answer(sample, options):
+                answer += piece.text
+                self._print(piece.text)
         except KeyboardInterrupt:
-            # Alone, an answer can be cut short; several ranks would not stop at the same token.
+            # One process can cut its answer short; several ranks would not stop at the same token.
             if os.environ["WORLD_SIZE"] != "1":
                 raise
-        self._show("\n")
-        self.conversation.said(request.prompt, said)
+        self._print("\n")
+        self.conversation.add_turns(record["conversations"][-1]["content"], answer)
 
-    def _show(self, text: str) -> None:
-        if self.speaks:
+    def _print(self, text: str) -> None:
+        if self.is_rank_zero:
             print(text, end="", file=self.output, flush=True)
 
-    def _tell(self, text: str) -> None:
-        if self.speaks:
+    def _message(self, text: str) -> None:
+        if self.is_rank_zero:
             print(text, file=sys.stderr, flush=True)

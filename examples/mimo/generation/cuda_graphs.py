@@ -1,4 +1,4 @@
-"""Decoding with CUDA graphs: one launch for all layers of a token, instead of one an operation."""
+"""Decoding by CUDA graphs: one launch for all layers of a token instead of one per operation."""
 
 from __future__ import annotations
 
@@ -6,45 +6,52 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache, Places
+from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache, Positions
 
-WARM_UPS = 3
+# Kernels are chosen and workspaces allocated in the first runs, which a graph must not record.
+WARM_UP_RUNS = 3
 Replay = Callable[[], torch.Tensor]
 
 
 class DecodingStep:
-    """A token of each of the first `rows` rows of a cache, on tensors that stay where they are.
+    """One token of each of the first `batch_size` slots, on tensors whose addresses stay.
 
-    `hidden` (B, 1, H) and `places` (B, 1) are filled in before `run`. A row is read to the cache's
-    end, with what lies behind its place masked, so that lengths are nowhere but in `places`.
+    `hidden` (B, 1, H) and `positions` (B, 1) are filled in before `run`. Attention reads every slot
+    to the end of the cache and masks what lies after the position, so no shape depends on lengths.
     """
 
-    def __init__(self, transformer: CachedTransformer, cache: KeyValueCache, rows: int) -> None:
+    def __init__(
+        self, transformer: CachedTransformer, cache: KeyValueCache, batch_size: int
+    ) -> None:
         self.transformer, self.cache = transformer, cache
-        size, device = transformer.config.hidden_size, transformer.device
-        self.hidden = torch.zeros(rows, 1, size, device=device, dtype=transformer.dtype)
-        self.places = torch.zeros(rows, 1, device=device, dtype=torch.long)
-        # A graph reads these addresses; the transformer may come to make a longer table.
-        self.table = transformer.positions(cache.length)
+        hidden_size, device = transformer.config.hidden_size, transformer.device
+        self.hidden = torch.zeros(
+            batch_size, 1, hidden_size, device=device, dtype=transformer.dtype
+        )
+        self.positions = torch.zeros(batch_size, 1, device=device, dtype=torch.long)
+        # The graph reads this table's memory, and the transformer may replace it by a longer one.
+        self.rotary_table = transformer.rotary_table(cache.length)
 
     def fill(self, hidden: torch.Tensor, starts: Sequence[int]) -> None:
-        """(B, 1, H), and how many tokens each row has already."""
+        """Set (B, 1, H), and the number of tokens that each slot holds already."""
         self.hidden.copy_(hidden)
-        self.places.copy_(torch.tensor(starts)[:, None])
+        self.positions.copy_(torch.tensor(starts)[:, None])
 
     def run(self) -> torch.Tensor:
-        """(B, 1, H) of the last layer."""
-        rows = slice(0, len(self.places))
-        at = Places(self.transformer, rows, self.places, self.cache.length, start=None)
-        return self.transformer.through_layers(self.hidden, self.cache, at)
+        """Run the layers -> (B, 1, H)."""
+        slots = slice(0, len(self.positions))
+        positions = Positions(
+            self.transformer, slots, self.positions, self.cache.length, start=None
+        )
+        return self.transformer.run_layers(self.hidden, self.cache, positions)
 
 
 def capture_on_cuda(step: DecodingStep) -> Replay:
-    """Run it a few times, as kernels are chosen and workspaces made then; then record it."""
+    """Record `step.run()` as a CUDA graph; returns a function that runs it again."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
+        for _ in range(WARM_UP_RUNS):
             step.run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -59,9 +66,10 @@ def capture_on_cuda(step: DecodingStep) -> Replay:
 
 
 class DecodingGraphs:
-    """A graph for each number of rows, captured when it is first needed.
+    """One graph per batch size, captured when it is first needed.
 
-    All go when the cache's tensors are others. `capture` makes of a filled step what runs it again.
+    Graphs are dropped when the cache's tensors are replaced. `capture` turns a filled step into a
+    function that runs it again; tests pass one that needs no CUDA.
     """
 
     def __init__(
@@ -70,21 +78,24 @@ class DecodingGraphs:
         capture: Callable[[DecodingStep], Replay] = capture_on_cuda,
     ) -> None:
         self.transformer, self.capture = transformer, capture
-        self.captured: dict[int, tuple[DecodingStep, Replay]] = {}
+        self.graphs: dict[int, tuple[DecodingStep, Replay]] = {}
         self.keys: torch.Tensor | None = None
 
     def forward(
         self, hidden: torch.Tensor, cache: KeyValueCache, starts: Sequence[int]
     ) -> torch.Tensor:
-        """`CachedTransformer.forward` of one token a row; the next call writes over its answer."""
+        """`CachedTransformer.forward` for one token per slot; the next call overwrites the result.
+
+        Shapes: (B, 1, H) -> (B, 1, H).
+        """
         if self.keys is not cache.keys:
-            self.captured.clear()
+            self.graphs.clear()
             self.keys = cache.keys
-        rows = len(starts)
-        if rows not in self.captured:
-            step = DecodingStep(self.transformer, cache, rows)
+        batch_size = len(starts)
+        if batch_size not in self.graphs:
+            step = DecodingStep(self.transformer, cache, batch_size)
             step.fill(hidden, starts)
-            self.captured[rows] = step, self.capture(step)
-        step, replay = self.captured[rows]
+            self.graphs[batch_size] = step, self.capture(step)
+        step, replay = self.graphs[batch_size]
         step.fill(hidden, starts)
         return replay()

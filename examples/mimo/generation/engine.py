@@ -1,8 +1,8 @@
-"""Many answers at once: rows join when they are asked and leave when they are done.
+"""Engine with continuous batching: sequences join when they are requested and leave when done.
 
-Works on every tensor- and pipeline-parallel layout: each stage keeps the keys and values of its
-own layers, hidden states travel down the stages, and the last one tells all the tokens. Every rank
-makes the same calls.
+It runs on every tensor- and pipeline-parallel layout. Each stage caches the keys and values of its
+own layers, hidden states travel down the stages, and the last stage broadcasts the tokens. Every
+rank makes the same calls.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from examples.mimo.data.batch import collate, to_device
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation.cuda_graphs import DecodingGraphs
 from examples.mimo.generation.prefix_cache import (
-    PrefixStore,
+    PrefixCache,
     PromptUnits,
     Unit,
+    prompt_units,
     shared_length,
-    units_of,
     usable_length,
 )
 from examples.mimo.generation.sampling import GREEDY, Sampling, SequenceGenerator, choose
 from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache
 from examples.mimo.model.mimo import StageMimoModel
 
-# Prompts of one length are worked through together, so many tokens at a time.
-PREFILL_TOKENS = 8192
-# A shared beginning of fewer tokens is worked out again.
-WORTH_SHARING = 32
+# Prompts of one length are prefilled together, up to so many tokens at a time.
+MAX_PREFILL_TOKENS = 8192
+# Copying a shorter prefix costs more than computing it.
+MIN_REUSED_TOKENS = 32
+# The logits of a long prompt do not fit memory at once.
+LOGPROB_TOKENS = 256
 STOP, LENGTH = "stop", "length"
 
 
 @dataclass(frozen=True)
 class SequenceRequest:
-    """A prompt to answer; `number` is its name in the engine's reports."""
+    """A prompt to answer; the engine's outputs carry its `number`."""
 
     number: int
     sample: Sample
@@ -51,10 +53,11 @@ class SequenceRequest:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """A new token of a job. `finish` says why it was the last: the end-of-text token, or length.
+    """A new token of a sequence; `finish` is set on the last: STOP (end of text) or LENGTH.
 
-    `logprob` is its natural logarithm of probability before any sampling; `prompt_logprobs`, with
-    a job's first token, those of the prompt's tokens, None for the first one and for media.
+    `logprob` is the natural logarithm of its probability before any sampling. `prompt_logprobs`,
+    with a sequence's first token, are those of the prompt's tokens: None for the first and for
+    media.
     """
 
     number: int
@@ -65,36 +68,50 @@ class TokenOutput:
 
 
 @dataclass
-class _Row:
-    job: SequenceRequest
+class ActiveSequence:
+    """A request that is being answered; its index in `Engine.sequences` is its cache slot."""
+
+    request: SequenceRequest
     prompt: PromptUnits
-    draws: SequenceGenerator
+    generator: SequenceGenerator
     tokens: list[int] = field(default_factory=list)
 
     @property
-    def kept(self) -> list[Unit]:
-        """What the cache holds of the row: nothing that counts before its first token is known."""
-        return [*self.prompt.units, *self.tokens[:-1]] if self.tokens else []
-
-    @property
-    def num_kept(self) -> int:
-        """The length of `kept`."""
+    def num_cached(self) -> int:
+        """Positions in the cache that are valid: none before the prompt has gone through."""
         return len(self.prompt.units) + len(self.tokens) - 1 if self.tokens else 0
 
     @property
-    def needed(self) -> int:
-        """How many places of the cache the row may come to take."""
-        return len(self.prompt.units) + self.job.max_new_tokens
+    def cached_units(self) -> list[Unit]:
+        """What those positions hold; the newest token is not cached yet."""
+        return [*self.prompt.units, *self.tokens[:-1]] if self.tokens else []
 
-    def held(self, device: torch.device) -> torch.Tensor:
-        """The ids of prompt and answer."""
-        return torch.tensor([*self.job.sample.tokens.ids, *self.tokens], device=device)
+    @property
+    def max_length(self) -> int:
+        """Positions that the sequence may come to need."""
+        return len(self.prompt.units) + self.request.max_new_tokens
+
+    def token_ids(self, device: torch.device) -> torch.Tensor:
+        """The ids of prompt and answer so far."""
+        return torch.tensor([*self.request.sample.tokens.ids, *self.tokens], device=device)
+
+
+@dataclass(frozen=True)
+class ReusedPrefix:
+    """The first `length` tokens of a slot of `cache`, which another sequence can copy."""
+
+    length: int = 0
+    cache: KeyValueCache | None = None
+    slot: int = 0
+
+
+NOTHING_REUSED = ReusedPrefix()
 
 
 class Engine:
-    """Rows of one model; `forbidden` tokens are never chosen.
+    """Generates tokens for many sequences at once; `forbidden` tokens are never chosen.
 
-    `prefixes` rows are kept after they are done, for prompts that begin like them. With `graphs`
+    `prefix_cache` finished sequences are kept, for prompts that start alike. With `cuda_graphs`
     tokens are decoded by CUDA graphs.
     """
 
@@ -104,240 +121,264 @@ class Engine:
         config: MimoConfig,
         eos_id: int,
         forbidden: Collection[int] = (),
-        prefixes: int = 0,
-        graphs: bool = False,
+        prefix_cache: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         self.model, self.config, self.eos_id = model, config, eos_id
         self.transformer = CachedTransformer(model)
-        self.graphs = DecodingGraphs(self.transformer) if graphs else None
+        self.graphs = DecodingGraphs(self.transformer) if cuda_graphs else None
         self.device = self.transformer.device
         self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.long, device=self.device)
-        self.store = PrefixStore(prefixes)
+        self.prefix_cache = PrefixCache(prefix_cache)
         self.cache = self.transformer.new_cache()
-        self.rows: list[_Row] = []
+        self.sequences: list[ActiveSequence] = []
 
     @torch.no_grad()
-    def start(self, jobs: Sequence[SequenceRequest]) -> list[TokenOutput]:
-        """Work through prompts and choose the first token of each."""
-        rows = [
-            _Row(j, units_of(j.sample, self.config), SequenceGenerator(j.sampling.seed))
-            for j in jobs
+    def start(self, requests: Sequence[SequenceRequest]) -> list[TokenOutput]:
+        """Prefill prompts and choose the first token of each."""
+        waiting = [
+            ActiveSequence(
+                request,
+                prompt_units(request.sample, self.config),
+                SequenceGenerator(request.sampling.seed),
+            )
+            for request in requests
         ]
-        self._make_room(rows)
-        reports: list[TokenOutput] = []
-        while rows:
-            together, rows = self._next_group(rows)
-            reports += self._prefill(together)
-        return reports
+        self._reserve(waiting)
+        outputs: list[TokenOutput] = []
+        while waiting:
+            batch, waiting = self._next_prefill(waiting)
+            outputs += self._prefill(batch)
+        return outputs
 
     @torch.no_grad()
     def step(self) -> list[TokenOutput]:
-        """One more token of every row."""
-        rows = self.rows
-        if not rows:
+        """Generate one more token of every sequence."""
+        if not self.sequences:
             return []
-        last = torch.tensor([row.tokens[-1] for row in rows], device=self.device)
+        last = torch.tensor([s.tokens[-1] for s in self.sequences], device=self.device)
         embedded = self.transformer.embed(last) if self.model.pre_process else None
-        hidden = self._through_stages(embedded, 0, 1, [row.num_kept for row in rows])
-        return self._take(rows, None if hidden is None else hidden[:, 0])
+        hidden = self._run_stages(embedded, 0, 1, [s.num_cached for s in self.sequences])
+        return self._next_tokens(self.sequences, None if hidden is None else hidden[:, 0])
 
     def stop(self, number: int) -> None:
-        """Drop a job's row, if it has one still."""
-        place = next((i for i, row in enumerate(self.rows) if row.job.number == number), None)
-        if place is not None:
-            self._remove(place)
+        """Drop the sequence of a request, if it is still active."""
+        numbers = [sequence.request.number for sequence in self.sequences]
+        if number in numbers:
+            self._free(numbers.index(number))
 
-    def _make_room(self, rows: Sequence[_Row]) -> None:
-        together = [*self.rows, *rows]
-        needed = max((row.needed for row in together), default=0)
-        if not self.rows and (len(together) > self.cache.batch_size or needed > self.cache.length):
+    def _reserve(self, waiting: Sequence[ActiveSequence]) -> None:
+        sequences = [*self.sequences, *waiting]
+        length = max((sequence.max_length for sequence in sequences), default=0)
+        is_too_small = len(sequences) > self.cache.batch_size or length > self.cache.length
+        if not self.sequences and is_too_small:
+            # Nothing to keep: the old tensors go before the new ones come.
             self.cache = self.transformer.new_cache()
-        self.cache.reserve(len(together), needed)
+        self.cache.reserve(len(sequences), length)
 
-    def _next_group(self, rows: list[_Row]) -> tuple[list[tuple[_Row, _Source]], list[_Row]]:
-        """Rows that can be prefilled together, with what they take over, and the other rows."""
-        chosen: list[tuple[_Row, _Source]] = []
-        others: list[_Row] = []
-        for row in rows:
-            source = self._source(row)
-            columns = len(row.prompt.units) - source.length
-            first = chosen[0] if chosen else (row, source)
+    def _next_prefill(
+        self, waiting: list[ActiveSequence]
+    ) -> tuple[list[tuple[ActiveSequence, ReusedPrefix]], list[ActiveSequence]]:
+        """Split `waiting` into a batch to prefill, with the prefixes it reuses, and the others.
+
+        A batch has one length and one number of reused tokens, so that it needs no padding.
+        """
+        batch: list[tuple[ActiveSequence, ReusedPrefix]] = []
+        others: list[ActiveSequence] = []
+        for sequence in waiting:
+            prefix = self._longest_prefix(sequence)
+            new_tokens = len(sequence.prompt.units) - prefix.length
+            first, first_prefix = batch[0] if batch else (sequence, prefix)
             fits = (
-                source.length == first[1].length
-                and columns == len(first[0].prompt.units) - source.length
-                and row.job.prompt_logprobs == first[0].job.prompt_logprobs
-                and (len(chosen) + 1) * columns <= max(PREFILL_TOKENS, columns)
-                and not self._should_wait(row, source, [other for other, _ in chosen])
+                prefix.length == first_prefix.length
+                and len(sequence.prompt.units) == len(first.prompt.units)
+                and sequence.request.prompt_logprobs == first.request.prompt_logprobs
+                and (len(batch) + 1) * new_tokens <= max(MAX_PREFILL_TOKENS, new_tokens)
+                and not self._should_wait(sequence, prefix, [other for other, _ in batch])
             )
             if fits:
-                chosen.append((row, source))
+                batch.append((sequence, prefix))
             else:
-                others.append(row)
-        return chosen, others
+                others.append(sequence)
+        return batch, others
 
-    def _should_wait(self, row: _Row, source: _Source, before: Sequence[_Row]) -> bool:
-        if not self.store.size or row.job.prompt_logprobs:
+    def _should_wait(
+        self, sequence: ActiveSequence, prefix: ReusedPrefix, batch: Sequence[ActiveSequence]
+    ) -> bool:
+        """Whether the batch's own prompts hold a longer prefix, to reuse in the next batch."""
+        if not self.prefix_cache.size or sequence.request.prompt_logprobs:
             return False
-        units = row.prompt.units
-        shared = (shared_length(units, other.prompt.units) for other in before)
-        best = max((usable_length(length, row.prompt) for length in shared), default=0)
-        return best >= source.length + WORTH_SHARING
+        prompt = sequence.prompt
+        shared = (shared_length(prompt.units, other.prompt.units) for other in batch)
+        longest = max((usable_length(length, prompt) for length in shared), default=0)
+        return longest >= prefix.length + MIN_REUSED_TOKENS
 
-    def _source(self, row: _Row) -> _Source:
-        """The longest beginning of a row that the store or another row holds."""
-        if not self.store.size or row.job.prompt_logprobs:
-            return _Source(0, None, 0)
-        length, cache = self.store.find(row.prompt)
-        best = _Source(length, cache, 0)
-        for place, other in enumerate(self.rows):
-            length = usable_length(shared_length(row.prompt.units, other.kept), row.prompt)
+    def _longest_prefix(self, sequence: ActiveSequence) -> ReusedPrefix:
+        """The longest prefix in the prefix cache or in an active sequence."""
+        if not self.prefix_cache.size or sequence.request.prompt_logprobs:
+            # Log-probabilities of the prompt need all its hidden states.
+            return NOTHING_REUSED
+        prompt = sequence.prompt
+        best = ReusedPrefix(*self.prefix_cache.find(prompt))
+        for slot, other in enumerate(self.sequences):
+            length = usable_length(shared_length(prompt.units, other.cached_units), prompt)
             if length > best.length:
-                best = _Source(length, self.cache, place)
-        return best if best.length >= WORTH_SHARING else _Source(0, None, 0)
+                best = ReusedPrefix(length, self.cache, slot)
+        return best if best.length >= MIN_REUSED_TOKENS else NOTHING_REUSED
 
-    def _prefill(self, together: Sequence[tuple[_Row, _Source]]) -> list[TokenOutput]:
-        first, start = len(self.rows), together[0][1].length
-        for place, (_, source) in enumerate(together, start=first):
-            if source.cache is not None:
-                self.cache.put(place, source.cache, source.row, start)
-        rows = [row for row, _ in together]
-        self.rows += rows
-        batch = to_device(collate([_rest(row, start) for row in rows]), self.device)
+    def _prefill(self, batch: Sequence[tuple[ActiveSequence, ReusedPrefix]]) -> list[TokenOutput]:
+        first_slot, start = len(self.sequences), batch[0][1].length
+        for slot, (_, prefix) in enumerate(batch, start=first_slot):
+            if prefix.cache is not None:
+                self.cache.write_slot(slot, prefix.cache, prefix.slot, start)
+        sequences = [sequence for sequence, _ in batch]
+        self.sequences += sequences
+        inputs = to_device(collate([_remaining_sample(s, start) for s in sequences]), self.device)
         embedded = None
         if self.model.pre_process:
-            embedded = self.model.embed(batch.input_ids, batch.modality_inputs).transpose(0, 1)
-        hidden = self._through_stages(embedded, first, batch.seq_length, [start] * len(rows))
-        prompts = self._prompt_logprobs(rows, hidden) if rows[0].job.prompt_logprobs else None
-        return self._take(rows, None if hidden is None else hidden[:, -1], prompts)
+            embedded = self.model.embed(inputs.input_ids, inputs.modality_inputs).transpose(0, 1)
+        starts = [start] * len(sequences)
+        hidden = self._run_stages(embedded, first_slot, inputs.seq_length, starts)
+        prompt_logprobs = None
+        if sequences[0].request.prompt_logprobs:
+            prompt_logprobs = self._prompt_logprobs(sequences, hidden)
+        last = None if hidden is None else hidden[:, -1]
+        return self._next_tokens(sequences, last, prompt_logprobs)
 
-    def _through_stages(
-        self, embedded: torch.Tensor | None, first: int, columns: int, starts: Sequence[int]
+    def _run_stages(
+        self,
+        embedded: torch.Tensor | None,
+        first_slot: int,
+        new_tokens: int,
+        starts: Sequence[int],
     ) -> torch.Tensor | None:
-        """(B, S, H) embeddings -> (B, S, H) of the last layer, on the last stage."""
+        """(B, S, H) embeddings on the first stage -> (B, S, H) on the last, None elsewhere."""
         hidden = embedded
         if hidden is None:
-            hidden = self.transformer.receive(len(starts), columns)
-        if self.graphs and first == 0 and columns == 1:
+            hidden = self.transformer.receive(len(starts), new_tokens)
+        if self.graphs and first_slot == 0 and new_tokens == 1:
             hidden = self.graphs.forward(hidden, self.cache, starts)
         else:
-            hidden = self.transformer.forward(hidden, self.cache, first, starts)
+            hidden = self.transformer.forward(hidden, self.cache, first_slot, starts)
         if self.model.post_process:
             return hidden
         self.transformer.send(hidden)
         return None
 
-    def _take(
+    def _next_tokens(
         self,
-        rows: Sequence[_Row],
+        sequences: Sequence[ActiveSequence],
         hidden: torch.Tensor | None,
-        prompts: list[list[float | None]] | None = None,
+        prompt_logprobs: list[list[float | None]] | None = None,
     ) -> list[TokenOutput]:
-        """Choose a token for each of `rows` from (B, H), and let those go that are done."""
-        found = torch.zeros(len(rows), 2, dtype=torch.float64, device=self.device)
+        """Choose a token for each of `sequences` from (B, H), and free those that are finished."""
+        # Column 0: the token, which fp64 holds exactly; column 1: its log-probability.
+        result = torch.zeros(len(sequences), 2, dtype=torch.float64, device=self.device)
         if hidden is not None:
             logits = self.transformer.logits(hidden).float()
             allowed = logits.index_fill(1, self.forbidden, float("-inf"))
-            found[:, 0] = self._choose(allowed, rows)
-            if any(row.job.logprobs for row in rows):
-                chosen = found[:, :1].long()
-                found[:, 1] = logits.log_softmax(dim=-1).gather(1, chosen)[:, 0]
-        self._tell(found)
-        reports = []
-        for place, (row, (token, logprob)) in enumerate(zip(rows, found.tolist(), strict=True)):
-            row.tokens.append(int(token))
-            reports.append(
+            result[:, 0] = self._choose(allowed, sequences)
+            if any(sequence.request.logprobs for sequence in sequences):
+                chosen = result[:, :1].long()
+                result[:, 1] = logits.log_softmax(dim=-1).gather(1, chosen)[:, 0]
+        self._broadcast(result)
+        outputs = []
+        for index, (token, logprob) in enumerate(result.tolist()):
+            sequence = sequences[index]
+            sequence.tokens.append(int(token))
+            outputs.append(
                 TokenOutput(
-                    row.job.number,
+                    sequence.request.number,
                     int(token),
-                    self._finish(row),
-                    logprob if row.job.logprobs else None,
-                    prompts[place] if prompts else None,
+                    self._finish(sequence),
+                    logprob if sequence.request.logprobs else None,
+                    prompt_logprobs[index] if prompt_logprobs else None,
                 )
             )
-        done = {report.number for report in reports if report.finish}
-        for place in reversed(range(len(self.rows))):
-            if self.rows[place].job.number in done:
-                self._remove(place)
-        return reports
+        finished = {output.number for output in outputs if output.finish}
+        # From the end, as freeing a slot moves the last sequence into it.
+        for slot in reversed(range(len(self.sequences))):
+            if self.sequences[slot].request.number in finished:
+                self._free(slot)
+        return outputs
 
-    def _choose(self, logits: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
-        samplings = [row.job.sampling for row in rows]
-        penal = any(s.repetition_penalty != 1.0 for s in samplings)
-        seen = [row.held(self.device) for row in rows] if penal else []
-        return choose(logits, samplings, [row.draws for row in rows], seen)
+    def _choose(self, logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Tensor:
+        samplings = [sequence.request.sampling for sequence in sequences]
+        has_penalty = any(s.repetition_penalty != 1.0 for s in samplings)
+        previous = [s.token_ids(self.device) for s in sequences] if has_penalty else []
+        return choose(logits, samplings, [s.generator for s in sequences], previous)
 
-    def _finish(self, row: _Row) -> str | None:
-        if row.tokens[-1] == self.eos_id:
+    def _finish(self, sequence: ActiveSequence) -> str | None:
+        if sequence.tokens[-1] == self.eos_id:
             return STOP
-        return LENGTH if len(row.tokens) >= row.job.max_new_tokens else None
+        return LENGTH if len(sequence.tokens) >= sequence.request.max_new_tokens else None
 
-    def _remove(self, place: int) -> None:
-        """Free a row's place: the last row moves there."""
-        row = self.rows[place]
-        if self.store.size:
-            self.store.add(row.kept, self.cache.copy_of(place, row.num_kept))
-        last = self.rows.pop()
-        if last is not row:
-            self.rows[place] = last
-            self.cache.put(place, self.cache, len(self.rows), last.num_kept)
+    def _free(self, slot: int) -> None:
+        """Free a slot; the last sequence moves into it, so that used slots stay contiguous."""
+        sequence = self.sequences[slot]
+        if self.prefix_cache.size:
+            copy = self.cache.copy_slot(slot, sequence.num_cached)
+            self.prefix_cache.add(sequence.cached_units, copy)
+        last = self.sequences.pop()
+        if last is not sequence:
+            self.sequences[slot] = last
+            self.cache.write_slot(slot, self.cache, len(self.sequences), last.num_cached)
 
     def _prompt_logprobs(
-        self, rows: Sequence[_Row], hidden: torch.Tensor | None
+        self, sequences: Sequence[ActiveSequence], hidden: torch.Tensor | None
     ) -> list[list[float | None]]:
-        columns = len(rows[0].prompt.units)
-        found = torch.zeros(len(rows), columns, dtype=torch.float64, device=self.device)
+        """Log-probabilities of the prompts' tokens, from (B, S, H) on the last stage."""
+        length = len(sequences[0].prompt.units)
+        result = torch.zeros(len(sequences), length, dtype=torch.float64, device=self.device)
         if hidden is not None:
-            for place, row in enumerate(rows):
-                ids = torch.tensor(row.job.sample.tokens.ids, device=self.device)
-                for begin in range(0, columns - 1, 256):
-                    end = min(begin + 256, columns - 1)
-                    logits = self.transformer.logits(hidden[place, begin:end]).float()
+            for index, sequence in enumerate(sequences):
+                ids = torch.tensor(sequence.request.sample.tokens.ids, device=self.device)
+                for start in range(0, length - 1, LOGPROB_TOKENS):
+                    end = min(start + LOGPROB_TOKENS, length - 1)
+                    logits = self.transformer.logits(hidden[index, start:end]).float()
                     logprobs = logits.log_softmax(dim=-1)
-                    wanted = ids[begin + 1 : end + 1, None]
-                    found[place, begin + 1 : end + 1] = logprobs.gather(1, wanted)[:, 0]
-        self._tell(found)
+                    targets = ids[start + 1 : end + 1, None]
+                    result[index, start + 1 : end + 1] = logprobs.gather(1, targets)[:, 0]
+        self._broadcast(result)
         return [
             [
-                value if place and isinstance(unit, int) else None
-                for place, (unit, value) in enumerate(zip(row.prompt.units, values, strict=True))
+                value if position and isinstance(unit, int) else None
+                for position, (unit, value) in enumerate(
+                    zip(sequence.prompt.units, values, strict=True)
+                )
             ]
-            for row, values in zip(rows, found.tolist(), strict=True)
+            for sequence, values in zip(sequences, result.tolist(), strict=True)
         ]
 
-    def _tell(self, found: torch.Tensor) -> None:
-        """What one rank of the last stage found reaches all; another one could draw otherwise."""
+    def _broadcast(self, result: torch.Tensor) -> None:
+        """Send a result of the last stage to all ranks.
+
+        Its tensor-parallel ranks take the first one's: logits may differ in the last bit, and so
+        might a sampled token.
+        """
         group = self.transformer.tp_group
         if group.size() > 1 and self.model.post_process:
-            dist.broadcast(found, group_src=0, group=group)
+            dist.broadcast(result, group_src=0, group=group)
         group = mpu.get_pipeline_model_parallel_group()
         if group.size() > 1:
-            dist.broadcast(found, group_src=group.size() - 1, group=group)
+            dist.broadcast(result, group_src=group.size() - 1, group=group)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The first `length` tokens of a row of `cache`, for another row to take over."""
-
-    length: int
-    cache: KeyValueCache | None
-    row: int
-
-
-def _rest(row: _Row, start: int) -> Sample:
-    """The part of a row's prompt from `start` on, with the media that begin there."""
-    sample = row.job.sample
+def _remaining_sample(sequence: ActiveSequence, start: int) -> Sample:
+    """The prompt from position `start` on, with the media items that begin there or later."""
+    sample = sequence.request.sample
     if not start:
         return sample
-    left = {(name, number) for name, number, first, _ in row.prompt.items if first >= start}
+    remaining = {(i.modality, i.number) for i in sequence.prompt.items if i.start >= start}
 
-    def of_rest(name: str, values: list) -> list:
-        return [value for number, value in enumerate(values) if (name, number) in left]
+    def select(name: str, values: list) -> list:
+        return [value for number, value in enumerate(values) if (name, number) in remaining]
 
-    media = {name: of_rest(name, items) for name, items in sample.media.items()}
-    whole = sample.tokens
+    media = {name: select(name, items) for name, items in sample.media.items()}
+    tokens = sample.tokens
     return Sample(
         sample.key,
-        TokenSequence(whole.ids[start:], whole.labels[start:], whole.loss_mask[start:]),
+        TokenSequence(tokens.ids[start:], tokens.labels[start:], tokens.loss_mask[start:]),
         {name: items for name, items in media.items() if items},
-        {name: of_rest(name, files) for name, files in sample.sources.items()},
+        {name: select(name, files) for name, files in sample.sources.items()},
     )

@@ -1,4 +1,4 @@
-"""Which token comes next: the most likely one, or one drawn from a distribution that is cut."""
+"""Sampling options, and choosing the next token: the most likely one or a random one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
+MAX_STOPS, MAX_STOP_LENGTH = 16, 200
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of one answer are chosen; at temperature 0 the most likely one.
+    """How the tokens of one answer are chosen; at temperature 0 always the most likely one.
 
     The order is Hugging Face's: `repetition_penalty` (arXiv:1909.05858) on the logits of tokens
-    that the prompt or the answer holds, `temperature`, the `top_k` most likely, then the fewest
-    with `top_p` of the probability (arXiv:1904.09751), then those with at least `min_p` of the
-    likeliest one's (arXiv:2407.01082).
+    that occur in the prompt or the answer, `temperature`, the `top_k` most likely, then the
+    smallest set with `top_p` of the probability (arXiv:1904.09751), then those with at least
+    `min_p` of the largest probability (arXiv:2407.01082).
     """
 
     temperature: float = 0.0
@@ -35,54 +37,95 @@ class Sampling:
             "repetition_penalty": (1e-3, 1e3),
             "seed": (0, 2**63 - 1),
         }
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
+        for field in dataclasses.fields(self):
+            value, (low, high) = getattr(self, field.name), limits[field.name]
+            kind = int if isinstance(field.default, int) else int | float
+            if not isinstance(value, kind) or not low <= value <= high:
                 raise ValueError(
-                    f"{name} {getattr(self, name)!r:.30}: from {low:g} to {high:g}"
-                    + ("; temperature 0 is greedy" if name == "temperature" else "")
+                    f"{field.name} {value!r:.30}: from {low:g} to {high:g}"
+                    + (", a whole number" if kind is int else "")
+                    + ("; temperature 0 is greedy" if field.name == "temperature" else "")
                 )
+
+    def with_seed_offset(self, offset: int) -> Sampling:
+        """The sampling of another answer to the same prompt; offset 0 has the seed itself."""
+        return dataclasses.replace(self, seed=(self.seed + offset) % 2**63)
 
 
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a prompt is answered; a string of `stops` ends the answer and is not part of it."""
+
+    max_new_tokens: int = 64
+    sampling: Sampling = GREEDY
+    stops: tuple[str, ...] = ()
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens!r:.30}: at least 1")
+        if len(self.stops) > MAX_STOPS:
+            raise ValueError(f"stop holds {len(self.stops)} strings: at most {MAX_STOPS}")
+        for stop in self.stops:
+            if not 0 < len(stop) <= MAX_STOP_LENGTH:
+                raise ValueError(
+                    f"stop string of {len(stop)} characters: from 1 to {MAX_STOP_LENGTH}"
+                )
+
+    def with_seed_offset(self, offset: int) -> Options:
+        """The options of another answer, whose random numbers are its own."""
+        if self.sampling.temperature == 0:
+            return self
+        return dataclasses.replace(self, sampling=self.sampling.with_seed_offset(offset))
+
+
+DEFAULT_OPTIONS = Options()
+
+
 class SequenceGenerator:
-    """The random numbers of one answer: the same for a seed, whatever is answered beside it."""
+    """Random numbers of one answer; they depend on its seed alone, not on its batch."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def next(self) -> float:
-        """A number from [0, 1)."""
+        """Draw a number from [0, 1)."""
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
 
 
 def choose(
     logits: torch.Tensor,
     samplings: Sequence[Sampling],
-    draws: Sequence[SequenceGenerator],
-    seen: Sequence[torch.Tensor],
+    generators: Sequence[SequenceGenerator],
+    previous: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """(B, V) fp32 logits -> (B,) tokens; `seen[i]` are the ids that row i holds already."""
+    """(B, V) fp32 logits -> (B,) tokens; `previous[i]` are the ids in sequence i so far.
+
+    `previous` is read only where a repetition penalty is set.
+    """
     if any(s.repetition_penalty != 1.0 for s in samplings):
-        logits = _penalise(logits, samplings, seen)
-    chosen = logits.argmax(dim=-1)
-    drawn = [index for index, s in enumerate(samplings) if s.temperature > 0]
-    if drawn:
-        weights = probabilities(logits[drawn], [samplings[index] for index in drawn])
-        numbers = torch.tensor([draws[index].next() for index in drawn], dtype=torch.float64)
-        chosen[drawn] = _draw(weights, numbers.to(logits.device))
-    return chosen
+        logits = _penalise(logits, samplings, previous)
+    tokens = logits.argmax(dim=-1)
+    sampled = [index for index, s in enumerate(samplings) if s.temperature > 0]
+    if sampled:
+        weights = probabilities(logits[sampled], [samplings[index] for index in sampled])
+        numbers = torch.tensor([generators[index].next() for index in sampled], dtype=torch.float64)
+        tokens[sampled] = _sample(weights, numbers.to(logits.device))
+    return tokens
 
 
 def probabilities(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
-    """(B, V) logits -> (B, V) fp64 probabilities of what each row's sampling leaves."""
+    """(B, V) logits -> (B, V) fp64 probabilities after temperature, top-k, top-p and min-p."""
 
     def column(name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         values = [getattr(s, name) for s in samplings]
         return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
 
-    # The largest becomes 0 first, lest a tiny temperature makes it infinite.
+    # With the largest logit at 0 a tiny temperature makes none infinite.
     logits = logits.double()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / column("temperature")
     if any(s.top_k for s in samplings):
@@ -91,45 +134,40 @@ def probabilities(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.
     if any(s.top_p < 1.0 for s in samplings):
         weights = _keep_top_p(weights, column("top_p"))
     if any(s.min_p for s in samplings):
-        least = weights.amax(dim=-1, keepdim=True) * column("min_p")
-        weights = weights.where(weights >= least, 0.0)
+        threshold = weights.amax(dim=-1, keepdim=True) * column("min_p")
+        weights = weights.where(weights >= threshold, 0.0)
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def _penalise(
-    logits: torch.Tensor, samplings: Sequence[Sampling], seen: Sequence[torch.Tensor]
+    logits: torch.Tensor, samplings: Sequence[Sampling], previous: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     logits = logits.clone()
-    for row, sampling, ids in zip(logits, samplings, seen, strict=True):
-        if sampling.repetition_penalty != 1.0:
-            held = row[ids]
-            factor = sampling.repetition_penalty
-            row[ids] = torch.where(held > 0, held / factor, held * factor)
+    for sequence_logits, sampling, ids in zip(logits, samplings, previous, strict=True):
+        penalty = sampling.repetition_penalty
+        if penalty != 1.0:
+            values = sequence_logits[ids]
+            sequence_logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
     return logits
 
 
-def _keep_top_k(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    most = [min(count or logits.shape[-1], logits.shape[-1]) for count in counts]
-    largest = logits.topk(max(most), dim=-1).values
-    last = largest.gather(-1, torch.tensor(most, device=logits.device)[:, None] - 1)
-    return logits.masked_fill(logits < last, float("-inf"))
+def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
+    counts = [min(k or logits.shape[-1], logits.shape[-1]) for k in top_k]
+    largest = logits.topk(max(counts), dim=-1).values
+    threshold = largest.gather(-1, torch.tensor(counts, device=logits.device)[:, None] - 1)
+    return logits.masked_fill(logits < threshold, float("-inf"))
 
 
-def _keep_top_p(weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    ordered, places = weights.sort(dim=-1, descending=True)
-    # A token stays while those before it do not have enough; so the first one always does.
+def _keep_top_p(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    ordered, order = weights.sort(dim=-1, descending=True)
+    # A token stays while the more likely ones do not reach top_p; so the likeliest always stays.
     before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.where((before < wanted) | (wanted >= 1.0), 0.0)
-    return torch.zeros_like(weights).scatter_(-1, places, ordered)
+    ordered = ordered.where((before < top_p) | (top_p >= 1.0), 0.0)
+    return torch.zeros_like(weights).scatter_(-1, order, ordered)
 
 
-def _draw(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def _sample(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """(B, V) probabilities and (B,) numbers from [0, 1) -> (B,) tokens, by the inverse CDF."""
-    reached = weights.cumsum(dim=-1)
-    found = torch.searchsorted(reached, (numbers * reached[:, -1])[:, None], right=True)
-    return found[:, 0].clamp(max=weights.shape[-1] - 1)
-
-
-def numbered(sampling: Sampling, number: int) -> Sampling:
-    """For the answer of this number to one prompt; the first one has the seed itself."""
-    return dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**63)
+    cumulative = weights.cumsum(dim=-1)
+    tokens = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)
+    return tokens[:, 0].clamp(max=weights.shape[-1] - 1)

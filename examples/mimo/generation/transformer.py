@@ -1,7 +1,8 @@
-"""The language model for answering: the keys and values of earlier tokens are kept.
+"""Forward pass of the language model with a key/value cache, at any tensor-parallel size.
 
-It works on the parameters of Megatron's modules, of either layer spec, by this rank's share.
-Megatron's static context rotates all kept keys again for every token; here they are kept rotated.
+It computes with the parameters of Megatron's modules, of either layer spec, each rank with its
+shard. Megatron's own static inference context rotates every cached key again for every token; here
+keys are cached after rotation.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from examples.mimo.model.mimo import StageMimoModel
 
-# So few new tokens of a row take less time when all scores are worked out at once.
-FEW_COLUMNS = 64
-# A cache grows in steps, as its tensors are copied each time.
+# Up to so many new tokens of a sequence plain matrix products are faster than the fused attention.
+MAX_DECODE_TOKENS = 64
+# The cache grows in steps of so many tokens, as growing copies its tensors.
 LENGTH_STEP = 128
 
-# What Megatron's layers call the parameters, built locally and by Transformer Engine.
-NAMES = {
+# Megatron's parameter names, of the local and the Transformer Engine layer spec.
+PARAMETER_NAMES = {
     "input_layernorm.weight": "input_norm",
     "self_attention.linear_qkv.layer_norm_weight": "input_norm",
     "self_attention.linear_qkv.weight": "qkv",
@@ -45,19 +46,22 @@ class RmsNorm:
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         self.weight, self.epsilon = weight, epsilon
         self.scaled = weight * math.sqrt(len(weight))
-        self.least = torch.tensor(math.sqrt(len(weight) * epsilon), dtype=weight.dtype)
+        self.scaled_epsilon = torch.tensor(math.sqrt(len(weight) * epsilon), dtype=weight.dtype)
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """On CPUs torch's own takes ten operations; here a hypotenuse adds epsilon to |x|."""
-        if rows.is_cuda:
-            return rms_norm(rows, rows.shape[-1:], self.weight, self.epsilon)
-        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        return (rows / torch.hypot(length, self.least)).mul_(self.scaled)
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension.
+
+        On CPUs torch's rms_norm runs ten operations; sqrt(|x|^2 + n * epsilon) is one `hypot`.
+        """
+        if hidden.is_cuda:
+            return rms_norm(hidden, hidden.shape[-1:], self.weight, self.epsilon)
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        return (hidden / torch.hypot(norm, self.scaled_epsilon)).mul_(self.scaled)
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's parameters: this rank's heads and features; matrices are (in, out) views."""
+    """The parameters of one layer on this rank; matrices are (in, out) views."""
 
     input_norm: RmsNorm
     qkv: torch.Tensor
@@ -71,29 +75,29 @@ class LayerWeights:
 
 
 def layer_weights(layer: torch.nn.Module, epsilon: float) -> LayerWeights:
-    """The parameters of a Megatron layer; ValueError for a kind of layer not known here."""
-    found: dict[str, Any] = {}
-    for name, parameter in layer.named_parameters():
-        if name not in NAMES:
+    """Collect the parameters of a Megatron layer; ValueError for a parameter not known here."""
+    weights: dict[str, Any] = {}
+    for megatron_name, parameter in layer.named_parameters():
+        if megatron_name not in PARAMETER_NAMES:
             raise ValueError(
-                f"answering does not know the parameter {name} of a language layer; teach "
-                "inference/transformer.py what it does"
+                f"generation does not know the parameter {megatron_name} of a language layer; "
+                "teach generation/transformer.py what it does"
             )
-        ours = NAMES[name]
+        name = PARAMETER_NAMES[megatron_name]
         if parameter.dim() == 2:
-            found[ours] = _columns_first(parameter)
+            weights[name] = _transposed(parameter)
         else:
             vector = parameter.detach()
-            found[ours] = RmsNorm(vector, epsilon) if ours.endswith("norm") else vector
-    return LayerWeights(**found)
+            weights[name] = RmsNorm(vector, epsilon) if name.endswith("norm") else vector
+    return LayerWeights(**weights)
 
 
-def _columns_first(parameter: torch.Tensor) -> torch.Tensor:
-    """(out, in) -> (in, out), of the same memory, so changing one changes both.
+def _transposed(parameter: torch.Tensor) -> torch.Tensor:
+    """(out, in) -> (in, out), a view of the same memory.
 
-    CPUs multiply 4 to 16 rows 1.1 to 1.3 times as fast by a matrix that lies so in memory, and 2
-    or 3 a little slower. The parameter takes that layout: Megatron's modules compute with it too,
-    but an optimizer that holds the old memory would no longer train it.
+    CPUs multiply a batch of 4 to 16 tokens 1.1 to 1.3 times as fast by a matrix stored this way,
+    and a batch of 2 or 3 a little slower. The parameter itself takes the new layout; Megatron's
+    modules compute with it too, but an optimizer that holds the old memory would not train it.
     """
     if not parameter.is_cuda and parameter.is_contiguous():
         parameter.data = parameter.data.t().contiguous().t()
@@ -101,10 +105,10 @@ def _columns_first(parameter: torch.Tensor) -> torch.Tensor:
 
 
 class KeyValueCache:
-    """The keys and values of some rows of tokens, for this rank's L layers and G groups of heads.
+    """Keys and values of a number of slots, for this rank's L layers and G query groups.
 
-    `keys` are (L, rows, G, d, S), rotated; `values` (L, rows, G, S, d). A token's scores then read
-    the keys in the order in which they lie.
+    A slot holds one sequence. `keys` are (L, slots, G, d, S), after rotation; `values`
+    (L, slots, G, S, d). Scores of a new token then read the keys in the order of memory.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -112,43 +116,43 @@ class KeyValueCache:
 
     @property
     def batch_size(self) -> int:
-        """How many rows there is room for."""
+        """The number of slots."""
         return self.keys.shape[1]
 
     @property
     def length(self) -> int:
-        """How many tokens of a row there is room for."""
+        """The number of tokens that fit a slot."""
         return self.keys.shape[-1]
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Make room; what is kept stays."""
-        rows = max(rows, self.batch_size)
+    def reserve(self, slots: int, length: int) -> None:
+        """Grow to at least `slots` slots of `length` tokens; the content stays."""
+        slots = max(slots, self.batch_size)
         length = max(-(-length // LENGTH_STEP) * LENGTH_STEP, self.length)
-        if (rows, length) == (self.batch_size, self.length):
+        if (slots, length) == (self.batch_size, self.length):
             return
-        layers, had_rows, groups, size, had_length = self.keys.shape
-        keys = self.keys.new_zeros(layers, rows, groups, size, length)
-        values = self.values.new_zeros(layers, rows, groups, length, size)
-        keys[:, :had_rows, ..., :had_length] = self.keys
-        values[:, :had_rows, :, :had_length] = self.values
+        layers, old_slots, groups, head_dim, old_length = self.keys.shape
+        keys = self.keys.new_zeros(layers, slots, groups, head_dim, length)
+        values = self.values.new_zeros(layers, slots, groups, length, head_dim)
+        keys[:, :old_slots, ..., :old_length] = self.keys
+        values[:, :old_slots, :, :old_length] = self.values
         self.keys, self.values = keys, values
 
-    def copy_of(self, row: int, length: int) -> KeyValueCache:
-        """The first `length` tokens of a row, as a cache of their own."""
-        keys = self.keys[:, row : row + 1, ..., :length].clone()
-        return KeyValueCache(keys, self.values[:, row : row + 1, :, :length].clone())
+    def copy_slot(self, slot: int, length: int) -> KeyValueCache:
+        """The first `length` tokens of a slot, as a cache of one slot."""
+        keys = self.keys[:, slot : slot + 1, ..., :length].clone()
+        return KeyValueCache(keys, self.values[:, slot : slot + 1, :, :length].clone())
 
-    def put(self, row: int, other: KeyValueCache, other_row: int, length: int) -> None:
-        """Copy the first `length` tokens of a row of `other` to `row`."""
-        self.keys[:, row, ..., :length] = other.keys[:, other_row, ..., :length]
-        self.values[:, row, :, :length] = other.values[:, other_row, :, :length]
+    def write_slot(self, slot: int, source: KeyValueCache, source_slot: int, length: int) -> None:
+        """Copy the first `length` tokens of a slot of `source` into `slot`."""
+        self.keys[:, slot, ..., :length] = source.keys[:, source_slot, ..., :length]
+        self.values[:, slot, :, :length] = source.values[:, source_slot, :, :length]
 
 
 class CachedTransformer:
-    """The layers of this rank's stage of `model`, from hidden states to hidden states.
+    """The language layers of this rank's pipeline stage, with a key/value cache.
 
-    Llama's shape, as `LanguageConfig` says it: RMSNorm, rotary positions (arXiv:2104.09864),
-    grouped queries (arXiv:2305.13245), SwiGLU (arXiv:2002.05202).
+    Layers like Llama's, as `LanguageConfig` describes them: RMSNorm, rotary positions
+    (arXiv:2104.09864), grouped queries (arXiv:2305.13245), SwiGLU (arXiv:2002.05202).
     """
 
     def __init__(self, model: StageMimoModel) -> None:
@@ -164,55 +168,60 @@ class CachedTransformer:
         self.tp_group = model.pg_collection.tp
         self.head_dim: int = self.config.kv_channels
         self.groups = self.config.num_query_groups // self.tp_group.size()
-        self.queries = self.config.num_attention_heads // self.config.num_query_groups
+        self.queries_per_group = self.config.num_attention_heads // self.config.num_query_groups
         self.device = self.layers[0].qkv.device
         self.dtype = self.layers[0].qkv.dtype
         self.cos = self.sin = torch.empty(0, self.head_dim, device=self.device, dtype=self.dtype)
 
     def new_cache(self) -> KeyValueCache:
-        """A cache without room yet."""
-        size = (len(self.layers), 0, self.groups)
-        kept = torch.empty(*size, self.head_dim, 0, device=self.device, dtype=self.dtype)
-        return KeyValueCache(kept, kept.transpose(-1, -2))
+        """An empty cache; `reserve` gives it slots."""
+        shape = (len(self.layers), 0, self.groups, self.head_dim, 0)
+        keys = torch.empty(shape, device=self.device, dtype=self.dtype)
+        return KeyValueCache(keys, keys.transpose(-1, -2))
 
     def forward(
-        self, hidden: torch.Tensor, cache: KeyValueCache, first: int, starts: Sequence[int]
+        self, hidden: torch.Tensor, cache: KeyValueCache, first_slot: int, starts: Sequence[int]
     ) -> torch.Tensor:
-        """(B, S, H) -> (B, S, H): S more tokens of B rows of the cache, from row `first` on.
+        """(B, S, H) -> (B, S, H): S new tokens for each of B slots, from `first_slot` on.
 
-        Row i has `starts[i]` tokens already; for more than one new token all have as many.
+        Slot `first_slot + i` holds `starts[i]` tokens already; all the same number where S > 1.
         """
-        rows, columns, _ = hidden.shape
-        alike = min(starts) == max(starts)
-        assert alike or columns == 1, "rows of different lengths are prefilled apart"
-        begin = torch.tensor(starts, device=self.device)[:, None]
-        places = begin + torch.arange(columns, device=self.device)
-        length = max(starts) + columns
-        of_rows = slice(first, first + rows)
-        at = Places(self, of_rows, places, length, starts[0] if alike else None)
-        return self.through_layers(hidden, cache, at)
+        batch_size, new_tokens, _ = hidden.shape
+        same_start = min(starts) == max(starts)
+        assert same_start or new_tokens == 1, "prompts of different lengths are prefilled apart"
+        index = torch.tensor(starts, device=self.device)[:, None]
+        index = index + torch.arange(new_tokens, device=self.device)
+        positions = Positions(
+            self,
+            slice(first_slot, first_slot + batch_size),
+            index,
+            length=max(starts) + new_tokens,
+            start=starts[0] if same_start else None,
+        )
+        return self.run_layers(hidden, cache, positions)
 
-    def through_layers(
-        self, hidden: torch.Tensor, cache: KeyValueCache, at: Places
+    def run_layers(
+        self, hidden: torch.Tensor, cache: KeyValueCache, positions: Positions
     ) -> torch.Tensor:
-        """(B, S, H) -> (B, S, H), on tensors alone: nothing here depends on their values."""
-        rows, columns, _ = hidden.shape
-        few = columns <= FEW_COLUMNS
-        attend = _FewTokens(at, cache, self.queries) if few else _ManyTokens(at, cache)
-        flat = hidden.reshape(rows * columns, -1).clone()
+        """(B, S, H) -> (B, S, H); control flow depends on no tensor's values (CUDA graphs)."""
+        batch_size, new_tokens, _ = hidden.shape
+        attention: _DecodeAttention | _PrefillAttention
+        if new_tokens <= MAX_DECODE_TOKENS:
+            attention = _DecodeAttention(positions, cache, self.queries_per_group)
+        else:
+            attention = _PrefillAttention(positions, cache)
+        flat = hidden.reshape(batch_size * new_tokens, -1).clone()
         for number, layer in enumerate(self.layers):
-            normed = layer.input_norm(flat)
-            query, key, value = self._query_key_value(torch.mm(normed, layer.qkv), layer, at)
-            context = attend(number, query, key, value)
-            flat += self._reduced(torch.mm(context, layer.projection))
-            normed = layer.mlp_norm(flat)
-            gate, up = torch.mm(normed, layer.gate_and_up).chunk(2, dim=-1)
-            flat += self._reduced(torch.mm(silu(gate) * up, layer.down))
-        return flat.view(rows, columns, -1)
+            qkv = torch.mm(layer.input_norm(flat), layer.qkv)
+            context = attention(number, *self._query_key_value(qkv, layer, positions))
+            flat += self._all_reduce(torch.mm(context, layer.projection))
+            gate, up = torch.mm(layer.mlp_norm(flat), layer.gate_and_up).chunk(2, dim=-1)
+            flat += self._all_reduce(torch.mm(silu(gate) * up, layer.down))
+        return flat.view(batch_size, new_tokens, -1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(N, H) -> (N, V), over the whole vocabulary, on the last stage."""
-        assert self.final_norm is not None, "the last stage has the head"
+        """(N, H) -> (N, V), the whole vocabulary on every rank of the last stage."""
+        assert self.final_norm is not None, "only the last stage has the output layer"
         shard = torch.mm(self.final_norm(hidden), self._output_weight().t())
         if self.tp_group.size() == 1:
             return shard
@@ -221,24 +230,24 @@ class CachedTransformer:
         return torch.cat(shards, dim=-1)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B,) tokens of text -> (B, 1, H), on the first stage."""
+        """(B,) ids of text tokens -> (B, 1, H), on the first stage."""
         return self.language.embedding.word_embeddings(tokens[:, None])
 
-    def receive(self, rows: int, columns: int) -> torch.Tensor:
-        """(B, S, H) from the stage before."""
-        size = (rows, columns, self.config.hidden_size)
-        hidden = torch.empty(size, dtype=self.dtype, device=self.device)
+    def receive(self, batch_size: int, new_tokens: int) -> torch.Tensor:
+        """Receive (B, S, H) from the previous pipeline stage."""
+        shape = (batch_size, new_tokens, self.config.hidden_size)
+        hidden = torch.empty(shape, dtype=self.dtype, device=self.device)
         dist.recv(hidden, src=mpu.get_pipeline_model_parallel_prev_rank())
         return hidden
 
     def send(self, hidden: torch.Tensor) -> None:
-        """(B, S, H) to the next stage."""
+        """Send (B, S, H) to the next pipeline stage."""
         dist.send(hidden.contiguous(), dst=mpu.get_pipeline_model_parallel_next_rank())
 
-    def positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, (S, d) each with S >= `length`, of the places in a row.
+    def rotary_table(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the rotary angles, (S, d) each with S >= `length`.
 
-        The left half of a head turns against the right one, so its sine is negative.
+        Rotation is x * cos + swap_halves(x) * sin, so the sine of the left half is negative.
         """
         if len(self.cos) < length:
             longer = max(length, 2 * len(self.cos))
@@ -248,21 +257,21 @@ class CachedTransformer:
         return self.cos, self.sin
 
     def _query_key_value(
-        self, mixed: torch.Tensor, layer: LayerWeights, at: Places
+        self, qkv: torch.Tensor, layer: LayerWeights, positions: Positions
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(N, G * (R + 2) * d) as Megatron mixes it -> (N, G, R, d), and (N, G, d) twice."""
+        """(N, G * (R + 2) * d) in Megatron's order -> (N, G, R, d), and (N, G, d) twice."""
         if layer.qkv_bias is not None:
-            mixed = mixed + layer.qkv_bias
-        mixed = mixed.reshape(len(mixed), self.groups, self.queries + 2, self.head_dim)
-        turning, value = mixed[:, :, :-1], mixed[:, :, -1]
+            qkv = qkv + layer.qkv_bias
+        qkv = qkv.reshape(len(qkv), self.groups, self.queries_per_group + 2, self.head_dim)
+        query_key, value = qkv[:, :, :-1], qkv[:, :, -1]
         if layer.query_norm is not None and layer.key_norm is not None:
-            normed = layer.query_norm(turning[:, :, :-1]), layer.key_norm(turning[:, :, -1:])
-            turning = torch.cat(normed, dim=2)
-        halves_swapped = turning.roll(self.head_dim // 2, dims=-1)
-        turned = torch.addcmul(turning * at.cos, halves_swapped, at.sin)
-        return turned[:, :, :-1], turned[:, :, -1], value
+            query, key = query_key[:, :, :-1], query_key[:, :, -1:]
+            query_key = torch.cat((layer.query_norm(query), layer.key_norm(key)), dim=2)
+        swapped = query_key.roll(self.head_dim // 2, dims=-1)
+        rotated = torch.addcmul(query_key * positions.cos, swapped, positions.sin)
+        return rotated[:, :, :-1], rotated[:, :, -1], value
 
-    def _reduced(self, partial: torch.Tensor) -> torch.Tensor:
+    def _all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         if self.tp_group.size() > 1:
             partial = partial.contiguous()
             dist.all_reduce(partial, group=self.tp_group)
@@ -274,53 +283,54 @@ class CachedTransformer:
         return self.language.output_layer.weight
 
 
-class Places:
-    """Where the new tokens of some rows belong: `places` (B, S) of the rows `rows` of the cache.
+class Positions:
+    """Positions of the new tokens of one forward pass: `index` (B, S), for the slots `slots`.
 
-    The first `length` tokens of a row are read. `start` is the first new one's place in every row,
-    or None where rows differ. `cos` and `sin`, (N, 1, R + 1, d), turn R queries and a key; queries
-    are scaled on the way.
+    Attention reads the first `length` tokens of a slot. `start` is the position of the first new
+    token where all sequences have the same, else None. `cos` and `sin`, (N, 1, R + 1, d), rotate R
+    queries and a key; the queries' part includes the softmax scale.
     """
 
     def __init__(
         self,
         transformer: CachedTransformer,
-        rows: slice,
-        places: torch.Tensor,
+        slots: slice,
+        index: torch.Tensor,
         length: int,
         start: int | None,
     ) -> None:
-        self.rows, self.places, self.length, self.start = rows, places, length, start
-        self.shape = places.shape
-        table = transformer.positions(length)
-        scale = torch.ones(transformer.queries + 1, 1, device=table[0].device, dtype=table[0].dtype)
+        self.slots, self.index, self.length, self.start = slots, index, length, start
+        self.shape = index.shape
+        table = transformer.rotary_table(length)
+        queries = transformer.queries_per_group
+        scale = torch.ones(queries + 1, 1, device=table[0].device, dtype=table[0].dtype)
         scale[:-1] = transformer.head_dim**-0.5
-        self.cos, self.sin = (t[places.flatten()][:, None, None] * scale for t in table)
+        self.cos, self.sin = (t[index.flatten()][:, None, None] * scale for t in table)
 
 
-class _ManyTokens:
-    """Attention of many tokens of each row, each of which sees those up to itself."""
+class _PrefillAttention:
+    """Causal attention of many new tokens, by torch's fused kernel."""
 
-    def __init__(self, at: Places, cache: KeyValueCache) -> None:
-        self.at, self.cache = at, cache
+    def __init__(self, positions: Positions, cache: KeyValueCache) -> None:
+        self.positions, self.cache = positions, cache
 
     def __call__(
-        self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """(N, G, R, d), (N, G, d) twice -> (N, G * R * d), and the cache holds the new ones."""
-        at = self.at
-        columns, start = at.shape[1], at.length - at.shape[1]
-        key, value = (t.unflatten(0, at.shape).transpose(1, 2) for t in (key, value))
-        keys, values = self.cache.keys[number, at.rows], self.cache.values[number, at.rows]
-        keys[..., start : at.length] = key.transpose(-1, -2)
-        values[:, :, start : at.length] = value
+        """(N, G, R, d), (N, G, d) twice -> (N, G * R * d); keys and values are cached."""
+        (_, new_tokens), length = self.positions.shape, self.positions.length
+        start = length - new_tokens
+        slots, shape = self.positions.slots, self.positions.shape
+        key, value = (t.unflatten(0, shape).transpose(1, 2) for t in (key, value))
+        keys, values = self.cache.keys[layer, slots], self.cache.values[layer, slots]
+        keys[..., start:length] = key.transpose(-1, -2)
+        values[:, :, start:length] = value
         mask = None
         if start:
-            key, value = keys[..., : at.length].transpose(-1, -2), values[:, :, : at.length]
-            last = torch.ones(columns, at.length, dtype=torch.bool, device=key.device)
-            mask = last.tril(start)
+            key, value = keys[..., :length].transpose(-1, -2), values[:, :, :length]
+            mask = torch.ones(new_tokens, length, dtype=torch.bool, device=key.device).tril(start)
         context = scaled_dot_product_attention(
-            query.unflatten(0, at.shape).permute(0, 2, 3, 1, 4).flatten(1, 2),
+            query.unflatten(0, shape).permute(0, 2, 3, 1, 4).flatten(1, 2),
             key.contiguous(),
             value.contiguous(),
             attn_mask=mask,
@@ -331,53 +341,54 @@ class _ManyTokens:
         return context.transpose(1, 2).reshape(len(query), -1)
 
 
-class _FewTokens:
-    """Attention of one token of each row, or a few, which see their row up to themselves."""
+class _DecodeAttention:
+    """Causal attention of one new token of each sequence, or a few, by matrix products."""
 
-    def __init__(self, at: Places, cache: KeyValueCache, queries: int) -> None:
-        self.at, self.cache = at, cache
-        keys, values = cache.keys[:, at.rows], cache.values[:, at.rows]
+    def __init__(self, positions: Positions, cache: KeyValueCache, queries_per_group: int) -> None:
+        self.positions, self.cache = positions, cache
+        slots, length, start = positions.slots, positions.length, positions.start
+        keys, values = cache.keys[:, slots], cache.values[:, slots]
         # (B * G, d, T) and (B * G, T, d) of each layer, as `bmm` takes them.
-        self.keys = keys[..., : at.length].flatten(1, 2).unbind(0)
-        self.values = values[:, :, :, : at.length].flatten(1, 2).unbind(0)
-        if at.start is not None:
-            self.new_keys = keys[..., at.start : at.length].unbind(0)
-            self.new_values = values[:, :, :, at.start : at.length].unbind(0)
-        self.index = torch.arange(at.rows.start, at.rows.stop, device=at.places.device)
+        self.keys = keys[..., :length].flatten(1, 2).unbind(0)
+        self.values = values[:, :, :, :length].flatten(1, 2).unbind(0)
+        if start is not None:
+            self.new_keys = keys[..., start:length].unbind(0)
+            self.new_values = values[:, :, :, start:length].unbind(0)
+        self.slot_index = torch.arange(slots.start, slots.stop, device=positions.index.device)
         self.mask = None
-        if at.start is None or at.shape[1] > 1:
-            self.mask = self._mask(queries)
+        if start is None or positions.shape[1] > 1:
+            self.mask = self._mask(queries_per_group)
 
-    def _mask(self, queries: int) -> torch.Tensor:
-        """(B * G, S * R, T) with minus infinity where a token is later than the query's."""
-        places = torch.arange(self.at.length, device=self.at.places.device)
-        later = (places > self.at.places[..., None]).repeat_interleave(queries, dim=1)
+    def _mask(self, queries_per_group: int) -> torch.Tensor:
+        """(B * G, S * R, T) with minus infinity where a key is later than the query."""
+        index = self.positions.index
+        later = torch.arange(self.positions.length, device=index.device) > index[..., None]
+        later = later.repeat_interleave(queries_per_group, dim=1)
         mask = torch.zeros(later.shape, dtype=self.cache.keys.dtype, device=later.device)
         mask.masked_fill_(later, float("-inf"))
         return mask.repeat_interleave(self.cache.keys.shape[2], dim=0)
 
     def __call__(
-        self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """(N, G, R, d), (N, G, d) twice -> (N, G * R * d), and the cache holds the new ones."""
-        rows, columns = self.at.shape
-        tokens, groups, queries, size = query.shape
-        self._keep(number, key.view(rows, columns, groups, size), value.unflatten(0, self.at.shape))
-        query = query.unflatten(0, self.at.shape).transpose(1, 2)
-        scores = torch.bmm(query.reshape(rows * groups, columns * queries, size), self.keys[number])
+        """(N, G, R, d), (N, G, d) twice -> (N, G * R * d); keys and values are cached."""
+        (batch, new), (_, groups, queries, head_dim) = self.positions.shape, query.shape
+        self._store(layer, key.view(batch, new, groups, head_dim), value.unflatten(0, (batch, new)))
+        query = query.unflatten(0, (batch, new)).transpose(1, 2)
+        scores = torch.bmm(query.reshape(batch * groups, new * queries, head_dim), self.keys[layer])
         if self.mask is not None:
             scores += self.mask
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-        context = torch.bmm(weights, self.values[number])
-        context = context.view(rows, groups, columns, queries * size).transpose(1, 2)
-        return context.reshape(tokens, -1)
+        context = torch.bmm(weights, self.values[layer])
+        context = context.view(batch, groups, new, queries * head_dim).transpose(1, 2)
+        return context.reshape(batch * new, -1)
 
-    def _keep(self, number: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """(B, S, G, d) twice into the cache; one token where rows differ in length."""
-        if self.at.start is not None:
-            self.new_keys[number].copy_(key.permute(0, 2, 3, 1))
-            self.new_values[number].copy_(value.transpose(1, 2))
+    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Cache (B, S, G, d) twice; S is 1 where the sequences differ in length."""
+        if self.positions.start is not None:
+            self.new_keys[layer].copy_(key.permute(0, 2, 3, 1))
+            self.new_values[layer].copy_(value.transpose(1, 2))
             return
-        places = self.at.places[:, 0]
-        self.cache.keys[number][self.index, :, :, places] = key[:, 0]
-        self.cache.values[number][self.index, :, places] = value[:, 0]
+        position = self.positions.index[:, 0]
+        self.cache.keys[layer][self.slot_index, :, :, position] = key[:, 0]
+        self.cache.values[layer][self.slot_index, :, position] = value[:, 0]

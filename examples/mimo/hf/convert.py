@@ -21,7 +21,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.training.checkpointing import _build_sharded_state_dict_metadata
 from safetensors.torch import save_file
 
@@ -30,10 +30,9 @@ from examples.mimo.cli.arguments import parse_with_preset
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import copy_tokenizer
 from examples.mimo.hf import io
-from examples.mimo.hf.families import family_for_export, family_of
 from examples.mimo.hf.io import INDEX, SINGLE, Folder, Reader
-from examples.mimo.hf.weights import Family, Row
-from examples.mimo.model.mimo import part_names, part_prefix, part_spec
+from examples.mimo.hf.weights import Family, Row, family_for_export, family_of
+from examples.mimo.model.mimo import build_part, part_names, part_prefix
 from examples.mimo.training.providers import transformer_config
 
 
@@ -57,10 +56,10 @@ def part_entries(
     args.params_dtype = torch.float32
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device(device):
-        module = build_module(part_spec(config, part, transformer_config(args), groups))
+        module = build_part(config, part, transformer_config(args), groups)
     metadata = _build_sharded_state_dict_metadata(args)
     state: dict[str, Any] = {
-        "part": module.sharded_state_dict(prefix=part_prefix(part), metadata=metadata)
+        "part": sharded_state_dict_default(module, part_prefix(part), metadata=metadata)
     }
     apply_factories(state)
     tensors: dict[str, list[ShardedTensor]] = {}
@@ -266,6 +265,8 @@ def _their_config(checkpoint: Checkpoint, part: str, ours: Any) -> tuple[Family,
     source = checkpoint.sources.get(part)
     if source is None:
         family = family_for_export(ours)
+        if family is None:
+            raise ValueError(f"no Hugging Face family describes {ours}")
         return family, family.config(ours) if family.config else None
     from transformers import CONFIG_MAPPING
 

@@ -1,4 +1,4 @@
-"""Llama and its relatives: Mistral, Qwen2 (2.5) and Qwen3 differ by biases and norms."""
+"""Weight tables of language models: Llama, Mistral, Qwen2 (2.5) and Qwen3."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ THEIRS = "model.layers.{i}."
 
 
 def table(language: LanguageConfig, config: Any) -> list[Row]:
-    """The rows of a language model whose config.json is `config`."""
+    """The weight table of a language model whose config.json is `config`."""
     qkv = Qkv(language.num_attention_heads, language.num_query_groups)
     vocabulary = Vocabulary(config.vocab_size, language.vocab_size)
     ours, theirs = f"{LAYER}self_attention.", f"{THEIRS}self_attn."
     projections = [f"{theirs}{name}_proj" for name in "qkv"]
-    found = [
+    weights = [
         Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
         Row(f"{ours}linear_qkv.layer_norm_weight", (f"{THEIRS}input_layernorm.weight",)),
         Row(f"{ours}linear_qkv.weight", tuple(f"{p}.weight" for p in projections), qkv),
@@ -36,14 +36,14 @@ def table(language: LanguageConfig, config: Any) -> list[Row]:
     ]
     if language.qkv_bias:
         biases = tuple(f"{p}.bias" for p in projections)
-        found.append(Row(f"{ours}linear_qkv.bias", biases, qkv))
+        weights.append(Row(f"{ours}linear_qkv.bias", biases, qkv))
     if language.qk_norm:
-        found += [
+        weights += [
             Row(f"{ours}{side}_layernorm.weight", (f"{theirs}{side}_norm.weight",)) for side in "qk"
         ]
     if not language.tie_embeddings:
-        found.append(Row("output_layer.weight", ("lm_head.weight",), vocabulary))
-    return found
+        weights.append(Row("output_layer.weight", ("lm_head.weight",), vocabulary))
+    return weights
 
 
 def fields(config: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What a weight table is made of: rows of names, and how tensors are laid out on each side."""
+"""Weight tables: which Hugging Face tensor is which of ours, and how each side lays it out."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,15 +21,13 @@ class Layout(Protocol):
 
 
 class Same:
-    """One tensor, as it is."""
+    """One tensor, the same on both sides."""
 
     def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The tensor."""
         (tensor,) = theirs
         return tensor
 
     def split(self, ours: torch.Tensor) -> list[torch.Tensor]:
-        """The tensor."""
         return [ours]
 
 
@@ -43,18 +42,16 @@ class View:
     ours: tuple[int, ...]
 
     def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """In our shape."""
         (tensor,) = theirs
         return tensor.reshape(self.ours)
 
     def split(self, ours: torch.Tensor) -> list[torch.Tensor]:
-        """In their shape."""
         return [ours.reshape(self.theirs)]
 
 
 @dataclass(frozen=True)
 class Qkv:
-    """Queries, keys and values <-> per group its queries, its key and its value.
+    """Queries, keys and values <-> for each group its queries, its key and its value.
 
     Heads are the first dimension of a weight (heads * head_dim, H) or a bias (heads * head_dim).
     """
@@ -64,15 +61,14 @@ class Qkv:
 
     def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
         """(q, k, v) -> (groups * (heads / groups + 2) * head_dim, ...)."""
-        rows = [tensor.unflatten(0, (self.num_groups, -1)) for tensor in theirs]
-        return torch.cat(rows, dim=1).flatten(0, 1)
+        groups = [tensor.unflatten(0, (self.num_groups, -1)) for tensor in theirs]
+        return torch.cat(groups, dim=1).flatten(0, 1)
 
     def split(self, ours: torch.Tensor) -> list[torch.Tensor]:
-        """The reverse."""
         head_dim = ours.shape[0] // (self.num_heads + 2 * self.num_groups)
         queries = self.num_heads // self.num_groups * head_dim
-        rows = ours.unflatten(0, (self.num_groups, -1)).split([queries, head_dim, head_dim], 1)
-        return [part.flatten(0, 1) for part in rows]
+        groups = ours.unflatten(0, (self.num_groups, -1))
+        return [part.flatten(0, 1) for part in groups.split([queries, head_dim, head_dim], 1)]
 
 
 @dataclass(frozen=True)
@@ -91,26 +87,24 @@ class QkvWithoutKeyBias:
         return Qkv(self.num_heads, self.num_heads).join([query, torch.zeros_like(query), value])
 
     def split(self, ours: torch.Tensor) -> list[torch.Tensor]:
-        """The reverse."""
         query, _, value = Qkv(self.num_heads, self.num_heads).split(ours)
         return [query, value]
 
 
 class GateUp:
-    """The gate's rows above the up projection's."""
+    """The gate projection's weights above the up projection's."""
 
     def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
         """(gate, up) -> (2 * ffn, H)."""
         return torch.cat(list(theirs))
 
     def split(self, ours: torch.Tensor) -> list[torch.Tensor]:
-        """The reverse."""
         return list(ours.chunk(2))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A table with a row per token; rows beyond theirs are ours, and start as their mean."""
+    """A table with an entry per token; entries beyond theirs start as the mean of theirs."""
 
     theirs: int
     ours: int
@@ -122,13 +116,12 @@ class Vocabulary:
         return torch.cat([table, mean.expand(self.ours - self.theirs, -1)])
 
     def split(self, ours: torch.Tensor) -> list[torch.Tensor]:
-        """The reverse."""
         return [ours[: self.theirs]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Our checkpoint key, their tensors' names, and the layout between them.
+    """A row of a table: our checkpoint key, their tensors' names, and the layout between them.
 
     Names with `{i}` stand for every layer; our checkpoint keeps all layers under one key.
     """
@@ -139,7 +132,7 @@ class Row:
 
     @property
     def layered(self) -> bool:
-        """Whether it stands for every layer."""
+        """Whether this stands for a tensor of every layer."""
         return "{i}" in self.theirs[0]
 
 
@@ -150,16 +143,15 @@ def rows(ours: str, theirs: str, *suffixes: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of Hugging Face model, and its table, read in both directions.
+    """One kind of Hugging Face model and its weight table, which is read in both directions.
 
     `sections` maps a config.json's model type to where this family's part of it lies ("" for all
     of it). `roots` are the prefixes its tensors may have, told apart by the tensor `anchor`, and
     `spellings` replace names that versions of transformers write differently. `required` are the
     config values this package computes with; `fields` are those that must equal our config's.
     `unused` names their tensors that have no place here; `fixed` makes those that are computed
-    here, not learned. `config` writes a config.json, for a family
-    that transformers knows alone. `describes` says whether one of our configs
-    can be of this family at all.
+    here, not learned. `config` writes a config.json, for a family that transformers can load.
+    `describes` says whether a config of ours can be of this family at all.
     """
 
     name: str
@@ -175,3 +167,29 @@ class Family:
     describes: Callable[[Any], bool] = lambda config: True
     spellings: tuple[tuple[str, str], ...] = ()
     fixed: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+
+
+def families_for(config: Any) -> list[Family]:
+    """The families whose weights the config of an encoder, projector or language model takes."""
+    if config.hf_families is None:
+        return []
+    module, _, name = config.hf_families.partition(":")
+    families = getattr(importlib.import_module(module), name)
+    return [family for family in families if family.describes(config)]
+
+
+def family_of(model_type: str, config: Any, where: str) -> Family:
+    """The family a folder's `model_type` belongs to; ValueError when `config` takes no such."""
+    families = families_for(config)
+    if not families:
+        raise ValueError(f"{where}: no weights of Hugging Face fit a {type(config).__name__}")
+    for family in families:
+        if model_type in family.sections:
+            return family
+    known = ", ".join(name for family in families for name in family.sections)
+    raise ValueError(f"{where}: model type {model_type!r} is none of {known}")
+
+
+def family_for_export(config: Any) -> Family | None:
+    """The family to write `config` as when it came from no folder; None where there is none."""
+    return next(iter(families_for(config)), None)

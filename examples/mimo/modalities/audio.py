@@ -1,32 +1,30 @@
-"""Sound from files nobody has checked.
-
-The ear: Whisper's audio encoder (arXiv:2212.04356) from Megatron-Core blocks.
-"""
+"""Audio: decoding files of unknown origin, and Whisper's encoder (arXiv:2212.04356)."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import soundfile
 import torch
-from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock
 from torch.nn import functional
-from torchaudio.functional import resample
-from torchaudio.transforms import MelSpectrogram
 
-from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.modalities.base import Source, open_source
-from examples.mimo.model.encoder import encoder_transformer_config
-from examples.mimo.model.layers import block_submodules
-from examples.mimo.planner.flops import Flops, encoder_layer_flops
+from examples.mimo.modalities.base import (
+    EncoderConfig,
+    Source,
+    first_tokens,
+    free_field,
+    open_source,
+    sinusoids,
+)
+
+if TYPE_CHECKING:
+    from examples.mimo.configs.schema import MimoConfig
 
 # What fits is read, so a long file costs no memory; the rate and the samples of all channels a
 # second are bounded to bound that, and the numbers of the filter that changes the rate: 44,100 to
@@ -40,7 +38,7 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
 def read_audio(
     source: Source, sample_rate_hz: int, max_seconds: float, truncate: bool = False
 ) -> np.ndarray:
-    """(samples,) float32 mono at `sample_rate_hz`; channels averaged.
+    """Decode a recording: (samples,) float32 mono at `sample_rate_hz`, channels averaged.
 
     Reads whatever libsndfile reads. Raises ValueError, one line, when the file is missing,
     empty, damaged, not sound, holds no samples or NaN, or lasts longer than `max_seconds`
@@ -50,19 +48,22 @@ def read_audio(
         with open_source(source, "audio") as stream, soundfile.SoundFile(stream) as sound:
             _check_header(sound, source, sample_rate_hz, max_seconds, truncate)
             rate = sound.samplerate
-            wanted = min(sound.frames, int(np.ceil(max_seconds * rate)))
-            samples = sound.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
+            num_samples = min(sound.frames, int(np.ceil(max_seconds * rate)))
+            samples = sound.read(num_samples, dtype="float32", always_2d=True).mean(axis=1)
     except soundfile.SoundFileError as error:
         # The whole text names the open file as an object.
         reason = getattr(error, "error_string", error)
         raise ValueError(f"{source}: not sound that libsndfile can read ({reason})") from None
-    if len(samples) < wanted:
+    if len(samples) < num_samples:
         raise ValueError(
-            f"{source}: damaged audio, {len(samples):,} of {wanted:,} samples can be read"
+            f"{source}: damaged audio, {len(samples):,} of {num_samples:,} samples can be read"
         )
     if not np.isfinite(samples).all():
         raise ValueError(f"{source}: the recording holds NaN or infinite samples")
     if rate != sample_rate_hz:
+        # Takes a second to import, so it waits until a file needs it.
+        from torchaudio.functional import resample
+
         samples = resample(torch.from_numpy(samples), rate, sample_rate_hz).numpy()
     return samples[: round(max_seconds * sample_rate_hz)]
 
@@ -108,7 +109,7 @@ FFT_SAMPLES = 400
 
 
 @dataclass(frozen=True)
-class WhisperConfig:
+class WhisperConfig(EncoderConfig):
     """A Whisper encoder over a window of `window_seconds` of mono sound at 16 kHz.
 
     A mel frame every `hop_samples`; the second convolution halves them; `frames_per_token`
@@ -123,17 +124,17 @@ class WhisperConfig:
     num_mel_bins: int
     hop_samples: int
     window_seconds: float
-    num_layers: int
-    width: int
-    num_heads: int
-    ffn_hidden_size: int
     frames_per_token: int = 1
-    max_windows: int = 1
-    overflow: str = "error"
-    augment_noise: float = 0.0
-    augment_shift_seconds: float = 0.0
+    max_windows: int = free_field(1)
+    overflow: str = free_field("error", choices=("error", "truncate"))
+    augment_noise: float = free_field(0.0)
+    augment_shift_seconds: float = free_field(0.0)
+
+    suffixes: ClassVar[tuple[str, ...]] = AUDIO_SUFFIXES
+    hf_families: ClassVar[str | None] = "examples.mimo.hf.encoders:WHISPER"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.window_samples % (2 * self.hop_samples):
             raise ValueError(
                 f"window_seconds {self.window_seconds} is {self.window_samples} samples, "
@@ -141,23 +142,6 @@ class WhisperConfig:
             )
         if self.max_windows < 1:
             raise ValueError(f"max_windows {self.max_windows}: at least one")
-        if self.overflow not in ("error", "truncate"):
-            raise ValueError(f"overflow is {self.overflow!r}; choose 'error' or 'truncate'")
-
-    @property
-    def max_inputs(self) -> int:
-        """Windows."""
-        return self.max_windows
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Names that recordings have; their content decides."""
-        return AUDIO_SUFFIXES
-
-    @property
-    def hidden_size(self) -> int:
-        """The width of a token's features: its frames' side by side."""
-        return self.width * self.frames_per_token
 
     @property
     def window_samples(self) -> int:
@@ -179,6 +163,11 @@ class WhisperConfig:
         """The tokens of a full window."""
         return math.ceil(self.window_frames / self.frames_per_token)
 
+    @property
+    def max_inputs(self) -> int:
+        """Windows."""
+        return self.max_windows
+
     def read(self, source: Source) -> np.ndarray:
         """(samples,) float32 mono at 16 kHz, at most what fits."""
         return read_audio(
@@ -198,11 +187,11 @@ class WhisperConfig:
         return sound + np.float32(generator.uniform(0, self.augment_noise)) * noise
 
     def describe(self, raw: np.ndarray) -> str:
-        """Its length in whole seconds."""
+        """The length in whole seconds."""
         return f"{math.ceil(len(raw) / SAMPLE_RATE_HZ)} s"
 
     def preview(self, raw: np.ndarray) -> list[tuple[str, bytes]]:
-        """A WAV of the sound at the rate that the encoder hears."""
+        """A WAV at the sample rate of the encoder."""
         return [("audio/wav", to_wav(raw[: self.max_samples], SAMPLE_RATE_HZ))]
 
     def blank(self, raw: np.ndarray) -> np.ndarray:
@@ -210,7 +199,7 @@ class WhisperConfig:
         return np.zeros_like(raw)
 
     def preprocess(self, raw: np.ndarray) -> dict[str, torch.Tensor]:
-        """`input_features` (W, M, F) of W whole windows, `num_frames` (W,) that hold sound."""
+        """`input_features` (N, M, 2F) of N windows, `num_frames` (N,) that hold sound."""
         sound = torch.from_numpy(raw[: self.max_samples].astype(np.float32, copy=False))
         windows = sound.split(self.window_samples)
         features = [self._features(window) for window in windows]
@@ -221,10 +210,10 @@ class WhisperConfig:
         """(samples,) -> (M, 2F): a window; behind the sound it is silent."""
         frames = 2 * self.window_frames
         # The transform reaches half of its length beyond the sound; all later frames are alike.
-        heard = min(frames, math.ceil((len(sound) + FFT_SAMPLES) / self.hop_samples))
-        padded = functional.pad(sound, (0, heard * self.hop_samples - len(sound)))
+        computed = min(frames, math.ceil((len(sound) + FFT_SAMPLES) / self.hop_samples))
+        padded = functional.pad(sound, (0, computed * self.hop_samples - len(sound)))
         features, silence = log_mel(padded, self.num_mel_bins, self.hop_samples)
-        return functional.pad(features, (0, frames - heard), value=silence)
+        return functional.pad(features, (0, frames - computed), value=silence)
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
         """Of each window ceil(samples / hop / 2) frames, `frames_per_token` of them a token."""
@@ -236,19 +225,55 @@ class WhisperConfig:
         frames = torch.randint(1, self.window_frames + 1, (1,), generator=generator)
         return {"input_features": torch.randn(size, generator=generator), "num_frames": frames}
 
-    def flops(self) -> Flops:
-        """One window through both convolutions and the layers; shorter sound costs the same."""
-        frames, width = self.window_frames, self.width
-        convolutions = 2 * frames * 3 * (2 * self.num_mel_bins * width + width**2)
-        layer = encoder_layer_flops(frames, width, self.ffn_hidden_size)
-        return Flops(convolutions) + layer * self.num_layers
+    @property
+    def output_size(self) -> int:
+        """The features of a token's frames, side by side."""
+        return self.hidden_size * self.frames_per_token
 
-    def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:
-        """`WhisperEncoder` as a module spec."""
-        return ModuleSpec(
-            module=WhisperEncoder,
-            params={"whisper": self, "language": language, "pg_collection": pg_collection},
-        )
+    @property
+    def sequence_length(self) -> int:
+        """The frames of a window, however short the sound in it."""
+        return self.window_frames
+
+    @property
+    def stem_flops(self) -> int:
+        """Both convolutions over one window; the first makes twice as many frames."""
+        width = self.hidden_size
+        return 2 * self.window_frames * 3 * (2 * self.num_mel_bins * width + width**2)
+
+    def stem(self) -> torch.nn.Module:
+        """Convolutions and sinusoids."""
+        return MelEmbedding(self)
+
+    def select(self, hidden: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """(N, F, H) -> (tokens, k * H): k frames side by side, the last token filled with zeros.
+
+        Of each window the first `num_frames`, rounded up to whole tokens, are kept.
+        """
+        missing = -hidden.shape[1] % self.frames_per_token
+        frames = functional.pad(hidden, (0, 0, 0, missing))
+        tokens = frames.unflatten(1, (-1, self.frames_per_token)).flatten(2)
+        return first_tokens(tokens, torch.ceil(inputs["num_frames"] / self.frames_per_token))
+
+
+class MelEmbedding(torch.nn.Module):
+    """Two convolutions over mel frames, the second of which halves them, and sinusoids."""
+
+    positions: torch.Tensor
+
+    def __init__(self, whisper: WhisperConfig) -> None:
+        super().__init__()
+        bins, width = whisper.num_mel_bins, whisper.hidden_size
+        self.conv1 = torch.nn.Conv1d(bins, width, kernel_size=3, padding=1)
+        self.conv2 = torch.nn.Conv1d(width, width, kernel_size=3, stride=2, padding=1)
+        positions = sinusoids(whisper.window_frames, width)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(self, input_features: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
+        """(N, M, 2F) -> (N, F, H); silence behind the sound is embedded too."""
+        hidden = functional.gelu(self.conv1(input_features))
+        hidden = functional.gelu(self.conv2(hidden)).transpose(1, 2)
+        return hidden + self.positions.to(hidden.dtype)
 
 
 # Encoder sizes of the released models (arXiv:2212.04356, table 1): layers, width, heads, mel bins.
@@ -270,17 +295,24 @@ def whisper_fields(config: MimoConfig, name: str | None) -> list[str]:
     if size not in RELEASED:
         known = ", ".join(f"openai/whisper-{size}" for size in RELEASED)
         raise ValueError(f"--audio-encoder-model {name}: there are {known}")
-    ears = [n for n, m in config.modalities.items() if isinstance(m.encoder, WhisperConfig)]
-    if not ears:
+    encoders = [n for n, m in config.modalities.items() if isinstance(m.encoder, WhisperConfig)]
+    if not encoders:
         raise ValueError(f"--audio-encoder-model {name}: {config.name} has no Whisper encoder")
     layers, width, heads, bins = RELEASED[size]
-    fields = {"num_layers": layers, "width": width, "num_heads": heads, "num_mel_bins": bins}
-    fields["ffn_hidden_size"] = 4 * width
-    return [f"{ear}.encoder.{field}={value}" for ear in ears for field, value in fields.items()]
+    fields = {
+        "num_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_mel_bins": bins,
+        "ffn_hidden_size": 4 * width,
+    }
+    return [f"{name}.encoder.{f}={value}" for name in encoders for f, value in fields.items()]
 
 
 @lru_cache
-def _mel_transform(num_mel_bins: int, hop_samples: int) -> MelSpectrogram:
+def _mel_transform(num_mel_bins: int, hop_samples: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    from torchaudio.transforms import MelSpectrogram
+
     return MelSpectrogram(
         sample_rate=SAMPLE_RATE_HZ,
         n_fft=FFT_SAMPLES,
@@ -293,7 +325,7 @@ def _mel_transform(num_mel_bins: int, hop_samples: int) -> MelSpectrogram:
 
 
 def log_mel(sound: torch.Tensor, num_mel_bins: int, hop_samples: int) -> tuple[torch.Tensor, float]:
-    """(samples,) -> (M, samples / hop), as Whisper's feature extractor computes it, and silence's.
+    """(samples,) -> (M, samples / hop) as of Whisper's feature extractor, and the value of silence.
 
     log10 of the mel power, at most 8 below the loudest, scaled by (x + 4) / 4.
     """
@@ -301,67 +333,3 @@ def log_mel(sound: torch.Tensor, num_mel_bins: int, hop_samples: int) -> tuple[t
     loud = mel.clamp_(min=1e-10).log10_()
     floor = max(float(loud.max()) - 8.0, -10.0)
     return loud.clamp_(min=floor).add_(4.0).div_(4.0), (floor + 4.0) / 4.0
-
-
-class WhisperEncoder(MegatronModule):
-    """Two convolutions, fixed sinusoidal positions, transformer layers, a final norm."""
-
-    def __init__(
-        self, whisper: WhisperConfig, language: TransformerConfig, pg_collection: Any
-    ) -> None:
-        config = encoder_transformer_config(
-            language,
-            num_layers=whisper.num_layers,
-            hidden_size=whisper.width,
-            num_attention_heads=whisper.num_heads,
-            ffn_hidden_size=whisper.ffn_hidden_size,
-            activation_func=functional.gelu,
-        )
-        super().__init__(config=config)
-        self.frames_per_token = whisper.frames_per_token
-        width = whisper.width
-        self.conv1 = torch.nn.Conv1d(whisper.num_mel_bins, width, kernel_size=3, padding=1)
-        self.conv2 = torch.nn.Conv1d(width, width, kernel_size=3, stride=2, padding=1)
-        positions = sinusoids(whisper.window_frames, width)
-        self.register_buffer("positions", positions, persistent=False)
-        self.decoder = TransformerBlock(
-            config=config,
-            spec=block_submodules(
-                config.transformer_impl, AttnMaskType.no_mask, whisper.num_layers
-            ),
-            pre_process=True,
-            post_process=True,
-            pg_collection=pg_collection,
-        )
-
-    def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
-        """For the schedules; an encoder is always a whole stage."""
-        self.decoder.set_input_tensor(input_tensor)
-
-    def forward(self, input_features: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
-        """(N, M, 2F), (N,) -> (tokens, width * frames_per_token); the windows' order kept.
-
-        Of each window's F frames the first `num_frames`, rounded up to whole tokens, are kept.
-        """
-        features = input_features.to(self.conv1.weight.dtype)
-        hidden = functional.gelu(self.conv1(features))
-        hidden = functional.gelu(self.conv2(hidden)).transpose(1, 2)
-        hidden = hidden + self.positions.to(hidden.dtype)
-        hidden = self.decoder(hidden.transpose(0, 1).contiguous(), attention_mask=None)
-        tokens = self._join_frames(hidden.transpose(0, 1))
-        counts = torch.ceil(num_frames / self.frames_per_token)
-        kept = torch.arange(tokens.shape[1], device=counts.device)[None, :] < counts[:, None]
-        return tokens[kept]
-
-    def _join_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """(N, F, H) -> (N, ceil(F / k), k * H), the last token filled up with zeros."""
-        missing = -frames.shape[1] % self.frames_per_token
-        frames = functional.pad(frames, (0, 0, 0, missing))
-        return frames.unflatten(1, (-1, self.frames_per_token)).flatten(2)
-
-
-def sinusoids(length: int, width: int) -> torch.Tensor:
-    """(length, width): sines, then cosines, of wavelengths from 2 pi to 10,000 * 2 pi."""
-    step = torch.log(torch.tensor(10_000.0)) / (width // 2 - 1)
-    scaled = torch.arange(length)[:, None] * torch.exp(-step * torch.arange(width // 2))[None, :]
-    return torch.cat([scaled.sin(), scaled.cos()], dim=1)

@@ -1,18 +1,34 @@
-"""Where a picture or a recording comes from: a file, or the bytes of one out of a shard."""
+"""The base classes of encoders and projectors: what a new modality must say, and what it may.
+
+A modality is one file with a subclass of `EncoderConfig`. Required are `suffixes`, `max_tokens`,
+`input_size`, `read` and `patches`; everything else has a default that suits a transformer over
+patches (`sensor.py` is such a file). An encoder of another kind overrides more: `stem` and
+`select` for other ends of the same transformer (`image.py`, `audio.py`), `build` for a module
+that is no such transformer at all. Nothing here imports Megatron before a module is built.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A file's content, and the name that messages give it."""
+    """A file's content out of a shard or a request, and the name that messages give it."""
 
     name: str
     data: bytes
@@ -26,7 +42,7 @@ Source = Path | Blob
 
 @contextlib.contextmanager
 def open_source(source: Source, singular: str) -> Iterator[BinaryIO]:
-    """The bytes of `source`; ValueError, one line, when there are none."""
+    """Open `source` for reading; ValueError, one line, when it is missing or empty."""
     if isinstance(source, Blob):
         if not source.data:
             raise ValueError(f"{source}: the {singular} file is empty")
@@ -44,3 +60,276 @@ def open_source(source: Source, singular: str) -> Iterator[BinaryIO]:
         if source.stat().st_size == 0:
             raise ValueError(f"{source}: the {singular} file is empty")
         yield stream
+
+
+def free_field(default: Any, choices: tuple[str, ...] | None = None) -> Any:
+    """A field that shapes no weight, so that two runs of one model may set it differently."""
+    metadata: dict[str, Any] = {"shapes_weights": False}
+    return dataclasses.field(
+        default=default, metadata=metadata | ({"choices": choices} if choices else {})
+    )
+
+
+@dataclass(frozen=True)
+class EncoderConfig(ABC):
+    """The sizes of an encoder, how files become its inputs, and the module that it builds.
+
+    An item (a file) becomes one or more encoder inputs, such as the windows of a recording or
+    the tiles of a picture; every tensor of `preprocess` has one entry per input along dim 0.
+    The tokens of an item's inputs follow one another in the language model's sequence.
+
+    The metadata of a dataclass field may hold `choices`, the values it can take, and
+    `shapes_weights` False (see `free_field`).
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+
+    # "package.module:NAME" of the Hugging Face weight tables (a tuple of `hf.weights.Family`).
+    # Without any, the weights are exported under the names they have here.
+    hf_families: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
+
+    # Required of every modality.
+
+    @property
+    @abstractmethod
+    def suffixes(self) -> tuple[str, ...]:
+        """How names of this modality's files end, in lower case."""
+
+    @property
+    @abstractmethod
+    def max_tokens(self) -> int:
+        """The most language-model tokens that one encoder input becomes."""
+
+    @abstractmethod
+    def read(self, source: Source) -> Any:
+        """A decoded file; ValueError, one line, on anything that is not a sound one."""
+
+    # Required unless `preprocess`, `num_tokens`, `mock_inputs` and `stem` are overridden.
+
+    @property
+    def input_size(self) -> int:
+        """The number of features in a patch, from which one token is made."""
+        raise NotImplementedError(f"{type(self).__name__} needs input_size, or an own stem")
+
+    def patches(self, raw: Any) -> list[np.ndarray]:
+        """An item's encoder inputs, each of shape (tokens, input_size)."""
+        raise NotImplementedError(f"{type(self).__name__} needs patches, or an own preprocess")
+
+    # Data: defaults for items that are arrays.
+
+    @property
+    def max_inputs(self) -> int:
+        """The most encoder inputs that one item becomes."""
+        return 1
+
+    def augment(self, raw: Any, generator: np.random.Generator) -> Any:
+        """A slightly different `raw`, for training with --augment."""
+        return raw
+
+    def blank(self, raw: Any) -> Any:
+        """`raw` without its content, of the same shape: measures how much a model relies on it."""
+        return np.zeros_like(raw)
+
+    def describe(self, raw: Any) -> str:
+        """The size of an item in a few words, for statistics."""
+        return " x ".join(map(str, raw.shape))
+
+    def preview(self, raw: Any) -> list[tuple[str, bytes]]:
+        """What the encoder receives, as files for a browser: (media type, content)."""
+        return []
+
+    def preprocess(self, raw: Any) -> dict[str, torch.Tensor]:
+        """`patches` (N, max_tokens, input_size), padded with zeros, and `num_patches` (N,)."""
+        items = [np.asarray(patches, np.float32) for patches in self.patches(raw)]
+        if not 1 <= len(items) <= self.max_inputs:
+            raise ValueError(f"{len(items)} encoder inputs, but 1 to {self.max_inputs} fit an item")
+        padded = np.zeros((len(items), self.max_tokens, self.input_size), np.float32)
+        for number, item in enumerate(items):
+            # Caught here, where the file is known, instead of when a batch is put together.
+            fits = item.ndim == 2 and item.shape[1] == self.input_size
+            if not fits or not 1 <= len(item) <= self.max_tokens:
+                raise ValueError(
+                    f"an encoder input has shape {item.shape}, but (1 to {self.max_tokens}, "
+                    f"{self.input_size}) is needed"
+                )
+            padded[number, : len(item)] = item
+        counts = torch.tensor([len(item) for item in items])
+        return {"patches": torch.from_numpy(padded), "num_patches": counts}
+
+    def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
+        """How many placeholder tokens one preprocessed item takes."""
+        return int(inputs["num_patches"].sum())
+
+    def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Random inputs as `preprocess` makes them, for runs without data."""
+        patches = torch.randn((1, self.max_tokens, self.input_size), generator=generator)
+        counts = torch.randint(1, self.max_tokens + 1, (1,), generator=generator)
+        return {"patches": patches, "num_patches": counts}
+
+    # The module.
+
+    @property
+    def output_size(self) -> int:
+        """The width of the features that leave the encoder for the projector."""
+        return self.hidden_size
+
+    @property
+    def sequence_length(self) -> int:
+        """The length of the sequence that the transformer layers work on."""
+        return self.max_tokens
+
+    @property
+    def built_layers(self) -> int:
+        """The number of transformer layers that are built."""
+        return self.num_layers
+
+    @property
+    def stem_flops(self) -> int:
+        """Operations of the stem's forward pass on one input; a multiply-add is two."""
+        return 2 * self.max_tokens * self.input_size * self.hidden_size
+
+    @property
+    def pre_norm(self) -> bool:
+        """Whether there is a norm between the stem and the layers."""
+        return False
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether there is a norm behind the layers."""
+        return True
+
+    @property
+    def layer_scale(self) -> bool:
+        """Whether what a layer adds is scaled by a learned factor per feature."""
+        return False
+
+    def transformer_fields(self) -> dict[str, Any]:
+        """Fields of Megatron's TransformerConfig that differ from those all encoders share."""
+        return {}
+
+    def stem(self) -> torch.nn.Module:
+        """Plain torch: preprocessed inputs, passed by name -> (N, sequence_length, hidden_size).
+
+        Its weights are the same on all tensor-parallel ranks. If it has a method
+        `initialize(init_method)`, that is called once the layers are built.
+        """
+        return LinearPatchEmbedding(self.max_tokens, self.input_size, self.hidden_size)
+
+    def select(self, hidden: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """(N, sequence_length, hidden_size) -> (tokens, output_size), inputs in order."""
+        return first_tokens(hidden, inputs["num_patches"])
+
+    def build(self, transformer_config: TransformerConfig, pg_collection: Any) -> torch.nn.Module:
+        """The encoder: preprocessed inputs, passed by name -> (tokens, output_size).
+
+        `transformer_config` is the language model's: it says how things are computed.
+        """
+        from examples.mimo.model.encoder import TransformerEncoder
+
+        return TransformerEncoder(self, transformer_config, pg_collection)
+
+
+class LinearPatchEmbedding(torch.nn.Module):
+    """A linear layer on each patch, and fixed sinusoidal positions."""
+
+    positions: torch.Tensor
+
+    def __init__(self, max_tokens: int, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(input_size, hidden_size)
+        # Computed, so no checkpoint needs to hold them.
+        self.register_buffer("positions", sinusoids(max_tokens, hidden_size), persistent=False)
+
+    def forward(self, patches: torch.Tensor, num_patches: torch.Tensor) -> torch.Tensor:
+        """(N, T, input_size) -> (N, T, hidden_size); padding is embedded like any patch."""
+        hidden = self.linear(patches)
+        return hidden + self.positions.to(hidden.dtype)
+
+
+def sinusoids(length: int, width: int) -> torch.Tensor:
+    """(length, width): sines, then cosines, of wavelengths from 2 pi to 10,000 * 2 pi.
+
+    The positions of Whisper (arXiv:2212.04356), bit for bit.
+    """
+    if width < 4 or width % 2:
+        raise ValueError(f"hidden_size {width}: sinusoidal positions need an even size from 4 on")
+    step = torch.log(torch.tensor(10_000.0)) / (width // 2 - 1)
+    scaled = torch.arange(length)[:, None] * torch.exp(-step * torch.arange(width // 2))[None, :]
+    return torch.cat([scaled.sin(), scaled.cos()], dim=1)
+
+
+def first_tokens(tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """(N, T, H), (N,) -> (sum of counts, H): the first `counts` tokens of each input."""
+    return tokens[torch.arange(tokens.shape[1], device=counts.device) < counts[:, None]]
+
+
+@dataclass(frozen=True)
+class ProjectorConfig(ABC):
+    """What leads from an encoder's features to the language model's.
+
+    A module built of plain torch layers is right under tensor parallelism: all ranks hold the
+    same weights, and receive the same inputs and the same gradients.
+    """
+
+    # As of `EncoderConfig`.
+    hf_families: ClassVar[str | None] = None
+
+    @abstractmethod
+    def build(
+        self, input_size: int, transformer_config: TransformerConfig, pg_collection: Any
+    ) -> torch.nn.Module:
+        """The module: (tokens, input_size) -> (tokens, the language model's hidden size)."""
+
+    @abstractmethod
+    def flops(self, input_size: int, output_size: int) -> int:
+        """Operations of a token's forward pass; a multiply-add is two."""
+
+
+@dataclass(frozen=True)
+class MLPProjectorConfig(ProjectorConfig):
+    """Two tensor-parallel linear layers with a GELU between, as in LLaVA-1.5."""
+
+    ffn_hidden_size: int
+
+    hf_families: ClassVar[str | None] = "examples.mimo.hf.encoders:PROJECTOR"
+
+    def build(
+        self, input_size: int, transformer_config: TransformerConfig, pg_collection: Any
+    ) -> torch.nn.Module:
+        """Megatron's projector, its first layer split by columns and its second by rows."""
+        from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+
+        from examples.mimo.model.encoder import encoder_transformer_config
+        from examples.mimo.model.layers import mlp_submodules
+
+        config = encoder_transformer_config(
+            transformer_config,
+            num_layers=1,
+            hidden_size=transformer_config.hidden_size,
+            num_attention_heads=transformer_config.num_attention_heads,
+            ffn_hidden_size=self.ffn_hidden_size,
+            activation_func=functional.gelu,
+        )
+        return MultimodalProjector(
+            config=config,
+            submodules=mlp_submodules(),
+            projector_type="mlp",
+            input_size=input_size,
+            pg_collection=pg_collection,
+        )
+
+    def flops(self, input_size: int, output_size: int) -> int:
+        """Both layers' products."""
+        return 2 * self.ffn_hidden_size * (input_size + output_size)

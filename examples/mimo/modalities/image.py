@@ -1,8 +1,4 @@
-"""Pictures from files nobody has checked.
-
-Activations that Megatron-Core does not name.
-
-The eye: vision transformers (arXiv:2010.11929) from Megatron-Core blocks.
+"""Images: decoding files of unknown origin, and the vision transformer (arXiv:2010.11929).
 
 CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343) and DINOv2 (arXiv:2304.07193) differ by the
 entries of `FAMILIES` alone.
@@ -14,23 +10,15 @@ import io
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from megatron.core.fusions.fused_bias_geglu import quick_gelu
-from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
 from PIL import Image, ImageOps
 from torch.nn import functional
 
-from examples.mimo.modalities.base import Source, open_source
-from examples.mimo.model.encoder import encoder_transformer_config
-from examples.mimo.model.layers import Norm, block_submodules
-from examples.mimo.planner.flops import Flops, encoder_layer_flops
+from examples.mimo.modalities.base import EncoderConfig, Source, free_field, open_source
 
 MAX_PIXELS = 64_000_000
 # A longer one becomes a huge picture when its short side is scaled to an encoder's.
@@ -44,7 +32,7 @@ Colour = tuple[int, ...]
 
 
 def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture in RGB: upright as its EXIF says, 16 bits scaled to 8, black behind alpha.
+    """Decode a picture to RGB: upright as its EXIF says, 16 bits scaled to 8, black behind alpha.
 
     Raises ValueError, one line, when the file is missing, empty, truncated, not a picture, or
     holds more than `max_pixels` or is a mere line (checked before any pixel is decoded).
@@ -156,14 +144,20 @@ def tanh_gelu(values: torch.Tensor) -> torch.Tensor:
     return functional.gelu(values, approximate="tanh")
 
 
+def quick_gelu(values: torch.Tensor) -> torch.Tensor:
+    """GELU by a sigmoid, as CLIP was trained; Megatron has it too, but is not imported here."""
+    return values * torch.sigmoid(1.702 * values)
+
+
 @dataclass(frozen=True)
 class VitFamily:
-    """What sets one kind of ViT apart; `megatron` is its name in Megatron's CLIPViTModel."""
+    """What sets one kind of ViT apart."""
 
-    megatron: str
     activation: Callable[[torch.Tensor], torch.Tensor]
     norm_epsilon: float
     class_token: bool
+    patch_bias: bool
+    pre_norm: bool
     final_norm: bool
     layer_scale: bool
     mean: tuple[float, float, float]
@@ -172,30 +166,33 @@ class VitFamily:
 
 FAMILIES = {
     "clip": VitFamily(
-        megatron="clip",
         activation=quick_gelu,
         norm_epsilon=1e-5,
         class_token=True,
+        patch_bias=False,
+        pre_norm=True,
         final_norm=False,
         layer_scale=False,
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
     ),
     "siglip": VitFamily(
-        megatron="siglip",
         activation=tanh_gelu,
         norm_epsilon=1e-6,
         class_token=False,
+        patch_bias=True,
+        pre_norm=False,
         final_norm=True,
         layer_scale=False,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
     ),
     "dinov2": VitFamily(
-        megatron="internvit",
         activation=functional.gelu,
         norm_epsilon=1e-6,
         class_token=True,
+        patch_bias=True,
+        pre_norm=False,
         final_norm=True,
         layer_scale=True,
         mean=(0.485, 0.456, 0.406),
@@ -205,7 +202,7 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class VitConfig:
+class VitConfig(EncoderConfig):
     """A ViT over square pictures of `image_size` pixels in patches of `patch_size`.
 
     `family` is one of `FAMILIES`. `feature_layer` counts from the end as in Hugging Face: -1 is
@@ -221,24 +218,20 @@ class VitConfig:
 
     image_size: int
     patch_size: int
-    num_layers: int
-    width: int
-    num_heads: int
-    ffn_hidden_size: int
-    family: str = "clip"
+    family: str = field(default="clip", metadata={"choices": tuple(FAMILIES)})
     feature_layer: int = -1
     patches_per_token: int = 1
-    fit: str = "crop"
-    max_tiles: int = 0
-    augment_shift: float = 0.0
-    augment_degrees: float = 0.0
-    augment_scale: float = 0.0
+    fit: str = free_field("crop", choices=FITS)
+    max_tiles: int = free_field(0)
+    augment_shift: float = free_field(0.0)
+    augment_degrees: float = free_field(0.0)
+    augment_scale: float = free_field(0.0)
+
+    suffixes: ClassVar[tuple[str, ...]] = IMAGE_SUFFIXES
+    hf_families: ClassVar[str | None] = "examples.mimo.hf.encoders:VISION"
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"no ViT family {self.family!r}; there are {', '.join(FAMILIES)}")
-        if self.fit not in FITS:
-            raise ValueError(f"fit is {self.fit!r}; choose one of {', '.join(FITS)}")
+        super().__post_init__()
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} must hold a patch of {self.patch_size} pixels"
@@ -253,21 +246,6 @@ class VitConfig:
                 f"patches_per_token {self.patches_per_token} must be the square of a number that "
                 f"divides the {self.patches_per_side} patches of a side"
             )
-
-    @property
-    def max_inputs(self) -> int:
-        """The picture, and its tiles."""
-        return 1 + self.max_tiles
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Names that pictures have; their content decides."""
-        return IMAGE_SUFFIXES
-
-    @property
-    def hidden_size(self) -> int:
-        """The width of a token's features: its patches' side by side."""
-        return self.width * self.patches_per_token
 
     @property
     def token_side(self) -> int:
@@ -285,21 +263,21 @@ class VitConfig:
         return self.patches_per_side**2
 
     @property
-    def built_layers(self) -> int:
-        """The layers up to the one whose output is used."""
-        return self.num_layers + self.feature_layer + 1
-
-    @property
     def max_tokens(self) -> int:
-        """An input's tokens: `patches_per_token` patches make one; the class token is dropped."""
+        """`patches_per_token` patches make a token; the class token is dropped."""
         return self.num_patches // self.patches_per_token
 
+    @property
+    def max_inputs(self) -> int:
+        """The picture, and its tiles."""
+        return 1 + self.max_tiles
+
     def read(self, source: Source) -> Image.Image:
-        """The picture in RGB, upright, on black where it was transparent."""
+        """A picture in RGB, upright, on black where it was transparent."""
         return read_image(source)
 
     def augment(self, raw: Image.Image, generator: np.random.Generator) -> Image.Image:
-        """A random small rotation, scaling and shift; the upper left pixel fills what comes in."""
+        """A small random rotation, scaling and shift; the upper left pixel's colour fills gaps."""
         degrees, scale = generator.uniform(-1, 1, 2) * (self.augment_degrees, self.augment_scale)
         dx, dy = generator.uniform(-1, 1, 2) * self.augment_shift * raw.width
         radians = np.deg2rad(degrees)
@@ -317,11 +295,11 @@ class VitConfig:
         )
 
     def describe(self, raw: Image.Image) -> str:
-        """Its size."""
+        """Width x height in pixels."""
         return f"{raw.width} x {raw.height}"
 
     def preview(self, raw: Image.Image) -> list[tuple[str, bytes]]:
-        """A PNG of each input, as bright as it was before it was normalised."""
+        """A PNG of each encoder input, normalisation undone."""
         family = FAMILIES[self.family]
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (family.mean, family.std))
         pixels = self.preprocess(raw)["pixel_values"] * std + mean
@@ -350,84 +328,91 @@ class VitConfig:
         return {"pixel_values": values.contiguous()}
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
-        """Every input takes the same: the picture, and each of its tiles."""
+        """The picture and each of its tiles take equally many."""
         return len(inputs["pixel_values"]) * self.max_tokens
 
     def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Noise of the shape `preprocess` makes of a picture without tiles."""
+        """Noise shaped as a picture without tiles."""
         size = (1, 3, self.image_size, self.image_size)
         return {"pixel_values": torch.randn(size, generator=generator)}
 
-    def flops(self) -> Flops:
-        """One input through the patch embedding and the layers that are kept."""
-        embed = 2 * self.num_patches * 3 * self.patch_size**2 * self.width
-        rows = self.num_patches + FAMILIES[self.family].class_token
-        layer = encoder_layer_flops(rows, self.width, self.ffn_hidden_size)
-        return Flops(embed) + layer * self.built_layers
+    @property
+    def output_size(self) -> int:
+        """The features of a token's patches, side by side."""
+        return self.hidden_size * self.patches_per_token
 
-    def spec(self, language: TransformerConfig, pg_collection: Any) -> ModuleSpec:
-        """`VitEncoder` as a module spec."""
-        return ModuleSpec(
-            module=VitEncoder,
-            params={"vit": self, "language": language, "pg_collection": pg_collection},
-        )
+    @property
+    def sequence_length(self) -> int:
+        """The patches, and the class token."""
+        return self.num_patches + FAMILIES[self.family].class_token
 
+    @property
+    def built_layers(self) -> int:
+        """The layers up to the one whose output is used."""
+        return self.num_layers + self.feature_layer + 1
 
-class VitEncoder(CLIPViTModel):
-    """A ViT that returns its patches' features, those of a token side by side."""
+    @property
+    def stem_flops(self) -> int:
+        """The patch embedding of one input."""
+        return 2 * self.num_patches * 3 * self.patch_size**2 * self.hidden_size
 
-    def __init__(self, vit: VitConfig, language: TransformerConfig, pg_collection: Any) -> None:
-        family = FAMILIES[vit.family]
-        config = encoder_transformer_config(
-            language,
-            num_layers=vit.built_layers,
-            hidden_size=vit.width,
-            num_attention_heads=vit.num_heads,
-            ffn_hidden_size=vit.ffn_hidden_size,
-            activation_func=family.activation,
-            layernorm_epsilon=family.norm_epsilon,
-        )
-        layers = block_submodules(
-            config.transformer_impl,
-            AttnMaskType.no_mask,
-            vit.built_layers,
-            layer_scale=family.layer_scale,
-        )
-        super().__init__(
-            config,
-            layers,
-            ln_pre_impl=Norm,
-            ln_post_impl=Norm,
-            add_class_token=family.class_token,
-            class_token_len=int(family.class_token),
-            patch_dim=vit.patch_size,
-            # Megatron wants whole patches; the convolution leaves what is over unseen.
-            img_h=vit.patches_per_side * vit.patch_size,
-            img_w=vit.patches_per_side * vit.patch_size,
-            model_subtype=family.megatron,
-            pg_collection=pg_collection,
-        )
-        self.patches_per_side, self.token_side = vit.patches_per_side, vit.token_side
-        self._choose_final_norm(family.final_norm and vit.feature_layer == -1)
-        with torch.no_grad():
-            config.init_method(self.position_embeddings.weight)
-            if family.class_token:
-                config.init_method(self.class_token)
+    @property
+    def pre_norm(self) -> bool:
+        """CLIP has one."""
+        return FAMILIES[self.family].pre_norm
 
-    def _choose_final_norm(self, wanted: bool) -> None:
-        """Megatron's SigLIP always has one, and its InternViT, which DINOv2 resembles, never."""
-        if not wanted:
-            self.ln_post: torch.nn.Module | None = None
-        elif self.ln_post is None:
-            self.ln_post = Norm(self.config, self.visual_hidden_size, self.config.layernorm_epsilon)
+    @property
+    def final_norm(self) -> bool:
+        """Features of an earlier layer are taken before the norm."""
+        return FAMILIES[self.family].final_norm and self.feature_layer == -1
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """(N, 3, H, W) -> (N * P, width * patches_per_token); the inputs' order kept."""
-        pixel_values = pixel_values.to(self.conv1.weight.dtype)
-        return self._join_patches(super().forward(pixel_values)[:, self.class_token_len :])
+    @property
+    def layer_scale(self) -> bool:
+        """DINOv2 has it."""
+        return FAMILIES[self.family].layer_scale
 
-    def _join_patches(self, patches: torch.Tensor) -> torch.Tensor:
-        """(N, rows * columns, H) -> (N * P, k * k * H): squares of k by k, row by row."""
+    def transformer_fields(self) -> dict[str, Any]:
+        """The family's activation and norm."""
+        family = FAMILIES[self.family]
+        return {"activation_func": family.activation, "layernorm_epsilon": family.norm_epsilon}
+
+    def stem(self) -> torch.nn.Module:
+        """Patch embedding, class token and position table."""
+        return PatchEmbedding(self)
+
+    def select(self, hidden: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """(N, S, H) -> (N * P, k * k * H): squares of k by k patches, row by row."""
+        patches = hidden[:, FAMILIES[self.family].class_token :]
         side = (self.patches_per_side // self.token_side, self.token_side)
         squares = patches.unflatten(1, (*side, *side)).transpose(2, 3)
         return squares.flatten(3).flatten(0, 2)
+
+
+class PatchEmbedding(torch.nn.Module):
+    """A convolution over patches, a class token in front if the family has one, positions."""
+
+    def __init__(self, vit: VitConfig) -> None:
+        super().__init__()
+        family, width = FAMILIES[vit.family], vit.hidden_size
+        # Also for sides that are no multiple of a patch: the convolution ignores the rest.
+        self.conv1 = torch.nn.Conv2d(
+            3, width, kernel_size=vit.patch_size, stride=vit.patch_size, bias=family.patch_bias
+        )
+        self.positions = torch.nn.Parameter(torch.randn(vit.sequence_length, width))
+        self.class_token = (
+            torch.nn.Parameter(torch.randn(1, 1, width)) if family.class_token else None
+        )
+
+    @torch.no_grad()
+    def initialize(self, init_method: Callable[[torch.Tensor], Any]) -> None:
+        """Start tables as Megatron starts embeddings; randn's are fifty times as large."""
+        for table in (self.positions, self.class_token):
+            if table is not None:
+                init_method(table)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, 3, side, side) -> (N, S, H)."""
+        hidden = self.conv1(pixel_values).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            hidden = torch.cat([self.class_token.expand(len(hidden), -1, -1), hidden], dim=1)
+        return hidden + self.positions

@@ -1,30 +1,22 @@
-"""Frames from videos that nobody has checked.
-
-The eye on moving pictures: a ViT that sees frame after frame.
-"""
+"""Videos: decoding files of unknown origin, and a ViT that sees frame after frame."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+import torch
 from PIL import Image
 
-from examples.mimo.modalities.base import Source, open_source
-from examples.mimo.modalities.image import MAX_PIXELS
+from examples.mimo.modalities.base import Source, free_field, open_source
+from examples.mimo.modalities.image import MAX_PIXELS, VitConfig
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
-
-
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-
-from examples.mimo.modalities.image import VitConfig
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 MAX_SECONDS = 2 * 3600.0
@@ -52,11 +44,11 @@ def read_frames(
             open_source(source, "video") as stream,
             av.open(stream, mode="r", options=OPTIONS) as container,
         ):
-            seconds = _check(container, source, max_pixels)
+            seconds = _check_header(container, source, max_pixels)
             step = max(1 / frames_per_second, seconds / max_frames)
             # Decoding ends early where the container does not know how long it is.
-            wanted = itertools.islice(_every(container, step, source, max_pixels), max_frames)
-            frames = [frame.to_image() for frame in wanted]
+            sampled = _sample(container, step, source, max_pixels)
+            frames = [frame.to_image() for frame in itertools.islice(sampled, max_frames)]
     except av.error.FFmpegError as error:
         raise ValueError(f"{source}: not a video that can be read ({error.strerror})") from None
     expected = max(1, min(max_frames, int(seconds / step)))
@@ -65,8 +57,8 @@ def read_frames(
     return frames
 
 
-def _check(container: InputContainer, source: Source, max_pixels: int) -> float:
-    """The seconds of pictures that the header speaks of."""
+def _check_header(container: InputContainer, source: Source, max_pixels: int) -> float:
+    """The length in seconds by the header, or 0 when it does not say."""
     if not container.streams.video:
         raise ValueError(f"{source}: no pictures in this file")
     video = container.streams.video[0]
@@ -84,12 +76,12 @@ def _check(container: InputContainer, source: Source, max_pixels: int) -> float:
     return seconds
 
 
-def _every(
+def _sample(
     container: InputContainer, step: float, source: Source, max_pixels: int
 ) -> Iterator[VideoFrame]:
-    """What is on the screen 0, `step`, 2 `step` ... seconds after the first frame."""
+    """The frame on the screen 0, `step`, 2 `step` ... seconds after the first one."""
     start: Any = None
-    passed, wanted = 0.0, 0
+    passed, taken = 0.0, 0
     shown: VideoFrame | None = None
     for frame in container.decode(video=0):
         if frame.time is None:
@@ -101,11 +93,11 @@ def _every(
         if frame.width * frame.height > max_pixels:
             raise ValueError(f"{source}: a frame of {frame.width} x {frame.height} is too large")
         # Times are rounded to the container's clock.
-        while shown is not None and passed > wanted * step + 1e-3:
-            wanted += 1
+        while shown is not None and passed > taken * step + 1e-3:
+            taken += 1
             yield shown
         shown = frame
-    if shown is not None and passed + 1e-3 >= wanted * step:
+    if shown is not None and passed + 1e-3 >= taken * step:
         yield shown
 
 
@@ -116,8 +108,10 @@ class VideoConfig(VitConfig):
     `frames_per_second` are taken, and of a longer video `max_frames` spread over all of it.
     """
 
-    frames_per_second: float = 1.0
-    max_frames: int = 8
+    frames_per_second: float = free_field(1.0)
+    max_frames: int = free_field(8)
+
+    suffixes: ClassVar[tuple[str, ...]] = VIDEO_SUFFIXES
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,26 +122,21 @@ class VideoConfig(VitConfig):
             )
 
     @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Names that videos have; their content decides."""
-        return VIDEO_SUFFIXES
-
-    @property
     def max_inputs(self) -> int:
         """Frames, each with its tiles."""
         return self.max_frames * super().max_inputs
 
     def read(self, source: Source) -> Any:
-        """A list of RGB frames."""
+        """A list of frames in RGB."""
         return read_frames(source, self.frames_per_second, self.max_frames)
 
     def augment(self, raw: Any, generator: np.random.Generator) -> Any:
-        """The frames, all moved alike."""
+        """The same small random change of every frame."""
         seed = int(generator.integers(2**32))
         return [super(VideoConfig, self).augment(f, np.random.default_rng(seed)) for f in raw]
 
     def describe(self, raw: Any) -> str:
-        """Its frames and their size."""
+        """The number of frames and their size."""
         return f"{len(raw)} frames of {super().describe(raw[0])}"
 
     def preview(self, raw: Any) -> list[tuple[str, bytes]]:
@@ -164,6 +153,6 @@ class VideoConfig(VitConfig):
         return {"pixel_values": torch.cat(frames)}
 
     def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Noise of the shape of `max_frames` frames."""
+        """Noise shaped as `max_frames` frames."""
         size = (self.max_frames, 3, self.image_size, self.image_size)
         return {"pixel_values": torch.randn(size, generator=generator)}

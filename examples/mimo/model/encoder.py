@@ -1,20 +1,18 @@
-"""The TransformerConfig of an encoder: its own sizes, the language model's numerics.
-
-From an encoder's width to the language model's: two tensor-parallel linear layers.
-"""
+"""`TransformerEncoder`: Megatron's transformer layers between a plain torch stem and its tokens."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
+import torch
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch.nn import functional
 
-from examples.mimo.configs.schema import ProjectorConfig
-from examples.mimo.model.layers import mlp_submodules
+from examples.mimo.modalities.base import EncoderConfig
+from examples.mimo.model.layers import Norm, block_submodules
 
 # Fields that say how to compute, not what: an encoder shares them with the language model.
 # Pipeline, sequence- and context-parallel fields and fusions stay at their defaults.
@@ -36,53 +34,95 @@ SHARED_FIELDS = (
 
 
 def encoder_transformer_config(
-    language: TransformerConfig, layernorm_epsilon: float = 1e-5, **sizes: Any
+    transformer_config: TransformerConfig, **fields: Any
 ) -> TransformerConfig:
-    """LayerNorm, biases, no dropout; `sizes` are TransformerConfig fields."""
-    shared = {name: getattr(language, name) for name in SHARED_FIELDS}
+    """An encoder's TransformerConfig: LayerNorm, biases, no dropout, and what `fields` say.
+
+    `transformer_config` is the language model's. It is not copied as a whole: its pipeline,
+    sequence-parallel and fusion fields would break layers that are whole on every rank.
+    """
+    shared = {name: getattr(transformer_config, name) for name in SHARED_FIELDS}
     if shared["recompute_method"]:
         shared["recompute_num_layers"] = 1
-    return TransformerConfig(
-        **shared,
-        normalization="LayerNorm",
-        layernorm_epsilon=layernorm_epsilon,
-        persist_layer_norm=shared["transformer_impl"] == "transformer_engine",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        add_bias_linear=True,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        **sizes,
-    )
+    defaults = {
+        "normalization": "LayerNorm",
+        "layernorm_epsilon": 1e-5,
+        "persist_layer_norm": shared["transformer_impl"] == "transformer_engine",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "add_bias_linear": True,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+    }
+    return TransformerConfig(**{**shared, **defaults, **fields})
 
 
-def split_over(language: TransformerConfig, tensor_parallel_size: int) -> TransformerConfig:
+def split_over(
+    transformer_config: TransformerConfig, tensor_parallel_size: int
+) -> TransformerConfig:
     """The language model's config for layers that are split over another number of ranks."""
-    config = copy.copy(language)
+    config = copy.copy(transformer_config)
     config.tensor_model_parallel_size = tensor_parallel_size
     return config
 
 
-def projector_spec(
-    projector: ProjectorConfig, input_size: int, language: TransformerConfig, pg_collection: Any
-) -> ModuleSpec:
-    """(tokens, input_size) -> (tokens, H_lm), GELU between, as in LLaVA-1.5."""
-    config = encoder_transformer_config(
-        language,
-        num_layers=1,
-        hidden_size=language.hidden_size,
-        num_attention_heads=language.num_attention_heads,
-        ffn_hidden_size=projector.ffn_hidden_size,
-        activation_func=functional.gelu,
-    )
-    return ModuleSpec(
-        module=MultimodalProjector,
-        params={
-            "config": config,
-            "submodules": mlp_submodules(),
-            "projector_type": "mlp",
-            "input_size": input_size,
-            "pg_collection": pg_collection,
-        },
-    )
+class TransformerEncoder(MegatronModule):
+    """Stem, optional norm, transformer layers, optional norm; then the tokens are selected.
+
+    The layers are sharded by tensor parallelism like the language model's, and every position
+    attends to every other. `encoder` says all else.
+    """
+
+    def __init__(
+        self, encoder: EncoderConfig, transformer_config: TransformerConfig, pg_collection: Any
+    ) -> None:
+        fields = {
+            "num_layers": encoder.built_layers,
+            "hidden_size": encoder.hidden_size,
+            "num_attention_heads": encoder.num_attention_heads,
+            "ffn_hidden_size": encoder.ffn_hidden_size,
+            "activation_func": functional.gelu,
+            **encoder.transformer_fields(),
+        }
+        config = encoder_transformer_config(transformer_config, **fields)
+        super().__init__(config=config)
+        self.encoder_config = encoder
+        self.tp_group = pg_collection.tp
+        self.stem = encoder.stem()
+        self.pre_norm = (
+            Norm(config, config.hidden_size, config.layernorm_epsilon) if encoder.pre_norm else None
+        )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_submodules(
+                config.transformer_impl,
+                AttnMaskType.no_mask,
+                config.num_layers,
+                layer_scale=encoder.layer_scale,
+            ),
+            # Megatron norms the output of the stage that "post-processes".
+            post_process=encoder.final_norm,
+            pg_collection=pg_collection,
+        )
+        # Last, so that the order in which modules draw random numbers is the modules' order.
+        initialize = getattr(self.stem, "initialize", None)
+        if initialize is not None:
+            initialize(config.init_method)
+
+    def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
+        """Called by Megatron's schedules; an encoder is always a whole stage."""
+        self.decoder.set_input_tensor(input_tensor)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Preprocessed inputs, N along dim 0 -> (tokens, output_size), the inputs' order kept."""
+        # Data is read in fp32, and the weights may be in 16 bits.
+        dtype = next(self.parameters()).dtype
+        hidden = self.stem(
+            **{name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        )
+        if self.pre_norm is not None:
+            hidden = self.pre_norm(hidden)
+        # Megatron's layers want (S, N, H), and contiguous.
+        hidden = self.decoder(hidden.transpose(0, 1).contiguous(), attention_mask=None)
+        return self.encoder_config.select(hidden.transpose(0, 1), **inputs)

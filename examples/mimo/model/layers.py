@@ -1,10 +1,8 @@
-"""Layer norms that allow sequence parallelism without Transformer Engine or Apex.
+"""What transformer layers are made of: norms, LayerScale, core attention and layer specs.
 
-LayerScale (arXiv:2103.17239): a learned factor per feature on what a layer adds.
-
-Core attention on `scaled_dot_product_attention`, for every device and without extensions.
-
-Which modules a transformer layer is made of: Transformer Engine's, or torch's own.
+With Transformer Engine its fused layers are used. Without it, on GPUs and CPUs alike, Megatron's
+own parallel linear layers are, with the norms and the attention of this file: Megatron's local
+ones refuse sequence parallelism, packed sequences and context parallelism.
 """
 
 from __future__ import annotations
@@ -41,11 +39,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from examples.mimo.parallel.context import chunks_of, gather_sequence
 
 
-class LayerNorm(torch.nn.LayerNorm):
-    """torch's, with gradients that are summed in 32 bits on every device.
+def device() -> torch.device:
+    """The device of this rank."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
-    On CPUs torch sums those of weight and bias in the input's type: in 16 bits over 5,000 rows
-    they are 6 % off.
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's LayerNorm, with gradients that are summed in 32 bits on every device.
+
+    On CPUs torch sums those of weight and bias in the input's type: in 16 bits over 5,000
+    positions they are 6 % off.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -56,7 +61,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class _LayerNorm16(torch.autograd.Function):
-    """Keeps what torch's keeps: the input in 16 bits, and two numbers a row."""
+    """Saves what torch saves for backward: the input in 16 bits and two numbers a position."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -71,7 +76,7 @@ class _LayerNorm16(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        found = torch.ops.aten.native_layer_norm_backward(
+        gradients = torch.ops.aten.native_layer_norm_backward(
             gradient.float(),
             x.float(),
             x.shape[-1:],
@@ -81,8 +86,8 @@ class _LayerNorm16(torch.autograd.Function):
             bias.float(),
             list(ctx.needs_input_grad[:3]),
         )
-        taken = zip(found, (x, weight, bias), strict=True)
-        return *(None if part is None else part.to(of.dtype) for part, of in taken), None
+        pairs = zip(gradients, (x, weight, bias), strict=True)
+        return *(None if grad is None else grad.to(of.dtype) for grad, of in pairs), None
 
 
 class Norm:
@@ -111,7 +116,10 @@ class Norm:
 
 @functools.cache
 def with_layer_scale(linear: type) -> type:
-    """A row-parallel linear layer class whose output, bias included, is scaled per feature."""
+    """A row-parallel linear layer class with LayerScale (arXiv:2103.17239).
+
+    Its output, bias included, is scaled by a learned factor per feature.
+    """
 
     class ScaledLinear(linear):  # type: ignore[misc, valid-type]
         def __init__(self, input_size: int, output_size: int, *rest: Any, **named: Any) -> None:
@@ -174,7 +182,7 @@ class SdpaCoreAttention(MegatronModule):
         if self.cp_group is None and packed_seq_params is None:
             return self._attend(query, key, value, attention_mask, causal)
         assert causal, "only causal attention is packed or sharded along the sequence"
-        assert attention_mask is None, "a whole mask does not fit packed or sharded rows"
+        assert attention_mask is None, "a whole mask does not fit packed or sharded sequences"
         if packed_seq_params is None:
             cu_seqlens = [0, len(query) * self.cp_size]
             return self._attend_within(query, key, value, cu_seqlens)
@@ -183,19 +191,19 @@ class SdpaCoreAttention(MegatronModule):
 
     @property
     def cp_size(self) -> int:
-        """Over how many ranks a row is sharded."""
+        """The number of ranks over which a sequence is sharded."""
         return self.cp_group.size() if self.cp_group else 1
 
     def _attend_within(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: list[int]
     ) -> torch.Tensor:
-        """Within each sequence of a row, queries attend to the keys up to their own place."""
+        """In each packed sequence, queries attend to the keys up to their own position."""
         if self.cp_group:
             key, value = (gather_sequence(t, self.cp_group, cu_seqlens) for t in (key, value))
         contexts = []
         for start, end in pairwise(cu_seqlens):
-            mine = query[start // self.cp_size : end // self.cp_size]
-            for queries, stop in self._chunks(mine, start, end):
+            local = query[start // self.cp_size : end // self.cp_size]
+            for queries, stop in self._chunks(local, start, end):
                 contexts.append(
                     self._attend(queries, key[start:stop], value[start:stop], None, causal=True)
                 )
@@ -204,7 +212,7 @@ class SdpaCoreAttention(MegatronModule):
     def _chunks(
         self, query: torch.Tensor, start: int, end: int
     ) -> Iterator[tuple[torch.Tensor, int]]:
-        """A sequence's queries on this rank in connected chunks, each with its end in the row."""
+        """A sequence's queries on this rank in connected chunks, each with the end of its keys."""
         if not self.cp_group:
             yield query, end
             return
@@ -223,7 +231,10 @@ class SdpaCoreAttention(MegatronModule):
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None if attention_mask is None else ~attention_mask
         if causal and (mask is not None or key.shape[2] != query.shape[2]):
-            mask = _combine(mask, _last_rows_causal(query, key))
+            # torch aligns its own causal mask with the first key, but queries are the last ones.
+            places = torch.arange(key.shape[2], device=query.device)
+            visible = places <= places[-query.shape[2] :, None]
+            mask = visible if mask is None else mask & visible
             causal = False
         context = scaled_dot_product_attention(
             query,
@@ -244,25 +255,8 @@ class SdpaCoreAttention(MegatronModule):
             return super().__call__(*args, **kwargs)
 
 
-def _last_rows_causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    queries, keys = query.shape[2], key.shape[2]
-    rows = torch.arange(keys - queries, keys, device=query.device)
-    return torch.arange(keys, device=query.device)[None, :] <= rows[:, None]
-
-
-def _combine(mask: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    return other if mask is None else mask & other
-
-
-def device() -> torch.device:
-    """Where this rank computes."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be imported here."""
+    """Whether Transformer Engine is installed."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -273,7 +267,7 @@ def block_submodules(
     qk_layernorm: bool = False,
     layer_scale: bool = False,
 ) -> TransformerBlockSubmodules:
-    """A stack of `num_layers`; `mask` is causal for a decoder and no_mask for an encoder."""
+    """The spec of a stack of layers; `mask` is causal for a decoder, no_mask for an encoder."""
     if transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -290,7 +284,7 @@ def block_submodules(
 
 
 def mlp_submodules(row_parallel: type = RowParallelLinear) -> MLPSubmodules:
-    """Two parallel linear layers: columns, then rows."""
+    """The spec of an MLP: a column-parallel linear layer, then a row-parallel one."""
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel)
 
 

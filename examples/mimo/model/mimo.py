@@ -30,11 +30,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
-from examples.mimo.model.encoder import projector_spec, split_over
+from examples.mimo.model.encoder import split_over
 from examples.mimo.model.layers import block_submodules, device
 from examples.mimo.parallel.context import encode_shares, shard_sequence
 
@@ -49,6 +49,17 @@ Inputs = dict[str, torch.Tensor]
 
 class Modality(ModalitySubmodules):
     """One encoder and its projector."""
+
+    @classmethod
+    def from_spec(cls, module_spec: ModuleSpec, *stages: Any, **named_stages: Any) -> Modality:
+        """Build what the configs describe; Megatron's own builds a spec for each module."""
+        names = ("modality", "transformer_config", "pg_collection")
+        modality, transformer_config, groups = (module_spec.params[name] for name in names)
+        encoder = modality.encoder.build(transformer_config, groups)
+        projector = modality.projector.build(
+            modality.encoder.output_size, transformer_config, groups
+        )
+        return cls({ENCODER: encoder}, input_projections=[projector], pg_collection=groups)
 
     def decode(self, embeddings: torch.Tensor, data_batch: dict) -> torch.Tensor:
         """Never called: this package's modalities are inputs only, its outputs are text."""
@@ -304,18 +315,8 @@ def modality_spec(
     modality: ModalityConfig, transformer_config: TransformerConfig, pg_collection: Any
 ) -> ModuleSpec:
     """An encoder and its projector; `transformer_config` says how they compute."""
-    encoder = modality.encoder
-    projector = projector_spec(
-        modality.projector, encoder.hidden_size, transformer_config, pg_collection
-    )
-    return ModuleSpec(
-        module=Modality,
-        params={"pg_collection": pg_collection},
-        submodules={
-            "encoders": {ENCODER: encoder.spec(transformer_config, pg_collection)},
-            "input_projections": [projector],
-        },
-    )
+    params = {"modality": modality, "transformer_config": transformer_config}
+    return ModuleSpec(module=Modality, params={**params, "pg_collection": pg_collection})
 
 
 def dummy_input(modality: ModalityConfig) -> Inputs:
@@ -324,18 +325,18 @@ def dummy_input(modality: ModalityConfig) -> Inputs:
     return {name: tensor[:1] for name, tensor in item.items()}
 
 
-def part_spec(
+def build_part(
     config: MimoConfig, part: str, transformer_config: TransformerConfig, pg_collection: Any
-) -> ModuleSpec:
+) -> torch.nn.Module:
     """One part by its name (`images.encoder`, `images.projector`, `language`), whole."""
     if part == "language":
-        return language_spec(config.language, transformer_config, pg_collection, True, True, None)
+        spec = language_spec(config.language, transformer_config, pg_collection, True, True, None)
+        return build_module(spec)
     name, side = part.split(".")
-    spec = modality_spec(config.modalities[name], transformer_config, pg_collection)
-    assert spec.submodules is not None
-    if side == "projector":
-        return spec.submodules["input_projections"][0]
-    return spec.submodules["encoders"][ENCODER]
+    modality = config.modalities[name]
+    if side == "encoder":
+        return modality.encoder.build(transformer_config, pg_collection)
+    return modality.projector.build(modality.encoder.output_size, transformer_config, pg_collection)
 
 
 def part_prefix(part: str) -> str:

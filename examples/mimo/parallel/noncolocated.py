@@ -12,7 +12,7 @@ the norm of the gradient, the number of target tokens, and whether an update suc
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -30,7 +30,6 @@ from megatron.core.process_groups_config import (
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.training import initialize
-from megatron.training import training as megatron_training
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.model.encoder import split_over
@@ -229,6 +228,7 @@ def prepare(
     placements: Sequence[Placement],
     rank: int,
     transformer_config: TransformerConfig,
+    install: Callable[[dict[str, Any], Callable[..., Any]], None],
     *,
     local_rank: int,
     process_group: Mapping[str, Any],
@@ -239,23 +239,17 @@ def prepare(
 
     `process_group` are arguments of `init_process_group`, `parallel_state_options` those of
     `initialize_model_parallel` that are no sizes, `random_state` those of Megatron's
-    `_set_random_seed`. Replaces `get_megatron_optimizer` of Megatron's training loop, which offers
-    no parameter for an optimizer of several modules.
+    `_set_random_seed`. `install` gives Megatron the parallel state of this rank's module and wraps
+    the function that builds its optimizer (compat/), for which `pretrain()` has no parameter.
     """
     own = here(placements, rank)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     dist.init_process_group(**process_group)
-    create_groups(placements, own, **parallel_state_options)
+    state_of_module = create_groups(placements, own, **parallel_state_options)
+    install(state_of_module, functools.partial(_for_all_modules, own, placements))
     initialize._set_random_seed(*random_state)
     grids = create_grids(placements)
-    build = megatron_training.get_megatron_optimizer
-
-    @functools.wraps(build)
-    def build_for_all_modules(config: Any, *positional: Any, **named: Any) -> OneFormatOptimizer:
-        return OneFormatOptimizer(build(config, *positional, **named), own, placements, config)
-
-    megatron_training.get_megatron_optimizer = build_for_all_modules
     groups = ProcessGroupCollection.use_mpu_process_groups()
     language = LANGUAGE if own.name == LANGUAGE else None
     return NonColocatedRun(
@@ -263,27 +257,33 @@ def prepare(
     )
 
 
-def create_groups(placements: Sequence[Placement], own: Placement, **options: Any) -> None:
-    """Megatron's parallel state, of one module; every rank of the world makes all modules' groups.
+def create_groups(placements: Sequence[Placement], own: Placement, **options: Any) -> dict[str, Any]:
+    """The globals of Megatron's parallel state for this rank's module, `own`.
 
-    `options` are those of `initialize_model_parallel` that are no sizes.
+    Every rank of the world makes all modules' groups, in one order. `options` are those of
+    `initialize_model_parallel` that are no sizes.
     """
     kept: dict[str, Any] = {}
     for placement in placements:
-        mpu.initialize_model_parallel(
-            placement.tp,
-            placement.pp,
-            context_parallel_size=placement.cp,
-            rank_offset=placement.ranks.start,
-            local_world_size=len(placement.ranks),
-            **options,
-        )
+        initialize_module_parallel(placement, **options)
         if placement == own:
             state = vars(parallel_state)
             kept = {name: state[name] for name in state if name.startswith("_") and name.isupper()}
         # Forgets the groups and leaves them as they are.
         mpu.destroy_model_parallel()
-    vars(parallel_state).update(kept)
+    return kept
+
+
+def initialize_module_parallel(placement: Placement, **options: Any) -> None:
+    """Make Megatron's parallel state that of one module, on the ranks where it is placed."""
+    mpu.initialize_model_parallel(
+        placement.tp,
+        placement.pp,
+        context_parallel_size=placement.cp,
+        rank_offset=placement.ranks.start,
+        local_world_size=len(placement.ranks),
+        **options,
+    )
 
 
 def finalize_noncolocated(
@@ -301,3 +301,13 @@ def finalize_noncolocated(
     dist.all_reduce(num_tokens)
     for chunk in model:
         chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))  # type: ignore[operator]
+
+
+def _for_all_modules(
+    own: Placement, placements: Sequence[Placement], build: Callable[..., Any]
+) -> Callable[..., OneFormatOptimizer]:
+    @functools.wraps(build)
+    def build_for_all_modules(config: Any, *positional: Any, **named: Any) -> OneFormatOptimizer:
+        return OneFormatOptimizer(build(config, *positional, **named), own, placements, config)
+
+    return build_for_all_modules

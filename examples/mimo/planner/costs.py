@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.parallel.placement import Placement
-from examples.mimo.planner.flops import Flops, head_flops, language_layer_flops
+from examples.mimo.planner.flops import Flops, encoder_flops, head_flops, language_layer_flops
 from examples.mimo.planner.pipeline import Cost, ModelCost
 
 
@@ -66,10 +66,10 @@ def _encoder_cost(
     modality = config.modalities[name]
     encoder_trains = f"{name}.encoder" not in args.freeze
     projector_trains = f"{name}.projector" not in args.freeze
-    widths = modality.encoder.hidden_size + config.language.hidden_size
-    projector = Flops(2 * modality.projector.ffn_hidden_size * widths)
+    output_size = config.language.hidden_size
+    projector = Flops(modality.projector.flops(modality.encoder.output_size, output_size))
     recompute = args.recompute_granularity == "full"
-    encode = _cost(modality.encoder.flops(), encoder_trains, encoder_trains, recompute)
+    encode = _cost(encoder_flops(modality.encoder), encoder_trains, encoder_trains, recompute)
     project = _cost(projector, projector_trains, encoder_trains)
     both = encode * work.inputs[name] + project * work.media_tokens[name]
     tensor = args.encoder_tensor_model_parallel_size[name]

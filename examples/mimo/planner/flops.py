@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.modalities.base import EncoderConfig
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ def encoder_layer_flops(rows: int, width: int, ffn_hidden_size: int) -> Flops:
     return layer_flops(rows, width, width, width, ffn_hidden_size, ffn_matrices=2)
 
 
+def encoder_flops(encoder: EncoderConfig) -> Flops:
+    """An encoder on one of its inputs."""
+    layer = encoder_layer_flops(
+        encoder.sequence_length, encoder.hidden_size, encoder.ffn_hidden_size
+    )
+    return Flops(encoder.stem_flops) + layer * encoder.built_layers
+
+
 def language_layer_flops(language: LanguageConfig, seq_length: int) -> Flops:
     """One layer of the language model over a sequence."""
     return layer_flops(
@@ -97,10 +106,10 @@ def training_flops(
     for name, modality in config.modalities.items():
         encoder_trains = f"{name}.encoder" not in frozen
         projector_trains = f"{name}.projector" not in frozen
-        widths = modality.encoder.hidden_size + config.language.hidden_size
-        projector = Flops(2 * modality.projector.ffn_hidden_size * widths)
+        output_size = config.language.hidden_size
+        projector = Flops(modality.projector.flops(modality.encoder.output_size, output_size))
         # Nothing before an encoder trains, but the layers behind its first pass gradients on.
-        encoder = modality.encoder.flops() * items.get(name, 0)
+        encoder = encoder_flops(modality.encoder) * items.get(name, 0)
         total += encoder.trained(encoder_trains, passes_on=encoder_trains)
         projector *= media_tokens.get(name, 0)
         total += projector.trained(projector_trains, passes_on=encoder_trains)

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from examples.mimo.cli.header import PartSize, part_sizes
-from examples.mimo.configs.schema import EncoderConfig, MimoConfig
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.modalities.base import EncoderConfig
 from examples.mimo.model.mimo import (
     StageMimoModel,
     build_mimo_model,
@@ -27,7 +28,10 @@ from examples.mimo.model.mimo import (
     part_names,
     parts,
 )
-from examples.mimo.parallel.noncolocated import build_noncolocated_model, create_groups
+from examples.mimo.parallel.noncolocated import (
+    build_noncolocated_model,
+    initialize_module_parallel,
+)
 from examples.mimo.parallel.placement import Placement, create_grids, here
 from examples.mimo.parallel.replicas import create_encoder_replicas
 from examples.mimo.training.layout import RankGroup, colocated_encoder_tp, placements
@@ -79,7 +83,7 @@ def _made_up_world(
         "fake", rank=place.ranks[0], world_size=args.world_size, store=FakeStore()
     )
     if placed:
-        create_groups(placed, here(placed, place.ranks[0]), create_gloo_process_groups=False)
+        initialize_module_parallel(here(placed, place.ranks[0]), create_gloo_process_groups=False)
     else:
         mpu.initialize_model_parallel(
             args.tensor_model_parallel_size,
@@ -215,12 +219,12 @@ def _kept_by_modality(
     def empty(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=args.params_dtype, requires_grad=trains)
 
-    kept = _kept_by(projector, empty(inputs * sizes.max_tokens, sizes.hidden_size))
+    kept = _kept_by(projector, empty(inputs * sizes.max_tokens, sizes.output_size))
     for block in encoder.modules():
         if isinstance(block, TransformerBlock):
             width = block.config.hidden_size
-            rows = sizes.max_tokens * sizes.hidden_size // width
-            kept += _kept_by(block, empty(rows, inputs, width), attention_mask=None)
+            hidden = empty(sizes.sequence_length, inputs, width)
+            kept += _kept_by(block, hidden, attention_mask=None)
     return kept
 
 

@@ -1,7 +1,4 @@
-"""What the server counts, for Prometheus.
-
-The HTTP side: checks what comes, hands it to the worker, and sends back what it says.
-"""
+"""HTTP routes: checks requests, passes them to the worker, and sends answers back."""
 
 from __future__ import annotations
 
@@ -9,9 +6,11 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
+import mimetypes
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,16 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from examples.mimo.data.conversation import Sample
-from examples.mimo.generation.api import Answerer
-from examples.mimo.generation.sampling import numbered
+from examples.mimo.generation.api import Mimo
 from examples.mimo.generation.scheduler import Answer, Piece
 from examples.mimo.serving.openai import Chat, Reply, parse
-from examples.mimo.serving.worker import FullError, Worker
+from examples.mimo.serving.worker import QueueFullError, Worker
 
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """The counters of one server."""
+    """Prometheus metrics of one server."""
 
     def __init__(self, worker: Worker) -> None:
         self.registry = CollectorRegistry()
@@ -49,28 +47,28 @@ class Metrics:
         self.answer_tokens = Counter(
             "mimo_answer_tokens", "Tokens of answers.", registry=self.registry
         )
-        self.left = Counter(
+        self.cancelled = Counter(
             "mimo_left", "Answers whose client left before their end.", registry=self.registry
         )
         self.first_token = Histogram(
             "mimo_first_token_seconds",
             "From a request to its first token.",
-            buckets=SECONDS,
+            buckets=HISTOGRAM_SECONDS,
             registry=self.registry,
         )
-        self.whole = Histogram(
+        self.whole_answer = Histogram(
             "mimo_answer_seconds",
             "From a request to the end of its answer.",
-            buckets=SECONDS,
+            buckets=HISTOGRAM_SECONDS,
             registry=self.registry,
         )
-        running = Gauge("mimo_running", "Answers that are worked on.", registry=self.registry)
+        running = Gauge("mimo_running", "Answers that are being generated.", registry=self.registry)
         running.set_function(lambda: worker.num_running)
-        waiting = Gauge("mimo_waiting", "Answers that wait for a place.", registry=self.registry)
+        waiting = Gauge("mimo_waiting", "Answers that wait for a slot.", registry=self.registry)
         waiting.set_function(lambda: worker.num_waiting)
 
-    def page(self) -> bytes:
-        """The text that Prometheus reads."""
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -85,7 +83,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """`api_key` None lets everybody in; `hosts` are the names the server answers to."""
+    """Without an `api_key` every request is accepted; `hosts` are the accepted Host headers."""
 
     body_bytes: int = 32 * 2**20
     api_key: str | None = None
@@ -93,13 +91,13 @@ class Limits:
 
 
 class Server:
-    """The routes of one model."""
+    """The HTTP application of one model."""
 
-    def __init__(self, answerer: Answerer, worker: Worker, limits: Limits) -> None:
-        self.answerer, self.worker, self.limits = answerer, worker, limits
+    def __init__(self, model: Mimo, worker: Worker, limits: Limits) -> None:
+        self.model, self.worker, self.limits = model, worker, limits
         self.metrics = Metrics(worker)
-        # Media are decoded by so many threads; the processors are the worker's.
-        self.reading = asyncio.Semaphore(2)
+        # Only so many requests decode their files at once, as the worker needs the processors.
+        self.decoding = asyncio.Semaphore(2)
 
     def app(self) -> Starlette:
         """The application, for any ASGI server."""
@@ -107,120 +105,154 @@ class Server:
             Route("/", self.page),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
+            Route("/modalities", self.modalities),
             Route("/v1/models", self.models),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
         ]
         return Starlette(
             routes=routes,
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(self.limits.hosts))],
-            exception_handlers={HTTPException: self._refused},
+            exception_handlers={HTTPException: self._http_error, Exception: self._internal_error},
         )
 
     async def page(self, request: Request) -> Response:
-        """A form to drop a picture and sound on."""
+        """A web page to talk to the model."""
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)
 
+    async def modalities(self, request: Request) -> Response:
+        """What the model takes: for each modality its name and the files that belong to it."""
+        modalities = [
+            {
+                "name": name,
+                "singular": modality.singular,
+                "suffixes": list(modality.encoder.suffixes),
+                "media_types": _media_types(modality.encoder.suffixes),
+            }
+            for name, modality in self.model.config.modalities.items()
+        ]
+        config = self.model.config
+        return JSONResponse(
+            {"model": config.name, "prompt": config.prompt, "modalities": modalities}
+        )
+
     async def health(self, request: Request) -> Response:
-        """200 while the model is there."""
-        return JSONResponse({"status": "ok", "model": self.answerer.config.name})
+        """200 while the server runs."""
+        return JSONResponse({"status": "ok", "model": self.model.config.name})
 
     async def show_metrics(self, request: Request) -> Response:
         """Counters for Prometheus."""
-        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
-        self._let_in(request)
-        model = {"id": self.answerer.config.name, "object": "model", "owned_by": "mimo"}
+        """The one model that is served."""
+        self._check_api_key(request)
+        model = {"id": self.model.config.name, "object": "model", "owned_by": "mimo"}
         return JSONResponse({"object": "list", "data": [{**model, "created": 0}]})
 
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or as server-sent events."""
-        self._let_in(request)
-        began = time.perf_counter()
-        chat, sample = await self._read(request)
-        hearing = ResponseStream(self, chat, sample, began)
-        hearing.start()
+        self._check_api_key(request)
+        start_time = time.perf_counter()
+        chat, sample = await self._parse(request)
+        response = ResponseStream(self, chat, sample, start_time)
+        response.start()
         if chat.stream:
             self.metrics.requests.labels("200").inc()
-            return StreamingResponse(hearing.events(), media_type="text/event-stream")
+            return StreamingResponse(response.events(), media_type="text/event-stream")
         try:
-            answers = await hearing.answers(request)
+            answers = await response.wait_for_answers(request)
         finally:
-            hearing.cancel()
+            response.cancel()
         self.metrics.requests.labels("200").inc()
-        return JSONResponse(hearing.reply.whole(answers))
+        return JSONResponse(response.reply.completion(answers))
 
-    async def _read(self, request: Request) -> tuple[Chat, Sample]:
+    async def _parse(self, request: Request) -> tuple[Chat, Sample]:
+        """The chat and its sample, or 400 with one sentence."""
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             raise HTTPException(415, "the body must be application/json")
         body = await self._body(request)
         try:
-            chat = parse(json.loads(body), self.answerer.config)
-            async with self.reading:
-                sample = await run_in_threadpool(self._sample, chat)
+            chat = parse(json.loads(body), self.model.config)
+            async with self.decoding:
+                sample = await run_in_threadpool(self._encode, chat)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise HTTPException(400, "the body is not JSON") from None
         except ValueError as error:
             raise HTTPException(400, " ".join(str(error).split())) from None
         return chat, sample
 
-    def _sample(self, chat: Chat) -> Sample:
-        sample = self.answerer.read(chat.request)
-        longest = self.answerer.config.language.seq_length
-        if len(sample.tokens.ids) >= longest:
-            raise ValueError(f"the prompt fills all {longest} tokens; there is no room to answer")
+    def _encode(self, chat: Chat) -> Sample:
+        sample = self.model.encode(chat.record)
+        seq_length = self.model.config.language.seq_length
+        if len(sample.tokens.ids) >= seq_length:
+            raise ValueError(
+                f"the prompt fills all {seq_length} tokens; there is no room to answer"
+            )
         return sample
 
     async def _body(self, request: Request) -> bytes:
-        most = self.limits.body_bytes
+        limit = self.limits.body_bytes
         length = request.headers.get("content-length", "0")
-        if length.isdigit() and int(length) > most:
-            raise HTTPException(413, f"a body of {int(length):,} bytes, more than {most:,}")
+        if length.isdigit() and int(length) > limit:
+            raise HTTPException(413, f"a body of {int(length):,} bytes, more than {limit:,}")
         body = bytearray()
         try:
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > most:
-                    raise HTTPException(413, f"a body of more than {most:,} bytes")
+                if len(body) > limit:
+                    raise HTTPException(413, f"a body of more than {limit:,} bytes")
         except ClientDisconnect:
-            raise HTTPException(400, "the body broke off") from None
+            raise HTTPException(400, "the connection ended before the body did") from None
         return bytes(body)
 
-    def _let_in(self, request: Request) -> None:
+    def _check_api_key(self, request: Request) -> None:
         key = self.limits.api_key
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if key is not None and not hmac.compare_digest(sent.encode(), key.encode()):
             raise HTTPException(401, "the API key is missing or wrong")
 
-    async def _refused(self, request: Request, error: Exception) -> Response:
+    async def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        self.metrics.requests.labels(str(error.status_code)).inc()
-        kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-        about = {"message": error.detail, "type": kind, "param": None, "code": None}
-        return JSONResponse({"error": about}, error.status_code, headers=error.headers)
+        return self._error(error.status_code, error.detail, error.headers)
+
+    async def _internal_error(self, request: Request, error: Exception) -> Response:
+        logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
+        return self._error(500, "the server failed at this request; its log says why", None)
+
+    def _error(self, status: int, message: str, headers: Mapping[str, str] | None) -> Response:
+        self.metrics.requests.labels(str(status)).inc()
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        fields = {"message": message, "type": kind, "param": None, "code": None}
+        return JSONResponse({"error": fields}, status, headers=headers)
+
+
+def _media_types(suffixes: Sequence[str]) -> list[str]:
+    """MIME types of files with these suffixes, for browsers, which may know no suffix."""
+    types = (mimetypes.guess_type(f"file{suffix}")[0] for suffix in suffixes)
+    return sorted({kind for kind in types if kind})
 
 
 class ResponseStream:
     """The pieces of the answers to one request, from the worker's thread to the event loop."""
 
-    def __init__(self, server: Server, chat: Chat, sample: Sample, began: float) -> None:
-        self.server, self.chat, self.sample, self.began = server, chat, sample, began
-        self.reply = Reply(chat, server.answerer.tokenizer, len(sample.tokens.ids))
+    def __init__(self, server: Server, chat: Chat, sample: Sample, start_time: float) -> None:
+        self.server, self.chat, self.sample = server, chat, sample
+        self.start_time = start_time
+        self.reply = Reply(chat, server.model.tokenizer, len(sample.tokens.ids))
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        # The worker's number of each choice.
         self.numbers: list[int] = []
-        self.found: dict[int, Answer] = {}
-        self.heard = False
+        self.answers: dict[int, Answer] = {}
+        self.has_first_token = False
 
     def start(self) -> None:
-        """Ask for every choice, or 503."""
-        asked = self.chat.options
+        """Submit every choice to the worker, or raise 503."""
         try:
             for choice in range(self.chat.choices):
-                options = replace(asked, sampling=numbered(asked.sampling, choice))
-                self.numbers.append(self.server.worker.submit(self.sample, options, self._hear))
-        except FullError:
+                options = self.chat.options.with_seed_offset(choice)
+                self.numbers.append(self.server.worker.submit(self.sample, options, self._receive))
+        except QueueFullError:
             self.cancel()
             raise HTTPException(
                 503, "too many requests are waiting; try again", headers={"Retry-After": "1"}
@@ -228,68 +260,68 @@ class ResponseStream:
         self.server.metrics.prompt_tokens.inc(len(self.sample.tokens.ids))
 
     def cancel(self) -> None:
-        """Free the places of answers that are not done."""
+        """Stop answers that are not finished."""
         for number in self.numbers:
             if self.server.worker.cancel(number):
-                self.server.metrics.left.inc()
+                self.server.metrics.cancelled.inc()
 
-    def _hear(self, piece: Piece) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+    def _receive(self, piece: Piece) -> None:
+        """Called in the worker's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed when the server stops
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
-    async def _next(self) -> Piece:
+    async def _next_piece(self) -> Piece:
         piece = await self.pieces.get()
-        if not self.heard:
-            self.heard = True
-            self.server.metrics.first_token.observe(time.perf_counter() - self.began)
+        if not self.has_first_token:
+            self.has_first_token = True
+            self.server.metrics.first_token.observe(time.perf_counter() - self.start_time)
         if piece.answer is not None:
-            self.found[self.numbers.index(piece.number)] = piece.answer
+            self.answers[self.numbers.index(piece.number)] = piece.answer
             self.server.metrics.answer_tokens.inc(len(piece.answer.tokens))
         return piece
 
     @property
-    def done(self) -> list[Answer] | None:
-        """All answers, when all are there."""
-        if len(self.found) < len(self.numbers):
+    def _all_answers(self) -> list[Answer] | None:
+        """All answers by choice, once all are there."""
+        if len(self.answers) < len(self.numbers):
             return None
-        return [self.found[choice] for choice in range(len(self.numbers))]
+        return [self.answers[choice] for choice in range(len(self.numbers))]
 
-    async def answers(self, request: Request) -> list[Answer]:
-        """All answers; a client that leaves ends the wait."""
-        gone = asyncio.create_task(_gone(request))
+    async def wait_for_answers(self, request: Request) -> list[Answer]:
+        """All answers; 499 when the client disconnects before."""
+        disconnected = asyncio.create_task(_wait_for_disconnect(request))
         try:
-            while self.done is None:
-                piece = asyncio.create_task(self._next())
-                await asyncio.wait({piece, gone}, return_when=asyncio.FIRST_COMPLETED)
+            while self._all_answers is None:
+                piece = asyncio.create_task(self._next_piece())
+                await asyncio.wait({piece, disconnected}, return_when=asyncio.FIRST_COMPLETED)
                 if not piece.done():
                     piece.cancel()
-                    raise HTTPException(499, "the client is gone")
+                    raise HTTPException(499, "the client disconnected")
                 await piece
         finally:
-            gone.cancel()
-        self.server.metrics.whole.observe(time.perf_counter() - self.began)
-        return self.done
+            disconnected.cancel()
+        self.server.metrics.whole_answer.observe(time.perf_counter() - self.start_time)
+        return self._all_answers
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events; a client that leaves closes the iterator."""
+        """Server-sent events; starlette closes the iterator when the client disconnects."""
         try:
-            while self.done is None:
-                piece = await self._next()
+            while self._all_answers is None:
+                piece = await self._next_piece()
                 choice = self.numbers.index(piece.number)
                 if piece.text:
-                    yield _event(self.reply.piece(choice, piece.text))
+                    yield _event(self.reply.chunk(choice, piece.text))
                 if piece.answer is not None:
-                    yield _event(self.reply.piece(choice, "", piece.answer))
+                    yield _event(self.reply.chunk(choice, "", piece.answer))
             if self.chat.include_usage:
-                yield _event(self.reply.last(self.done))
+                yield _event(self.reply.usage_chunk(self._all_answers))
             yield "data: [DONE]\n\n"
-            self.server.metrics.whole.observe(time.perf_counter() - self.began)
+            self.server.metrics.whole_answer.observe(time.perf_counter() - self.start_time)
         finally:
             self.cancel()
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client leaves."""
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

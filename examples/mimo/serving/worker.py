@@ -1,4 +1,4 @@
-"""The loop that works on the model, in one thread, and what others ask of it."""
+"""Worker: the thread that runs the model, with a queue of requests from other threads."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from examples.mimo.data.conversation import Sample
-from examples.mimo.generation.api import Answerer, share
-from examples.mimo.generation.scheduler import Options, Piece
+from examples.mimo.generation.api import Mimo, on_rank_zero
+from examples.mimo.generation.sampling import Options
+from examples.mimo.generation.scheduler import Piece
 
-# An idle server speaks to its other ranks so often, lest they take it for dead.
+# An idle server contacts its other ranks this often, or their collective would time out.
 HEARTBEAT_SECONDS = 5.0
 
 
-class FullError(Exception):
-    """More is waiting than the server takes."""
+class QueueFullError(Exception):
+    """As many answers are waiting as the server allows."""
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _QueuedRequest:
     number: int
     sample: Sample
     options: Options
 
 
 @dataclass(frozen=True)
-class _Orders:
+class _Commands:
     """What every rank does before its next token."""
 
-    start: list[_Asked]
+    start: list[_QueuedRequest]
     cancel: list[int]
     stop: bool = False
 
@@ -40,89 +41,93 @@ class _Orders:
 class Worker:
     """Starts, steps and cancels answers, on all ranks alike.
 
-    `max_batch` answers are worked on at once, `max_waiting` more wait for a place.
+    At most `max_batch` answers are generated at once, and `max_waiting` more wait for a slot.
     """
 
-    def __init__(self, answerer: Answerer, max_batch: int, max_waiting: int) -> None:
-        self.running = answerer.running()
+    def __init__(self, model: Mimo, max_batch: int, max_waiting: int) -> None:
+        self.scheduler = model.scheduler()
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.numbers = itertools.count()
-        self.lock = threading.Condition()
-        self.waiting: list[_Asked] = []
+        # Guards all below, and wakes the worker when one of them changes.
+        self.condition = threading.Condition()
+        self.waiting: list[_QueuedRequest] = []
         self.cancelled: list[int] = []
-        self.hear: dict[int, Callable[[Piece], None]] = {}
-        self.ending = False
+        self.callbacks: dict[int, Callable[[Piece], None]] = {}
+        self.stopping = False
 
     @property
     def num_running(self) -> int:
-        """How many answers are worked on."""
-        return len(self.running)
+        """The number of answers that are being generated."""
+        return len(self.scheduler)
 
     @property
     def num_waiting(self) -> int:
-        """How many wait for a place."""
+        """The number of answers that wait for a slot."""
         return len(self.waiting)
 
-    def submit(self, sample: Sample, options: Options, hear: Callable[[Piece], None]) -> int:
-        """The number of an answer whose pieces `hear` will get, in the worker's thread."""
-        with self.lock:
+    def submit(self, sample: Sample, options: Options, callback: Callable[[Piece], None]) -> int:
+        """Queue an answer and return its number.
+
+        `callback` gets its pieces, in the worker's thread. QueueFullError when too many wait.
+        """
+        with self.condition:
             if len(self.waiting) >= self.max_waiting:
-                raise FullError
+                raise QueueFullError
             number = next(self.numbers)
-            self.waiting.append(_Asked(number, sample, options))
-            self.hear[number] = hear
-            self.lock.notify()
+            self.waiting.append(_QueuedRequest(number, sample, options))
+            self.callbacks[number] = callback
+            self.condition.notify()
             return number
 
     def cancel(self, number: int) -> bool:
-        """Nobody waits for this answer any more; False when it is done already."""
-        with self.lock:
-            if self.hear.pop(number, None) is None:
+        """Stop an answer that nobody waits for any more; False when it is finished already."""
+        with self.condition:
+            if self.callbacks.pop(number, None) is None:
                 return False
-            left = [asked for asked in self.waiting if asked.number != number]
-            if len(left) == len(self.waiting):
+            still_waiting = [request for request in self.waiting if request.number != number]
+            if len(still_waiting) == len(self.waiting):
                 self.cancelled.append(number)
-            self.waiting = left
-            self.lock.notify()
+            self.waiting = still_waiting
+            self.condition.notify()
             return True
 
     def stop(self) -> None:
-        """Let all ranks go."""
-        with self.lock:
-            self.ending = True
-            self.lock.notify()
+        """Make `run` return on all ranks."""
+        with self.condition:
+            self.stopping = True
+            self.condition.notify()
 
     def run(self) -> None:
-        """Work until `stop`; every rank calls it, and rank 0 gives the orders."""
+        """Generate until `stop`; every rank calls it, and rank 0 sends the commands."""
         while True:
-            orders = share(self._orders)
-            if orders.stop:
+            commands = on_rank_zero(self._next_commands)
+            if commands.stop:
                 return
-            for number in orders.cancel:
-                self.running.cancel(number)
-            pieces = []
-            if orders.start:
-                asked = [(one.number, one.sample, one.options) for one in orders.start]
-                pieces = self.running.start(asked)
-            for piece in [*pieces, *self.running.step()]:
-                self._tell(piece)
+            for number in commands.cancel:
+                self.scheduler.cancel(number)
+            pieces: list[Piece] = []
+            if commands.start:
+                requests = [(r.number, r.sample, r.options) for r in commands.start]
+                pieces = self.scheduler.start(requests)
+            for piece in [*pieces, *self.scheduler.step()]:
+                self._deliver(piece)
 
-    def _orders(self) -> _Orders:
-        """On rank 0: what has been asked since the last token; waits while there is no work."""
-        with self.lock:
-            while not (self.waiting or self.cancelled or self.ending or len(self.running)):
-                woken = self.lock.wait(HEARTBEAT_SECONDS)
-                if not woken and dist.get_world_size() > 1:
+    def _next_commands(self) -> _Commands:
+        """On rank 0: what was requested since the last token; waits while there is no work."""
+        with self.condition:
+            while not (self.waiting or self.cancelled or self.stopping or len(self.scheduler)):
+                notified = self.condition.wait(HEARTBEAT_SECONDS)
+                if not notified and dist.get_world_size() > 1:
                     break
-            room = self.max_batch - len(self.running)
-            start, self.waiting = self.waiting[:room], self.waiting[room:]
+            free = self.max_batch - len(self.scheduler)
+            start, self.waiting = self.waiting[:free], self.waiting[free:]
             cancel, self.cancelled = self.cancelled, []
-            return _Orders(start, cancel, self.ending)
+            return _Commands(start, cancel, self.stopping)
 
-    def _tell(self, piece: Piece) -> None:
-        with self.lock:
-            hear = self.hear.get(piece.number)
+    def _deliver(self, piece: Piece) -> None:
+        with self.condition:
+            callback = self.callbacks.get(piece.number)
             if piece.answer is not None:
-                self.hear.pop(piece.number, None)
-        if hear:
-            hear(piece)
+                self.callbacks.pop(piece.number, None)
+        if callback:
+            callback(piece)

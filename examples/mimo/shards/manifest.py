@@ -1,21 +1,23 @@
-"""What people have, as entries: a manifest's lines, LLaVA's JSON, or shards from elsewhere.
+"""Reads manifests: a .jsonl file, LLaVA's .json list, or a folder of shards made elsewhere.
 
-Nothing is decoded here, and one bad entry does not end the reading: it comes with its problem.
+Each sample comes as an `Entry`. No media are decoded here, and a bad entry does not end the
+reading: it comes with its problem.
 """
 
 from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import FilesInside, FindFile
+from examples.mimo.data.datasets import json_lines
 from examples.mimo.modalities.base import Blob
-from examples.mimo.shards.read import MAX_RECORD_BYTES, record_of
+from examples.mimo.shards.read import MAX_RECORD_BYTES, read_record
 
 MAX_LIST_BYTES = 4 * 2**30
 MAX_FILE_BYTES = 2**30
@@ -23,9 +25,10 @@ MAX_FILE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample to be; `place` is where it stands, `find` knows the files that the record names.
+    """A sample of a manifest before it is checked.
 
-    With a `problem`, there is no sample.
+    `place` says where in the manifest it stands, and `find` finds the files that its record names.
+    An entry with a `problem` has no record. `may_repeat` allows a key that was used before.
     """
 
     place: str
@@ -36,45 +39,22 @@ class Entry:
 
 
 def read_entries(manifest: Path, media: Path, config: MimoConfig) -> Iterator[Entry]:
-    """The entries of a .jsonl or .json file, or of the shards in a folder."""
+    """The entries of a .jsonl or .json file whose media lie in `media`, or of shards."""
     if manifest.is_dir():
         tars = sorted(manifest.rglob("*.tar"))
         if not tars:
             raise ValueError(f"--manifest {manifest}: no .tar files in this folder")
-        return _shards(tars, config)
+        return _shard_entries(tars, config)
     if not manifest.is_file():
         raise ValueError(f"--manifest {manifest}: no such file or folder")
     if manifest.suffix == ".json":
-        return _list(manifest, FilesInside(media), config)
-    return _lines(manifest, FilesInside(media), config)
+        # LLaVA's id names the picture, and several conversations may be about one.
+        return _entries(_llava_records(manifest), "item", FilesInside(media), config, True)
+    records = json_lines(manifest, MAX_RECORD_BYTES)
+    return _entries(records, "line", FilesInside(media), config, False)
 
 
-def _lines(manifest: Path, find: FindFile, config: MimoConfig) -> Iterator[Entry]:
-    with manifest.open("rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_RECORD_BYTES + 1):
-            number += 1
-            place = f"line {number}"
-            if len(line) > MAX_RECORD_BYTES:
-                size = len(line)
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(MAX_RECORD_BYTES)
-                    size += len(line)
-                yield Entry(
-                    place, problem=f"{size:,} bytes in one line, more than {MAX_RECORD_BYTES:,}"
-                )
-            elif line.strip():
-                try:
-                    record = json.loads(line)
-                # Numbers of too many digits are a ValueError too.
-                except (ValueError, RecursionError) as error:
-                    yield Entry(place, problem=f"not JSON ({error})")
-                else:
-                    yield _entry(place, record, find, config, f"line-{number:08d}")
-
-
-def _list(manifest: Path, find: FindFile, config: MimoConfig) -> Iterator[Entry]:
-    """LLaVA's format: one list, with a file's name where a manifest has a list of them."""
+def _llava_records(manifest: Path) -> Iterator[tuple[int, Any]]:
     if manifest.stat().st_size > MAX_LIST_BYTES:
         raise ValueError(f"--manifest {manifest}: larger than {MAX_LIST_BYTES:,} bytes; use .jsonl")
     try:
@@ -83,33 +63,48 @@ def _list(manifest: Path, find: FindFile, config: MimoConfig) -> Iterator[Entry]
         raise ValueError(f"--manifest {manifest}: not JSON ({error})") from None
     if not isinstance(records, list):
         raise ValueError(f"--manifest {manifest}: must hold a list of samples")
-    for number, record in enumerate(records, start=1):
-        # There, an id names the picture, and several conversations may be about one.
-        yield _entry(f"item {number}", record, find, config, f"item-{number:08d}", may_repeat=True)
+    return enumerate(records, start=1)
 
 
-def _entry(
-    place: str, record: Any, find: FindFile, config: MimoConfig, key: str, may_repeat: bool = False
-) -> Entry:
-    if not isinstance(record, dict):
-        return Entry(place, problem="a sample must be a JSON object")
-    named = record.get("key", record.get("id", key))
-    if not _is_name(named):
-        return Entry(place, problem=f"the key {named!r} is no name")
-    known = {field: value for field, value in record.items() if field != "id"}
+def _entries(
+    records: Iterable[tuple[int, Any]],
+    unit: str,
+    find: FindFile,
+    config: MimoConfig,
+    may_repeat: bool,
+) -> Iterator[Entry]:
+    for number, record in records:
+        place = f"{unit} {number}"
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            if not isinstance(record, dict):
+                raise ValueError("a sample must be a JSON object")
+            key = _checked_key(record.get("key", record.get("id", f"{unit}-{number:08d}")))
+        except ValueError as error:
+            yield Entry(place, problem=str(error))
+        else:
+            known = _with_media_lists(record, config)
+            yield Entry(place, {**known, "key": key}, find, may_repeat=may_repeat)
+
+
+def _with_media_lists(record: Mapping[str, Any], config: MimoConfig) -> dict[str, Any]:
+    """LLaVA's `"image": FILE` as `"images": [FILE]`, for every modality."""
+    known = {name: value for name, value in record.items() if name != "id"}
     for name, modality in config.modalities.items():
-        if modality.singular in known:
-            given = known.pop(modality.singular)
-            if given is not None:
-                known.setdefault(name, [given] if isinstance(given, str) else given)
-    return Entry(place, {**known, "key": str(named)}, find, may_repeat=may_repeat)
+        file = known.pop(modality.singular, None)
+        if file is not None:
+            known.setdefault(name, [file] if isinstance(file, str) else file)
+    return known
 
 
-def _is_name(key: Any) -> bool:
-    """A number, or text that can be written."""
+def _checked_key(key: Any) -> str:
+    """A key as text; ValueError unless it is a number or text that UTF-8 can write."""
     if isinstance(key, int):
-        return True
-    return isinstance(key, str) and key != "" and key.encode(errors="replace").decode() == key
+        return str(key)
+    if isinstance(key, str) and key and key.encode(errors="replace").decode() == key:
+        return key
+    raise ValueError(f"the key {key!r} is not usable; give a number or text without half pairs")
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ class TarParts:
     key: str
     parts: Mapping[str, tuple[int, int]]
 
-    def place(self, name: str) -> tuple[int, int]:
+    def extent(self, name: str) -> tuple[int, int]:
         """Offset and bytes of a part, whose name may begin with the key; zeros without it."""
         return self.parts.get(name.removeprefix(f"{self.key}."), (0, 0))
 
@@ -136,22 +131,20 @@ class TarParts:
             return Blob(f"{self.key}.{part}", stream.read(size))
 
     def record(self, config: MimoConfig) -> dict[str, Any]:
-        """The record of the sample, with a key that is a name; ValueError without one."""
-        if self.place("json")[1] > MAX_RECORD_BYTES:
+        """The record of the sample with its key as text; ValueError without one."""
+        if self.extent("json")[1] > MAX_RECORD_BYTES:
             raise ValueError(f"{self.key}.json is larger than {MAX_RECORD_BYTES:,} bytes")
         contents = dict.fromkeys(self.parts, b"")
         if "json" in contents:
             contents["json"] = self("json").data
-        record = record_of(self.key, contents, config)
-        if not _is_name(record["key"]):
-            raise ValueError(f"the key {record['key']!r} is no name")
-        return {**record, "key": str(record["key"])}
+        record = read_record(self.key, contents, config)
+        return {**record, "key": _checked_key(record["key"])}
 
 
-def _shards(tars: Sequence[Path], config: MimoConfig) -> Iterator[Entry]:
+def _shard_entries(tars: Sequence[Path], config: MimoConfig) -> Iterator[Entry]:
     for tar in tars:
         try:
-            samples = list(members(tar))
+            samples = list(tar_samples(tar))
         except (tarfile.TarError, OSError, EOFError) as error:
             yield Entry(tar.name, problem=f"a damaged tar file ({error})")
             continue
@@ -163,13 +156,13 @@ def _shards(tars: Sequence[Path], config: MimoConfig) -> Iterator[Entry]:
                 yield Entry(place, problem=str(error))
 
 
-def members(tar: Path) -> Iterator[TarParts]:
-    """The samples of a tar file, whose parts stand side by side."""
+def tar_samples(tar: Path) -> Iterator[TarParts]:
+    """The samples of an uncompressed tar file, whose parts stand side by side."""
     key = ""
     parts: dict[str, tuple[int, int]] = {}
-    # Offsets are used later, so a compressed file is none of these.
-    with tarfile.open(tar, "r:") as found:
-        for member in found:
+    # A compressed file has no offsets to read parts at later, so it counts as damaged.
+    with tarfile.open(tar, "r:") as members:
+        for member in members:
             base, dot, part = member.name.rpartition("/")[2].partition(".")
             if not member.isreg() or member.issparse() or not dot or not base:
                 continue

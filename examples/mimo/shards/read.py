@@ -1,13 +1,10 @@
-"""The parts of a sample in a shard, and the record that says what they are.
+"""Reads conversations from WebDataset shards with megatron-energon, packed on request.
 
-Which samples share a row of a fixed length.
-
-Conversations from WebDataset shards, read by megatron-energon.
-
-A shard is a tar file; the parts of a sample lie side by side in it: `KEY.json`, which is a record
-as in `data/datasets.py`, and the files that the record names. Energon deals shards out to the
-data-parallel ranks and their worker processes, shuffles, and knows at any moment what it needs to
-go on from there.
+A shard is a tar file. The parts of a sample stand side by side in it: `KEY.json`, which is a record
+as in `data/datasets.py`, and the files that the record names. Energon shards the samples over the
+data-parallel ranks and their worker processes, shuffles them, and can save and restore its position
+at any batch. From a sample's parts to a micro-batch, in reading order: `read_record`,
+`ConversationEncoder` (which energon calls in each worker), `training_loader`, `ShardBatches`.
 """
 
 from __future__ import annotations
@@ -43,12 +40,22 @@ from examples.mimo.modalities.base import Blob
 from examples.mimo.shards.mixtures import Part, read_mixture
 
 MAX_RECORD_BYTES = 4 * 2**20
+# So many neighbours in a shard follow one another before another position is drawn: reading from
+# a disk or a network is sequential within them.
+SAMPLES_PER_SEQUENCE = 100
+# A worker saves its state this often; samples read since then are read again on resuming.
+CHECKPOINT_EVERY_SECONDS = 10.0
+# Energon puts this before the message of a `FatalSampleError` that it passes on.
+ENERGON_CAUSE = "system exception:"
+
+Collate = Callable[[Sequence[Sample]], Batch]
 
 
-def record_of(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dict[str, Any]:
-    """The record of a sample; where it names no media at all, the parts say what there is.
+def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dict[str, Any]:
+    """The record of a sample, from its parts by name; only the JSON part's content is read.
 
-    `parts` are the contents by name; of them only the record's is looked at.
+    A record that names no media takes all parts whose names end with a modality's suffixes. A
+    list is taken for the conversation's turns. ValueError without a record that can be read.
     """
     if "json" not in parts:
         raise ValueError(f"sample {key}: no {key}.json in the shard")
@@ -69,28 +76,29 @@ def record_of(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dict[
     if any(name in record for name in config.modalities):
         return record
     for name, modality in config.modalities.items():
-        named = [part for part in parts if part.lower().endswith(modality.encoder.suffixes)]
-        found = sorted(named, key=_by_number)
+        suffixes = modality.encoder.suffixes
+        files = [part for part in parts if part.lower().endswith(suffixes)]
+        files.sort(key=_numeric_order)
         # A part may be named by its suffix alone, as KEY.mp4.
-        found += [part for part in parts if f".{part.lower()}" in modality.encoder.suffixes]
-        if found:
-            record[name] = found
+        files += [part for part in parts if f".{part.lower()}" in suffixes]
+        if files:
+            record[name] = files
     return record
 
 
-def _by_number(part: str) -> list[tuple[int, str]]:
-    """Orders 2.jpg before 10.jpg."""
+def _numeric_order(part: str) -> list[tuple[int, str]]:
+    """Sorts 2.jpg before 10.jpg."""
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", part)]
 
 
-def words_of(error: Exception) -> str:
-    """Why a sample was refused; a decoder's own kind of error is named."""
+def error_reason(error: Exception) -> str:
+    """Why a sample was refused; the class of any error but a ValueError is named too."""
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     return f"{kind}{error}"
 
 
-def find_in(key: str, parts: Mapping[str, bytes]) -> FindFile:
-    """The parts of a sample as files; a name may begin with the sample's key."""
+def part_finder(key: str, parts: Mapping[str, bytes]) -> FindFile:
+    """Finds the parts of a sample by the names in its record, which may begin with its key."""
 
     def find(name: str) -> Blob:
         part = name.removeprefix(f"{key}.")
@@ -101,51 +109,42 @@ def find_in(key: str, parts: Mapping[str, bytes]) -> FindFile:
     return find
 
 
-def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Indices of `lengths` by row: each once, no row longer than `row_length`.
+def pack(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
+    """Indices of samples by packed sequence, from the samples' lengths in tokens.
 
-    The longest sample that is left opens a row, and those join it that leave the least room. Rows
-    come in the order of the first index that they hold, so that they are not sorted by length.
+    Every sample is in one sequence, and no sequence is longer than `seq_length`. The longest sample
+    that is left opens a sequence; the samples that fill the rest best join it. Sequences come in
+    the order of their first sample, so that training does not see them sorted by length.
     """
     longest = max(lengths, default=0)
-    if longest > row_length:
-        raise ValueError(f"a sample of {longest} tokens does not fit a row of {row_length}")
-    rows: list[list[int]] = []
-    left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while left:
-        first, *others = left
-        joining = _fullest([lengths[i] for i in others], row_length - lengths[first])
-        rows.append(sorted([first, *(others[place] for place in joining)]))
-        left = [i for place, i in enumerate(others) if place not in joining]
-    return sorted(rows, key=lambda row: row[0])
+    if longest > seq_length:
+        raise ValueError(f"a sample of {longest} tokens does not fit a sequence of {seq_length}")
+    sequences: list[list[int]] = []
+    remaining = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while remaining:
+        first, *others = remaining
+        joining = _best_fill([lengths[i] for i in others], seq_length - lengths[first])
+        sequences.append(sorted([first, *(others[position] for position in joining)]))
+        remaining = [i for position, i in enumerate(others) if position not in joining]
+    return sorted(sequences, key=lambda sequence: sequence[0])
 
 
-def _fullest(lengths: Sequence[int], room: int) -> set[int]:
-    """Places in `lengths` whose sum is the largest that `room` holds: a subset sum.
+def _best_fill(lengths: Sequence[int], room: int) -> set[int]:
+    """Positions in `lengths` with the largest sum that fits `room`: a subset sum.
 
-    Bit s of `reached[n]` says whether some of the first n lengths sum to s.
+    Bit s of `reachable[n]` says whether some of the first n lengths sum to s.
     """
-    within = (1 << (room + 1)) - 1
-    reached = [1]
+    mask = (1 << (room + 1)) - 1
+    reachable = [1]
     for length in lengths:
-        reached.append((reached[-1] | reached[-1] << length) & within)
-    left = reached[-1].bit_length() - 1
+        reachable.append((reachable[-1] | reachable[-1] << length) & mask)
+    total = reachable[-1].bit_length() - 1
     chosen = set()
-    for place in reversed(range(len(lengths))):
-        if not reached[place] >> left & 1:
-            chosen.add(place)
-            left -= lengths[place]
+    for position in reversed(range(len(lengths))):
+        if not reachable[position] >> total & 1:
+            chosen.add(position)
+            total -= lengths[position]
     return chosen
-
-
-# Neighbours in a shard follow one another for so long before another place is drawn.
-RUN_OF_SAMPLES = 100
-# A worker's state is kept this often; what came since is worked through again on resuming.
-STATE_EVERY_SECONDS = 10.0
-# What stands before the words of `FatalSampleError` when energon passes it on.
-CAUSE = "system exception:"
-
-Collate = Callable[[Sequence[Sample]], Batch]
 
 
 @dataclass
@@ -158,106 +157,112 @@ class ShardSample:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of `row_length` tokens from every `buffer_size` samples, each of which takes a multiple
-    of `sample_multiple`.
+    """Packs every `buffer_size` samples into sequences of `seq_length` tokens.
+
+    Each sample is padded to a multiple of `sample_multiple`, as context parallelism needs.
     """
 
     buffer_size: int
-    row_length: int
+    seq_length: int
     sample_multiple: int = 1
 
 
 @stateless
-# Energon wants a cooker between shards and the encoder, which takes the parts raw.
-def _as_it_is(parts: dict[str, Any]) -> dict[str, Any]:
+def _raw_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    """Energon requires a cooker between shards and encoder; the encoder takes the parts raw."""
     return parts
 
 
 class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
-    """From the parts of a sample to a micro-batch, inside a worker process.
+    """Turns the parts of samples into micro-batches inside a worker process.
 
-    Samples that cannot be read are left out, and named by the next micro-batch.
+    Samples that cannot be read are skipped, and reported by the next micro-batch.
     """
 
-    cookers = (Cooker(_as_it_is),)
+    cookers = (Cooker(_raw_parts),)
     decoder = None
 
     def __init__(
-        self, reader: SampleEncoder, collate: Collate, max_bad_samples: int, packing: Packing | None
+        self,
+        sample_encoder: SampleEncoder,
+        collate: Collate,
+        max_bad_samples: int,
+        packing: Packing | None = None,
     ) -> None:
-        self.reader = reader
+        self.sample_encoder = sample_encoder
         self.collate = collate
         self.max_bad_samples = max_bad_samples
         self.packing = packing
-        self.refused: list[BadSample] = []
+        self.bad_samples: list[BadSample] = []
 
     @stateless
     def encode_sample(self, parts: dict[str, Any]) -> ShardSample:
-        """Decode, resample, compute features, tokenise."""
+        """Decodes the media, computes encoder inputs and tokenises; SkipSample when it cannot."""
         key = str(parts["__key__"])
         try:
-            sample = self._read(key, parts)
+            sample = self._encode(key, parts)
         # A damaged file can make a decoder fail in any way; the run goes on without the sample.
         except Exception as error:
-            self._refuse(key, error)
+            self._add_bad_sample(BadSample(key, error_reason(error)))
             raise SkipSample from None
         return ShardSample(sample, parts["__restore_key__"])
 
-    def _read(self, key: str, parts: dict[str, Any]) -> Sample:
-        record = record_of(key, parts, self.reader.config)
-        config = WorkerConfig.active_worker_config
-        generator = np.random.default_rng([config.worker_seed(), self.current_sample_index])
-        sample = self.reader.encode(record, find_in(key, parts), generator)
+    def _encode(self, key: str, parts: dict[str, Any]) -> Sample:
+        record = read_record(key, parts, self.sample_encoder.config)
+        # Seeded by the worker and its position, so that a resumed run augments alike.
+        workers = WorkerConfig.active_worker_config
+        generator = np.random.default_rng([workers.worker_seed(), self.current_sample_index])
+        sample = self.sample_encoder.encode(record, part_finder(key, parts), generator)
         if not any(sample.tokens.loss_mask):
-            raise ValueError(f"sample {key}: no answer that could be learned")
-        if self.packing and len(sample.tokens.ids) > self.packing.row_length:
+            raise ValueError(f"sample {key}: no answer, so no target tokens")
+        if self.packing and len(sample.tokens.ids) > self.packing.seq_length:
             raise ValueError(
                 f"sample {key}: {len(sample.tokens.ids)} tokens do not fit --total-seq-length "
-                f"{self.packing.row_length}"
+                f"{self.packing.seq_length}"
             )
         return sample
 
-    def _refuse(self, key: str, error: Exception) -> None:
-        self.refused.append(BadSample(key, words_of(error)))
-        if len(self.refused) > self.max_bad_samples:
+    def _add_bad_sample(self, bad_sample: BadSample) -> None:
+        self.bad_samples.append(bad_sample)
+        # Without this bound a folder with nothing to read would be read in circles for ever.
+        if len(self.bad_samples) > self.max_bad_samples:
             raise FatalSampleError(
-                f"{len(self.refused)} samples since the last micro-batch could not be read, "
-                f"more than --max-bad-samples {self.max_bad_samples}; the last: "
-                f"{self.refused[-1].reason}"
+                f"{len(self.bad_samples)} samples since the last micro-batch could not be read, "
+                f"more than --max-bad-samples {self.max_bad_samples}; the last: {bad_sample.reason}"
             )
 
     def select_samples_to_pack(self, samples: list[ShardSample]) -> list[list[ShardSample]]:
-        """All of the buffer's samples, by row."""
+        """All samples of the buffer, by packed sequence."""
         assert self.packing is not None
         multiple = self.packing.sample_multiple
         lengths = [-(-len(s.sample.tokens.ids) // multiple) * multiple for s in samples]
-        return [[samples[i] for i in row] for row in pack(lengths, self.packing.row_length)]
+        return [[samples[i] for i in group] for group in pack(lengths, self.packing.seq_length)]
 
     @stateless
     def pack_selected_samples(self, samples: list[ShardSample]) -> list[ShardSample]:
-        """A row is the list of its samples."""
+        """Leaves a packed sequence as the list of its samples, which `batch` collates."""
         return samples
 
     @stateless
     def batch(self, samples: list[Any]) -> Batch:
-        """A micro-batch of samples, or of one packed row."""
-        chosen = samples[0] if self.packing else samples
-        batch = self.collate([one.sample for one in chosen])
-        batch.bad_samples, self.refused = self.refused, []
+        """Collates a micro-batch of samples, or one packed sequence of them."""
+        members = samples[0] if self.packing else samples
+        batch = self.collate([member.sample for member in members])
+        batch.bad_samples, self.bad_samples = self.bad_samples, []
         return batch
 
 
 class EpochShuffle(ShuffleBufferDataset):  # type: ignore[type-arg]
-    """Draws the next sample from a buffer, which is emptied before another epoch begins.
+    """A shuffle buffer that is emptied before the next epoch begins.
 
-    Energon's own place for a buffer is behind the repetition of epochs, where it mixes two of
-    them: a sample comes twice before another has come once.
+    Energon places its own buffer after the repetition of epochs, where it mixes two of them: some
+    samples would come twice before others have come once.
     """
 
     _savable_fields = (*ShuffleBufferDataset._savable_fields, "_drains")
 
     def reset_state_own(self) -> None:
-        """As before the first sample."""
+        """Resets to before the first sample."""
         super().reset_state_own()
         self._drains = False
 
@@ -276,55 +281,27 @@ class EpochShuffle(ShuffleBufferDataset):  # type: ignore[type-arg]
 
 
 class ShuffledShards(CrudeWebdataset):
-    """A folder of shards whose samples come in another order every epoch, each once."""
+    """A folder of shards that gives each sample once an epoch, in a new order every epoch."""
 
-    def __init__(self, path: EPath, buffer_size: int, **how: Any) -> None:
-        super().__init__(path, **how)
+    def __init__(self, path: EPath, buffer_size: int, **options: Any) -> None:
+        super().__init__(path, **options)
         self.buffer_size = buffer_size
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
-        """What energon repeats."""
+        """The dataset of one epoch, which energon repeats."""
         dataset = super().build(worker_rotation_offset)
         return EpochShuffle(dataset, self.buffer_size, worker_config=self.worker_config)
 
 
-class ShardBatches:
-    """An endless iterator over micro-batches, whose state can be saved and restored.
-
-    With several loaders a micro-batch holds one of each, in their order. Generators serve as
-    loaders where no state is wanted.
-    """
-
-    def __init__(self, loaders: Sequence[Any]) -> None:
-        self.loaders = loaders
-        self._iterators: list[Generator[Batch, None, None]] = []
-
-    def __iter__(self) -> ShardBatches:
-        return self
-
-    def __next__(self) -> Batch:
-        if not self._iterators:
-            self._iterators = [iter(loader) for loader in self.loaders]
-        try:
-            return join_batches([next(iterator) for iterator in self._iterators])
-        except FatalSampleError as error:
-            # Energon puts the whole sample in front, and a worker process its traceback.
-            raise ValueError(str(error).rpartition(CAUSE)[2].strip()) from None
-
-    def close(self) -> None:
-        """Let worker processes end at once; those of loaders that are only dropped take seconds."""
-        for iterator in self._iterators:
-            iterator.close()
-
-    def save_state(self) -> list[Any]:
-        """A state for each loader; nothing may be read meanwhile."""
-        return [loader.save_state_rank() for loader in self.loaders]
-
-    def restore_state(self, states: Sequence[Any]) -> None:
-        """Go on from `save_state`; before the first micro-batch is read."""
-        assert not self._iterators
-        for loader, state in zip(self.loaders, states, strict=True):
-            loader.restore_state_rank(state)
+def worker_config(rank: int, world_size: int, num_workers: int, seed: int) -> WorkerConfig:
+    """Which shard of the data a data-parallel rank reads, and with how many processes."""
+    return WorkerConfig(
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        seed_offset=seed,
+        global_error_handler=reraise_exception,
+    )
 
 
 def training_loader(
@@ -335,13 +312,13 @@ def training_loader(
     micro_batch_size: int,
     shuffle_buffer_size: int,
 ) -> SavableDataLoader:
-    """Endless micro-batches of the shards at `path`, or of a mixture that the file lists."""
+    """Endless micro-batches of the shards at `path`, or of the mixture that the file lists."""
     parts = read_mixture(path, split)
     build = functools.partial(
         ShuffledShards,
         buffer_size=max(1, shuffle_buffer_size),
         training=True,
-        max_samples_per_sequence=RUN_OF_SAMPLES,
+        max_samples_per_sequence=SAMPLES_PER_SEQUENCE,
     )
     packing = encoder.packing
     dataset = encoder.build_train_datasets(
@@ -353,7 +330,7 @@ def training_loader(
         shuffle_buffer_size=None,
         blend_mode=DatasetBlendMode.DATASET_WEIGHT if len(parts) > 1 else DatasetBlendMode.NONE,
     )
-    return _loader(dataset, checkpoint_every_sec=STATE_EVERY_SECONDS)
+    return _loader(dataset, checkpoint_every_sec=CHECKPOINT_EVERY_SECONDS)
 
 
 def validation_loader(
@@ -376,39 +353,69 @@ def validation_loader(
     return _loader(dataset)
 
 
-def _loader(dataset: Any, **how: Any) -> SavableDataLoader:
-    """Without worker processes a collection of garbage would go through all that Megatron holds."""
-    every = GC_DEFAULT_EVERY_N_ITER if dataset.worker_config.num_workers else 0
-    return SavableDataLoader(
-        dataset, gc_collect_every_n_steps=every, watchdog_timeout_seconds=None, **how
-    )
-
-
-def worker_config(rank: int, world_size: int, num_workers: int, seed: int) -> WorkerConfig:
-    """Which share of the data a data-parallel rank reads, and with how many processes."""
-    return WorkerConfig(
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        seed_offset=seed,
-        global_error_handler=reraise_exception,
-    )
-
-
 def _dataset(build: Callable[..., Any], part: Part, workers: WorkerConfig) -> LoadedDataset:
-    """Energon's own description in `.nv-meta/dataset.yaml` may name code, so it is not read."""
+    """One folder; energon's `.nv-meta/dataset.yaml` may name code to run, so it is not read."""
     dataset = build(EPath(part.path), split_part=part.split, worker_config=workers, decoder=None)
-    readers = workers.world_size * max(1, workers.num_workers)
+    num_workers = max(1, workers.num_workers)
+    readers = workers.world_size * num_workers
     if len(dataset) < readers:
         raise ValueError(
-            f"--data-path {part.path}: {len(dataset)} samples in its split {part.split!r}, but "
-            f"{readers} data-parallel ranks and workers want one each"
+            f"--data-path {part.path}: its split {part.split!r} has {len(dataset)} samples, fewer "
+            f"than {readers} readers ({workers.world_size} data-parallel ranks x {num_workers} "
+            "workers); lower --num-workers or prepare more samples"
         )
     return LoadedDataset(dataset=dataset, weight=part.weight)
 
 
+def _loader(dataset: Any, **options: Any) -> SavableDataLoader:
+    # Without worker processes a garbage collection would walk through all that Megatron holds.
+    every = GC_DEFAULT_EVERY_N_ITER if dataset.worker_config.num_workers else 0
+    return SavableDataLoader(
+        dataset, gc_collect_every_n_steps=every, watchdog_timeout_seconds=None, **options
+    )
+
+
+class ShardBatches:
+    """An endless iterator over micro-batches, whose state can be saved and restored.
+
+    With several loaders a micro-batch joins one of each, in their order. Plain generators serve as
+    loaders where no state is needed.
+    """
+
+    def __init__(self, loaders: Sequence[Any]) -> None:
+        self.loaders = loaders
+        self._iterators: list[Generator[Batch, None, None]] = []
+
+    def __iter__(self) -> ShardBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._iterators:
+            self._iterators = [iter(loader) for loader in self.loaders]
+        try:
+            return join_batches([next(iterator) for iterator in self._iterators])
+        except FatalSampleError as error:
+            # Energon puts the whole sample in front, and a worker process its traceback.
+            raise ValueError(str(error).rpartition(ENERGON_CAUSE)[2].strip()) from None
+
+    def close(self) -> None:
+        """Ends the worker processes at once; loaders that are only dropped take seconds."""
+        for iterator in self._iterators:
+            iterator.close()
+
+    def save_state(self) -> list[Any]:
+        """The state of each loader; nothing may be read meanwhile."""
+        return [loader.save_state_rank() for loader in self.loaders]
+
+    def restore_state(self, states: Sequence[Any]) -> None:
+        """Continues from `save_state`; call it before the first micro-batch is read."""
+        assert not self._iterators
+        for loader, state in zip(self.loaders, states, strict=True):
+            loader.restore_state_rank(state)
+
+
 def endless(loader: SavableDataLoader) -> Iterator[Batch]:
-    """Pass after pass over a loader; ValueError when a pass is empty."""
+    """Repeats a loader's passes; ValueError when a pass is empty."""
     while True:
         batch = None
         for batch in loader:

@@ -1,40 +1,37 @@
-"""States of energon's loaders as plain values, so that a checkpoint is read without its classes.
+"""Batches from shards for a training run, and how a checkpoint resumes them.
 
-A pickle can make an instance of any class; `torch.load(weights_only=True)` reads numbers, text,
-lists, dicts and tensors alone.
-
-Shards in training: which rank reads what, and how a checkpoint remembers how far it was.
+Every data-parallel rank saves the state of its loader with each checkpoint, as plain values: a
+pickle can make an instance of any class, and `torch.load(weights_only=True)` reads numbers, text,
+lists, dicts and tensors alone. A run resumes only with the sharding that it was saved with.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import mpu
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.rng import SystemRngState
 from megatron.energon.savable_loader import (
+    SavableDataLoader,
     SavableDataLoaderState,
     SavableDatasetCheckpoint,
     SavableDatasetState,
 )
 from megatron.energon.state import FlexState
-from megatron.training import get_args
 
-from examples.mimo.cli.observer import BAD_SAMPLES
 from examples.mimo.data.batch import Batch
-from examples.mimo.data.conversation import Sample, SampleEncoder
-from examples.mimo.parallel.placement import LANGUAGE
+from examples.mimo.data.conversation import BadSampleCount, SampleEncoder
 from examples.mimo.shards.mixtures import num_samples, read_mixture
 from examples.mimo.shards.read import (
+    Collate,
     ConversationEncoder,
     Packing,
     ShardBatches,
@@ -43,12 +40,13 @@ from examples.mimo.shards.read import (
     validation_loader,
     worker_config,
 )
-from examples.mimo.training.layout import cp_multiple, data_share, module_of_rank
 
+# Megatron writes what `ResumableBatches.save_state` returns to this file.
+STATE_FILE = "train_dataloader_dprank{:03d}.pt"
 KIND, FIELDS = "kind", "fields"
-RECORDS = {
-    kind.__name__: kind
-    for kind in (
+STATE_CLASSES = {
+    state_class.__name__: state_class
+    for state_class in (
         SavableDataLoaderState,
         SavableDatasetCheckpoint,
         SavableDatasetState,
@@ -58,9 +56,179 @@ RECORDS = {
 }
 
 
+@dataclass(frozen=True)
+class ShardOptions:
+    """What a run's flags say about reading shards.
+
+    `data_parallel_size` is the language model's, and `replicas` are those of its data-parallel
+    replicas that this rank reads for. `eval_batches` is how many micro-batches each validates on,
+    and `checkpoint` the folder `iter_N` that this run resumes. With a `packing_buffer_size`,
+    training samples are packed into sequences of `packed_seq_length`.
+    """
+
+    data_path: Path
+    train_split: str
+    valid_split: str
+    data_parallel_size: int
+    replicas: range
+    micro_batch_size: int
+    num_workers: int
+    shuffle_buffer_size: int
+    max_bad_samples: int
+    seed: int
+    augment: bool = False
+    packing_buffer_size: int = 0
+    packed_seq_length: int = 0
+    sample_multiple: int = 1
+    eval_micro_batch_size: int = 1
+    eval_batches: int = 0
+    checkpoint: Path | None = None
+    saves_state: bool = False
+
+    def sharding(self) -> dict[str, Any]:
+        """What decides which sample comes when, by the names that a message gives it."""
+        parts = read_mixture(self.data_path, self.train_split)
+        return {
+            "data-parallel size": self.data_parallel_size,
+            "--num-workers": self.num_workers,
+            "--micro-batch-size": self.micro_batch_size,
+            "--shuffle-buffer-size": self.shuffle_buffer_size,
+            "--packing-buffer-size": self.packing_buffer_size,
+            "--total-seq-length": self.packed_seq_length if self.packing_buffer_size else 0,
+            "--seed": self.seed,
+            "samples": sum(num_samples(part) for part in parts),
+        }
+
+
+class ResumableBatches(ShardBatches):
+    """Training batches whose position Megatron saves with every checkpoint.
+
+    Of the ranks that read the same data one saves (`saves_state`): the first context-parallel rank
+    of the language model's first stage. `bad_samples` counts over the whole training.
+    """
+
+    def __init__(
+        self,
+        loaders: Sequence[Any],
+        sharding: dict[str, Any],
+        saves_state: bool,
+        bad_samples: BadSampleCount,
+    ) -> None:
+        super().__init__(loaders)
+        self.sharding = sharding
+        self.saves_state = saves_state
+        self.bad_samples = bad_samples
+
+    def save_state(self) -> Any:
+        """For `megatron.training.checkpointing`; None where another rank saves."""
+        if not self.saves_state:
+            return None
+        return {
+            "sharding": self.sharding,
+            "bad_samples": self.bad_samples.count,
+            "loaders": to_plain(super().save_state()),
+        }
+
+
+def shard_iterators(
+    options: ShardOptions,
+    reader: SampleEncoder,
+    collate: Collate,
+    collate_valid: Collate,
+    bad_samples: BadSampleCount,
+) -> tuple[Iterator[Batch], Iterator[Batch] | None]:
+    """Training and validation batches of this rank, which reads for `options.replicas`.
+
+    A batch joins a micro-batch of each of these data-parallel replicas of the language model.
+    """
+    loaders = [_training_loader(options, reader, collate, rank) for rank in options.replicas]
+    train = ResumableBatches(loaders, options.sharding(), options.saves_state, bad_samples)
+    if options.checkpoint:
+        _restore(options.checkpoint, train, options.replicas)
+    if not options.eval_batches:
+        return train, None
+    valid = [
+        validation_loader(
+            options.data_path,
+            options.valid_split,
+            ConversationEncoder(reader, collate_valid, options.max_bad_samples),
+            worker_config(rank, options.data_parallel_size, options.num_workers, options.seed),
+            options.eval_micro_batch_size,
+            options.eval_batches,
+        )
+        for rank in options.replicas
+    ]
+    return train, ShardBatches([endless(loader) for loader in valid])
+
+
+def first_shard_batches(
+    options: ShardOptions, reader: SampleEncoder, collate: Collate, count: int
+) -> list[Batch]:
+    """The first `count` batches of a run on a single rank, without a process group."""
+    alone = dataclasses.replace(options, data_parallel_size=1, num_workers=0)
+    batches = ShardBatches([_training_loader(alone, reader, collate, rank=0)])
+    return [next(batches) for _ in range(count)]
+
+
+def _training_loader(
+    options: ShardOptions, reader: SampleEncoder, collate: Collate, rank: int
+) -> SavableDataLoader:
+    reader = dataclasses.replace(reader, augment=options.augment)
+    packing = None
+    if options.packing_buffer_size:
+        packing = Packing(
+            options.packing_buffer_size, options.packed_seq_length, options.sample_multiple
+        )
+    return training_loader(
+        options.data_path,
+        options.train_split,
+        ConversationEncoder(reader, collate, options.max_bad_samples, packing),
+        worker_config(rank, options.data_parallel_size, options.num_workers, options.seed),
+        options.micro_batch_size,
+        options.shuffle_buffer_size,
+    )
+
+
+def _restore(checkpoint: Path, train: ResumableBatches, ranks: Sequence[int]) -> None:
+    """Continues `train` from the states of `ranks` in the checkpoint; ValueError if it cannot."""
+    saved = sorted(checkpoint.glob("*/train_dataloader_dprank*.pt"))
+    if not saved:
+        if torch.distributed.get_rank() == 0:
+            print(
+                "  the checkpoint holds no position in the data, which starts over",
+                file=sys.stderr,
+            )
+        return
+    states = [_load_state(saved[0].with_name(STATE_FILE.format(rank))) for rank in ranks]
+    for state in states:
+        for name, value in train.sharding.items():
+            if state["sharding"].get(name) != value:
+                raise ValueError(
+                    f"--load {checkpoint.parent}: was trained with {name} "
+                    f"{state['sharding'].get(name)}, and this run has {value}; the samples of an "
+                    "epoch cannot be sharded anew: keep it, or start the data over with --finetune"
+                )
+    train.restore_state([state["loaders"][0] for state in states])
+    train.bad_samples.count = sum(state["bad_samples"] for state in states)
+
+
+def _load_state(file: Path) -> dict[str, Any]:
+    """What `ResumableBatches.save_state` returned; nothing but plain values is unpickled."""
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: this data-parallel rank's position in the data is missing; resume with as "
+            "many data-parallel ranks as before, or start the data over with --finetune"
+        )
+    try:
+        state = torch.load(file, weights_only=True)["dataloader_state_dict"]
+        return {**state, "loaders": from_plain(state["loaders"])}
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"{file}: damaged ({' '.join(str(error).split())[:200]})") from None
+
+
 def to_plain(value: Any) -> Any:
-    """`value` with every instance of a class as a dict that names it."""
-    if type(value).__name__ in RECORDS:
+    """`value` with every instance of a class as a dict that names the class."""
+    if type(value).__name__ in STATE_CLASSES:
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {KIND: type(value).__name__, FIELDS: fields}
     if isinstance(value, np.ndarray):
@@ -74,7 +242,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any) -> Any:
-    """What `to_plain` was given; ValueError for a kind that it does not write."""
+    """The value that `to_plain` was called with; ValueError for a class it does not write."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(from_plain, value))
     if not isinstance(value, dict):
@@ -87,159 +255,7 @@ def from_plain(value: Any) -> Any:
         return inner
     if kind == "FlexState":
         return FlexState(**inner)
-    if kind not in RECORDS:
-        raise ValueError(f"a loader's state holds {kind!r}, which is none of {', '.join(RECORDS)}")
-    return RECORDS[kind](**inner)
-
-
-STATE_FILE = "train_dataloader_dprank{:03d}.pt"
-Collate = Callable[[Sequence[Sample]], Batch]
-
-
-class RememberedBatches(ShardBatches):
-    """Training batches whose place Megatron saves with every checkpoint.
-
-    Of the ranks that read the same data one saves it: the first context-parallel rank of the
-    language model's first stage, where Megatron asks.
-    """
-
-    def __init__(self, loaders: Sequence[Any], sharding: dict[str, Any]) -> None:
-        super().__init__(loaders)
-        self.sharding = sharding
-
-    def save_state(self) -> Any:
-        """For `megatron.training.checkpointing`; None where another rank saves."""
-        if module_of_rank(get_args()) not in (None, LANGUAGE) or mpu.get_context_parallel_rank():
-            return None
-        return {
-            "sharding": self.sharding,
-            "bad_samples": BAD_SAMPLES.count,
-            "loaders": to_plain(super().save_state()),
-        }
-
-
-def shard_iterators(
-    args: argparse.Namespace,
-    reader: SampleEncoder,
-    collate: Collate,
-    collate_valid: Collate,
-) -> tuple[Iterator[Batch], Iterator[Batch] | None]:
-    """Training and validation batches of this data-parallel rank.
-
-    With several data-parallel ranks to read for, a micro-batch of each is read and joined.
-    """
-    share = data_share(args.data_parallel_size)
-    collate, collate_valid = share.of(collate), share.of(collate_valid)
-    ranks = share.replicas
-    path = Path(args.data_path[0])
-    loaders = [
-        training_loader(
-            path,
-            args.train_split,
-            _encoder(args, reader, collate),
-            worker_config(rank, args.data_parallel_size, args.num_workers, args.seed),
-            args.micro_batch_size,
-            args.shuffle_buffer_size,
-        )
-        for rank in ranks
-    ]
-    train = RememberedBatches(loaders, _sharding(args, path))
-    _restore(args, train, ranks)
-    if not args.eval_iters:
-        return train, None
-    samples = args.eval_iters * args.eval_global_batch_size // args.data_parallel_size
-    valid = [
-        validation_loader(
-            path,
-            args.valid_split,
-            ConversationEncoder(reader, collate_valid, args.max_bad_samples, None),
-            worker_config(rank, args.data_parallel_size, args.num_workers, args.seed),
-            args.eval_micro_batch_size,
-            samples // args.eval_micro_batch_size,
-        )
-        for rank in ranks
-    ]
-    return train, ShardBatches([endless(loader) for loader in valid])
-
-
-def first_shard_batches(
-    args: argparse.Namespace, reader: SampleEncoder, collate: Collate, count: int
-) -> list[Batch]:
-    """What a single rank would read first, without a process group."""
-    loader = training_loader(
-        Path(args.data_path[0]),
-        args.train_split,
-        _encoder(args, reader, collate),
-        worker_config(0, 1, 0, args.seed),
-        args.micro_batch_size,
-        args.shuffle_buffer_size,
-    )
-    batches = ShardBatches([loader])
-    return [next(batches) for _ in range(count)]
-
-
-def _encoder(
-    args: argparse.Namespace, reader: SampleEncoder, collate: Collate
-) -> ConversationEncoder:
-    reader = dataclasses.replace(reader, augment=args.augment)
-    packing = None
-    if args.packing_buffer_size:
-        packing = Packing(args.packing_buffer_size, args.total_seq_length, cp_multiple(args))
-    return ConversationEncoder(reader, collate, args.max_bad_samples, packing)
-
-
-def _restore(args: argparse.Namespace, train: RememberedBatches, ranks: Sequence[int]) -> None:
-    """Go on where the checkpoint was that this run goes on from."""
-    if not args.load or not args.iteration or args.finetune:
-        return
-    folder = Path(args.load) / f"iter_{args.iteration:07d}"
-    saved = sorted(folder.glob("*/train_dataloader_dprank*.pt"))
-    if not saved:
-        if args.rank == 0:
-            print("  the checkpoint holds no place in the data, which begins anew", file=sys.stderr)
-        return
-    states = [_load_state(saved[0].with_name(STATE_FILE.format(rank))) for rank in ranks]
-    for state in states:
-        _check_same_sharding(folder, state["sharding"], train.sharding)
-    train.restore_state([state["loaders"][0] for state in states])
-    BAD_SAMPLES.count = sum(state["bad_samples"] for state in states)
-
-
-def _load_state(file: Path) -> dict[str, Any]:
-    """What `RememberedBatches.save_state` returned; nothing but plain values is unpickled."""
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: this data-parallel rank's place in the data is missing; go on with as many "
-            "data-parallel ranks as before, or begin the data anew with --finetune"
-        )
-    try:
-        state = torch.load(file, weights_only=True)["dataloader_state_dict"]
-        return {**state, "loaders": from_plain(state["loaders"])}
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
-        raise ValueError(f"{file}: damaged ({' '.join(str(error).split())[:200]})") from None
-
-
-def _sharding(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """What decides which sample comes when, in the words of a message."""
-    parts = read_mixture(path, args.train_split)
-    return {
-        "data-parallel size": args.data_parallel_size,
-        "--num-workers": args.num_workers,
-        "--micro-batch-size": args.micro_batch_size,
-        "--shuffle-buffer-size": args.shuffle_buffer_size,
-        "--packing-buffer-size": args.packing_buffer_size or 0,
-        "--total-seq-length": args.total_seq_length if args.packing_buffer_size else 0,
-        "--seed": args.seed,
-        "samples": sum(num_samples(part) for part in parts),
-    }
-
-
-def _check_same_sharding(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """ValueError unless the samples are dealt out as before."""
-    for name, value in now.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"--load {folder.parent}: was trained with {name} {saved.get(name)}, and this run "
-                f"has {value}; the samples of an epoch cannot be dealt out anew: keep it, or "
-                "begin the data anew with --finetune"
-            )
+    if kind not in STATE_CLASSES:
+        known = ", ".join(STATE_CLASSES)
+        raise ValueError(f"a loader's state holds {kind!r}, which is none of {known}")
+    return STATE_CLASSES[kind](**inner)

@@ -1,4 +1,4 @@
-"""Shards as a person sees them: statistics, and a page of samples as the model sees them."""
+"""Shows shards: statistics for a terminal, and an HTML page of samples as the model sees them."""
 
 from __future__ import annotations
 
@@ -13,94 +13,121 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
-from examples.mimo.shards.manifest import TarParts, members
-from examples.mimo.shards.read import words_of
-from examples.mimo.shards.write import REJECTED
+from examples.mimo.shards.manifest import TarParts, tar_samples
+from examples.mimo.shards.read import error_reason
+from examples.mimo.shards.write import REJECTED, generic_reason
+
+COMMON_SIZES, COMMON_REASONS = 4, 5
 
 
 @dataclass
 class Statistics:
-    """What the samples of a folder are like; `media` describes items, by modality."""
+    """What the samples of a folder are like; `media` counts item sizes by modality."""
 
     samples: Counter[str] = field(default_factory=Counter)
     turns: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    learned: list[int] = field(default_factory=list)
+    target_tokens: list[int] = field(default_factory=list)
     media: dict[str, Counter[str]] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
 
+    def add(
+        self, split: str, sample: Sample, raw: dict[str, list[Any]], config: MimoConfig
+    ) -> None:
+        """Counts a sample, whose decoded media are `raw`."""
+        self.samples[split] += 1
+        self.tokens.append(len(sample.tokens.ids))
+        self.target_tokens.append(sum(sample.tokens.loss_mask))
+        # Each run of target tokens is one answer.
+        self.turns.append(sum(has_loss for has_loss, _ in groupby(sample.tokens.loss_mask)))
+        for name, items in raw.items():
+            sizes = self.media.setdefault(name, Counter())
+            sizes.update(config.modalities[name].encoder.describe(item) for item in items)
+
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """The statistics as lines for a terminal."""
         counts = ", ".join(f"{name} {count:,}" for name, count in sorted(self.samples.items()))
-        found = [f"samples   {sum(self.samples.values()):,} ({counts})"]
-        for name, values in (("turns", self.turns), ("tokens", self.tokens)):
-            found.append(f"{name:<9} {_spread(values)}")
-        share = 100 * sum(self.learned) / max(1, sum(self.tokens))
-        found.append(f"learned   {_spread(self.learned)} tokens, {share:.0f} % of all")
-        for name, kinds in self.media.items():
-            common = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(4))
-            others = f" and {len(kinds) - 4} other kinds" if len(kinds) > 4 else ""
-            found.append(f"{name:<9} {sum(kinds.values()):,}: {common}{others}")
+        lines = [f"samples   {sum(self.samples.values()):,} ({counts})"]
+        lines.append(f"turns     {_spread(self.turns)}")
+        lines.append(f"tokens    {_spread(self.tokens)}")
+        share = 100 * sum(self.target_tokens) / max(1, sum(self.tokens))
+        lines.append(f"targets   {_spread(self.target_tokens)} tokens, {share:.0f} % of all tokens")
+        for name, sizes in self.media.items():
+            common = ", ".join(f"{s} ({count:,})" for s, count in sizes.most_common(COMMON_SIZES))
+            others = len(sizes) - COMMON_SIZES
+            more = f" and {others} other sizes" if others > 0 else ""
+            lines.append(f"{name:<9} {sizes.total():,}: {common}{more}")
         if self.refused:
-            found.append(f"refused   {sum(self.refused.values()):,}")
-            found += [f"{count:>9,} {reason}" for reason, count in self.refused.most_common(5)]
-        return found
+            lines.append(f"refused   {self.refused.total():,}")
+            most = self.refused.most_common(COMMON_REASONS)
+            lines += [f"{count:>9,} {reason}" for reason, count in most]
+        return lines
 
 
 def _spread(values: Sequence[int]) -> str:
     if not values:
         return "none"
-    return (
-        f"{min(values):,} to {max(values):,}, half of them up to {statistics.median(values):,.0f}"
-    )
+    return f"{min(values):,} to {max(values):,}, median {statistics.median(values):,.0f}"
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A sample for the page: what it holds, and what each item looks or sounds like."""
+class ShownSample:
+    """A sample for the page; `previews` holds (MIME type, content) of its media, by modality."""
 
     sample: Sample
     split: str
     previews: dict[str, list[tuple[str, bytes]]]
 
 
-def look(
-    folder: Path, reader: SampleEncoder, limit: int, shown: int
-) -> tuple[Statistics, list[Shown]]:
-    """Statistics of the first `limit` samples of each shard, and `shown` samples for the page."""
+def inspect_shards(
+    folder: Path, reader: SampleEncoder, limit: int, num_shown: int
+) -> tuple[Statistics, list[ShownSample]]:
+    """Statistics of the first `limit` samples of each shard, and the first samples to show."""
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise ValueError(f"{folder}: no shards (.tar) in this folder")
-    found = Statistics()
-    chosen: list[Shown] = []
+    totals = Statistics()
+    shown: list[ShownSample] = []
     for tar in tars:
         split = tar.name.rpartition("-")[0] or tar.stem
-        for parts in itertools.islice(_members(tar), limit):
+        for parts in itertools.islice(_samples(tar), limit):
             try:
-                sample, raw = _read(parts, reader)
+                sample, raw = _read_sample(parts, reader)
             # A damaged file can make a decoder fail in any way.
             except Exception as error:
-                found.refused[_kind(words_of(error))] += 1
+                totals.refused[generic_reason(error_reason(error))] += 1
                 continue
-            _count(found, split, sample, raw, reader.config)
-            if len(chosen) < shown:
-                chosen.append(Shown(sample, split, _previews(raw, reader.config)))
-    _add_rejected(found, folder)
-    return found, chosen
+            totals.add(split, sample, raw, reader.config)
+            if len(shown) < num_shown:
+                previews = {
+                    name: [
+                        preview
+                        for item in items
+                        for preview in reader.config.modalities[name].encoder.preview(item)
+                    ]
+                    for name, items in raw.items()
+                }
+                shown.append(ShownSample(sample, split, previews))
+    # What was refused when the shards were written is listed beside them.
+    if (folder / REJECTED).is_file():
+        with (folder / REJECTED).open(encoding="utf-8") as lines:
+            totals.refused.update(generic_reason(json.loads(line)["reason"]) for line in lines)
+    return totals, shown
 
 
-def _members(tar: Path) -> Iterator[TarParts]:
+def _samples(tar: Path) -> Iterator[TarParts]:
     try:
-        yield from members(tar)
+        yield from tar_samples(tar)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{tar}: a damaged tar file ({error})") from None
 
 
-def _read(parts: TarParts, reader: SampleEncoder) -> tuple[Sample, dict[str, list[object]]]:
+def _read_sample(parts: TarParts, reader: SampleEncoder) -> tuple[Sample, dict[str, list[Any]]]:
     """A sample, and its decoded media by modality."""
     record = parts.record(reader.config)
     sample = reader.encode(record, parts)
@@ -111,93 +138,67 @@ def _read(parts: TarParts, reader: SampleEncoder) -> tuple[Sample, dict[str, lis
     return sample, raw
 
 
-def _count(
-    found: Statistics, split: str, sample: Sample, raw: dict[str, list[object]], config: MimoConfig
-) -> None:
-    found.samples[split] += 1
-    found.tokens.append(len(sample.tokens.ids))
-    found.learned.append(sum(sample.tokens.loss_mask))
-    # A learned run is an answer; what is asked before it makes it a turn of both.
-    found.turns.append(sum(learned for learned, _ in groupby(sample.tokens.loss_mask)))
-    for name, items in raw.items():
-        kinds = found.media.setdefault(name, Counter())
-        kinds.update(config.modalities[name].encoder.describe(item) for item in items)
-
-
-def _previews(
-    raw: dict[str, list[object]], config: MimoConfig
-) -> dict[str, list[tuple[str, bytes]]]:
-    return {
-        name: [view for item in items for view in config.modalities[name].encoder.preview(item)]
-        for name, items in raw.items()
-    }
-
-
-def _kind(reason: str) -> str:
-    """A reason without the sample's name."""
-    return reason.partition(": ")[2] or reason
-
-
-def _add_rejected(found: Statistics, folder: Path) -> None:
-    file = folder / REJECTED
-    if not file.is_file():
-        return
-    with file.open(encoding="utf-8") as lines:
-        found.refused.update(_kind(json.loads(line)["reason"]) for line in lines)
-
-
-def page(folder: Path, found: Statistics, shown: Iterable[Shown], reader: SampleEncoder) -> str:
-    """An HTML page that needs nothing from elsewhere and runs no script."""
-    lines = html.escape("\n".join(found.lines()))
-    samples = "\n".join(_section(one, reader) for one in shown)
+def render_page(
+    folder: Path, totals: Statistics, shown: Iterable[ShownSample], reader: SampleEncoder
+) -> str:
+    """An HTML page that loads nothing from elsewhere and runs no script."""
+    lines = html.escape("\n".join(totals.lines()))
+    samples = "\n".join(_section(sample, reader) for sample in shown)
     return _PAGE.format(title=html.escape(folder.name), statistics=lines, samples=samples)
 
 
-def _section(one: Shown, reader: SampleEncoder) -> str:
-    views = "".join(
-        f"<figure>{_element(kind, data)}<figcaption>{html.escape(name)}</figcaption></figure>"
-        for name, previews in one.previews.items()
-        for kind, data in previews
+def _section(shown: ShownSample, reader: SampleEncoder) -> str:
+    tokens = shown.sample.tokens
+    media = "".join(
+        f"<figure>{_media_element(mime_type, content, f'{name} of {shown.sample.key}')}"
+        f"<figcaption>{html.escape(name)}</figcaption></figure>"
+        for name, previews in shown.previews.items()
+        for mime_type, content in previews
     )
-    row = "".join(_spans(one.sample.tokens, reader.config, reader.tokenizer))
+    spans = "".join(_token_spans(tokens, reader.config, reader.tokenizer))
     return (
-        f"<section><h2>{html.escape(one.sample.key)} <small>{html.escape(one.split)}, "
-        f"{len(one.sample.tokens.ids)} tokens</small></h2>"
-        f'<div class="media">{views}</div><p class="row">{row}</p></section>'
+        f"<section><h2>{html.escape(shown.sample.key)} <small>{html.escape(shown.split)}, "
+        f"{len(tokens.ids)} tokens</small></h2>"
+        f'<div class="media">{media}</div><p class="tokens">{spans}</p></section>'
     )
 
 
-def _element(kind: str, data: bytes) -> str:
-    source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-    if kind.startswith("image/"):
-        return f'<img src="{source}" alt="">'
-    return f'<audio controls src="{source}"></audio>'
+def _media_element(mime_type: str, content: bytes, label: str) -> str:
+    """The element that shows a preview of this MIME type; a link to save it if there is none."""
+    kind = mime_type.partition("/")[0]
+    label = html.escape(label)
+    if kind == "text":
+        return f"<pre>{html.escape(content.decode(errors='replace'))}</pre>"
+    source = f"data:{html.escape(mime_type)};base64,{base64.b64encode(content).decode()}"
+    if kind == "image":
+        return f'<img src="{source}" alt="{label}">'
+    if kind in ("audio", "video"):
+        return f'<{kind} controls src="{source}" aria-label="{label}"></{kind}>'
+    return f'<a download href="{source}">{label} ({len(content):,} bytes)</a>'
 
 
-def _spans(row: TokenSequence, config: MimoConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    """A span a token, and one for a run of placeholders; learned tokens are marked."""
+def _token_spans(tokens: TokenSequence, config: MimoConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """A span for each token, and one for a run of placeholders; target tokens are marked."""
     names = {modality.token_id: name for name, modality in config.modalities.items()}
-    colours = {name: number for number, name in enumerate(config.modalities)}
-    # The loss of a token is masked where it is predicted, one place earlier.
-    learned = [0, *row.loss_mask[:-1]]
-    pairs = list(zip(row.ids, learned, strict=True))
+    colours = {name: number % NUM_COLOURS for number, name in enumerate(config.modalities)}
+    special = {tokenizer.bos_id: "⟨begin⟩", tokenizer.eos_id: "⟨end⟩"}
+    # The loss mask stands where a token is predicted, one position earlier.
+    is_target = [0, *tokens.loss_mask[:-1]]
+    pairs = list(zip(tokens.ids, is_target, strict=True))
     for name, run in groupby(pairs, key=lambda pair: names.get(pair[0])):
-        tokens = list(run)
+        members = list(run)
         if name is not None:
-            text = f"{config.modalities[name].placeholder} x {len(tokens)}"
+            text = f"{config.modalities[name].placeholder} x {len(members)}"
             yield f'<span class="media-{colours[name]}">{html.escape(text)}</span>'
             continue
-        for token, has_loss in tokens:
-            text = _text(token, tokenizer)
-            kind = ' class="learned"' if has_loss else ""
-            yield f'<span{kind} title="{token}">{html.escape(text)}</span>'
+        for token, has_loss in members:
+            text = special.get(token) or tokenizer.decode([token]).replace("\n", "⏎") or "·"
+            target = ' class="target"' if has_loss else ""
+            yield f'<span{target} title="{token}">{html.escape(text)}</span>'
 
 
-def _text(token: int, tokenizer: Tokenizer) -> str:
-    special = {tokenizer.bos_id: "⟨begin⟩", tokenizer.eos_id: "⟨end⟩"}
-    return special.get(token) or tokenizer.decode([token]).replace("\n", "⏎") or "·"
-
-
+# As many as the page's style has classes media-N.
+NUM_COLOURS = 3
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -214,19 +215,21 @@ section {{ border-top: 1px solid #ccc; padding: .5rem 0; }}
 h2 {{ font-size: 1rem; margin: .5rem 0; }} small {{ font-weight: normal; color: #666; }}
 .media {{ display: flex; flex-wrap: wrap; gap: 1rem; align-items: end; }}
 figure {{ margin: 0; }} figcaption {{ font-size: .75rem; color: #666; }}
-img {{ min-width: 96px; max-width: 224px; image-rendering: pixelated; border: 1px solid #ccc; }}
-.row span {{ padding: .1rem .15rem; border-radius: .2rem; outline: 1px solid #e4e4e4;
+img, video {{ min-width: 96px; max-width: 224px; image-rendering: pixelated;
+ border: 1px solid #ccc; }}
+.tokens span {{ padding: .1rem .15rem; border-radius: .2rem; outline: 1px solid #e4e4e4;
  white-space: pre-wrap; }}
-.row .learned {{ background: #c9f2c9; outline-color: #3a3; font-weight: 600; }}
-.row .media-0 {{ background: #cfe3ff; }} .row .media-1 {{ background: #ffe0b8; }}
-.row .media-2 {{ background: #e7d5ff; }}
+.tokens .target {{ background: #c9f2c9; outline-color: #3a3; font-weight: 600; }}
+.tokens .media-0 {{ background: #cfe3ff; }} .tokens .media-1 {{ background: #ffe0b8; }}
+.tokens .media-2 {{ background: #e7d5ff; }}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
 <pre>{statistics}</pre>
-<p>Each sample as the model sees it: its media after preprocessing, and its row of tokens.
-<span class="row"><span class="learned">Green tokens</span></span> carry loss.</p>
+<p>Each sample as the model sees it: its media after preprocessing, and its token sequence.
+<span class="tokens"><span class="target">Green tokens</span></span> are target tokens: they carry
+loss.</p>
 {samples}
 </body>
 </html>

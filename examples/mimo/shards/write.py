@@ -1,16 +1,17 @@
-"""Entries -> checked, split and written as shards, by several processes.
+"""Writes a folder of checked shards from a manifest: split, in parallel, whole or not at all.
 
-Every shard is written under another name first and then renamed, beside a summary with a digest
-of what went in. A run that was interrupted leaves its draft behind, and the next one takes over
-the shards whose digest it finds.
-
-A folder of checked shards, whole or not at all.
+In reading order: `prepare_shards` takes the entries of a manifest, `ShardPlanner` assigns them to
+shards by split, `write_shard` checks and writes one shard in a worker process, and `index_shards`
+adds what megatron-energon needs. Everything goes into a hidden draft folder beside the output,
+which is renamed when it is complete. Each shard in it has a summary with a digest of what went in,
+so that a run after an interruption takes over the shards whose digest it finds.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,113 @@ from examples.mimo.data.conversation import (
 from examples.mimo.data.tokenizer import copy_tokenizer
 from examples.mimo.modalities.base import Blob, Source
 from examples.mimo.shards.manifest import MAX_FILE_BYTES, Entry, TarParts, read_entries
-from examples.mimo.shards.mixtures import META
-from examples.mimo.shards.read import words_of
+from examples.mimo.shards.mixtures import ABOUT, META, DatasetModel
+from examples.mimo.shards.read import error_reason
 
 SUMMARIES = ".summaries"
+REJECTED = "rejected.jsonl"
+CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 
+# {"place": ..., "key": ..., "reason": ...}
 Rejected = dict[str, str]
+# Called with a step's title, how much of it is done, and the total as soon as it is known.
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What to write: `splits` are shares by name, `shard_bytes` and `shard_samples` bound a shard.
+
+    `model` goes into about.json, so that the folder is read later as that model does.
+    """
+
+    manifest: Path
+    media: Path
+    output: Path
+    splits: dict[str, float]
+    shard_bytes: int
+    shard_samples: int
+    num_workers: int
+    tokenizer: Path | None = None
+    model: DatasetModel | None = None
+
+
+def prepare_shards(
+    options: WriteOptions,
+    config: MimoConfig,
+    progress: Progress = lambda title, done, total: None,
+) -> dict[str, Any]:
+    """Writes `options.output` and returns what its about.json says.
+
+    ValueError when more than half of the entries were refused: the output is then left as it was,
+    and the reasons are in OUTPUT.rejected.jsonl beside it.
+    """
+    entries = read_entries(options.manifest, options.media, config)
+    draft = options.output.with_name(f".{options.output.name}.draft")
+    draft.mkdir(parents=True, exist_ok=True)
+    planner = ShardPlanner(options.splits, options.shard_bytes, options.shard_samples)
+
+    def report(samples: int) -> None:
+        progress("samples checked", samples, planner.num_items if planner.is_complete else None)
+
+    shards = planner.shards(entries)
+    counts, refused = write_shards(shards, draft, config, options.num_workers, report)
+    rejected = planner.rejected + refused
+    written = sorted(name for name, samples in counts.items() if samples)
+    # An interrupted run with other options may have left shards that this one does not have.
+    for file in draft.iterdir():
+        if file.name not in {*written, SUMMARIES}:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    with (draft / REJECTED).open("w", encoding="utf-8") as stream:
+        for rejection in sorted(rejected, key=lambda rejection: rejection["place"]):
+            stream.write(json.dumps(rejection) + "\n")
+    samples: Counter[str] = Counter()
+    for name in written:
+        samples[name.rpartition("-")[0]] += counts[name]
+    if not written or len(rejected) > samples.total():
+        listing = options.output.with_name(f"{options.output.name}.{REJECTED}")
+        shutil.copy(draft / REJECTED, listing)
+        shutil.rmtree(draft)
+        raise ValueError(_too_many_refused(options.manifest, samples.total(), rejected, config))
+    index_shards(draft, written, list(options.splits), options.num_workers)
+    about = {
+        "manifest": options.manifest.name,
+        "model": config.name,
+        **(dataclasses.asdict(options.model) if options.model else {}),
+        "samples": dict(samples),
+        "shards": len(written),
+        "rejected": len(rejected),
+    }
+    (draft / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    if options.tokenizer:
+        copy_tokenizer(options.tokenizer, draft)
+    shutil.rmtree(draft / SUMMARIES)
+    if options.output.exists():
+        shutil.rmtree(options.output)
+    draft.rename(options.output)
+    return about
+
+
+def _too_many_refused(
+    manifest: Path, num_samples: int, rejected: Sequence[Rejected], config: MimoConfig
+) -> str:
+    if not num_samples:
+        first = rejected[0]["reason"] if rejected else "it is empty"
+        return f"--manifest {manifest}: no sample could be used; the first: {first}"
+    reasons = Counter(generic_reason(rejection["reason"]) for rejection in rejected)
+    common = "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(3))
+    return (
+        f"--manifest {manifest}: {config.name} can use {num_samples:,} samples of "
+        f"{num_samples + len(rejected):,}, less than half ({common}); choose another "
+        "--model-provider or mend the samples"
+    )
+
+
+def generic_reason(reason: str) -> str:
+    """A reason without the file or sample that it begins with, so that equal ones are counted."""
+    source, _, rest = reason.partition(": ")
+    # A colon inside parentheses belongs to a library's own message.
+    return rest if rest and "(" not in source else reason
 
 
 @dataclass(frozen=True)
@@ -55,15 +157,15 @@ class Item:
 
 @dataclass
 class Shard:
-    """A shard that is being filled; `num_bytes` is what its media's files weigh."""
+    """A shard that is being filled; `num_bytes` is the size of its media's files."""
 
     name: str
     items: list[Item] = field(default_factory=list)
     num_bytes: int = 0
 
     def digest(self, config: MimoConfig) -> str:
-        """A name for what goes in, and for the model that checks it."""
-        found = hashlib.sha256(repr(config).encode())
+        """A digest of what goes into the shard and of the model that checks it."""
+        digest = hashlib.sha256(repr(config).encode())
         for item in self.items:
             line: list[object] = [
                 item.key,
@@ -72,26 +174,26 @@ class Shard:
                 repr(item.entry.find),
             ]
             line += [_stamp(item.entry, name) for name in _files(item.entry)]
-            found.update(json.dumps(line, sort_keys=True, default=str).encode())
-        return found.hexdigest()
+            digest.update(json.dumps(line, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
 
 
 @dataclass
-class Planner:
-    """Deals entries out to shards of `shard_bytes`, by split."""
+class ShardPlanner:
+    """Assigns entries to shards of at most `shard_bytes` and `shard_samples`, by split."""
 
     splits: dict[str, float]
     shard_bytes: int
     shard_samples: int
     rejected: list[Rejected] = field(default_factory=list)
     num_items: int = 0
-    all_dealt: bool = False
-    _used: Counter[str] = field(default_factory=Counter)
+    is_complete: bool = False
+    _times_used: Counter[str] = field(default_factory=Counter)
     _open: dict[str, Shard] = field(default_factory=dict)
-    _counts: Counter[str] = field(default_factory=Counter)
+    _num_shards: Counter[str] = field(default_factory=Counter)
 
     def shards(self, entries: Iterable[Entry]) -> Iterator[Shard]:
-        """Shards as soon as they are full, and at last the rest."""
+        """Shards as soon as they are full, and at the end the partly filled ones."""
         for entry in entries:
             item = self._item(entry)
             if item is None:
@@ -99,45 +201,49 @@ class Planner:
             self.num_items += 1
             split = split_of(entry.record["key"], self.splits)
             if split not in self._open:
-                self._open[split] = Shard(f"{split}-{self._counts[split]:06d}.tar")
-                self._counts[split] += 1
+                self._open[split] = Shard(f"{split}-{self._num_shards[split]:06d}.tar")
+                self._num_shards[split] += 1
             shard = self._open[split]
             shard.items.append(item)
-            shard.num_bytes += _weight(entry)
+            shard.num_bytes += sum(_stamp(entry, name)[0] for name in _files(entry))
             if shard.num_bytes >= self.shard_bytes or len(shard.items) >= self.shard_samples:
                 yield self._open.pop(split)
-        self.all_dealt = True
+        self.is_complete = True
         yield from self._open.values()
 
     def _item(self, entry: Entry) -> Item | None:
-        if entry.problem:
-            self.rejected.append({"place": entry.place, "key": "", "reason": entry.problem})
+        key, reason = "", entry.problem
+        if not reason:
+            key = entry.record["key"]
+            self._times_used[key] += 1
+            if self._times_used[key] > 1 and not entry.may_repeat:
+                reason = f"the key {key} was used before"
+        if reason:
+            self.rejected.append({"place": entry.place, "key": key, "reason": reason})
             return None
-        name = entry.record["key"]
-        self._used[name] += 1
-        if self._used[name] > 1 and not entry.may_repeat:
-            reason = f"the key {name} was used before"
-            self.rejected.append({"place": entry.place, "key": name, "reason": reason})
-            return None
-        return Item(_part_name(name, self._used[name]), entry)
+        return Item(_part_name(key, self._times_used[key]), entry)
 
 
-def _part_name(key: str, time: int) -> str:
-    """What a sample's parts are called: its key if it can be, else a part of it and its hash."""
+def _part_name(key: str, times_used: int) -> str:
+    """How a sample's parts are named: by its key if a file can be, else by part of it and a hash.
+
+    Dots separate a sample's name from a part's, so a key that holds one is changed too.
+    """
     name = re.sub(r"[^A-Za-z0-9_-]", "_", key)[:60]
-    if name == key and time == 1:
+    if name == key and times_used == 1:
         return name
-    digest = hashlib.sha256(f"{key}\n{time}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{key}\n{times_used}".encode()).hexdigest()
     return f"{name}-{digest[:12]}"
 
 
 def split_of(key: str, splits: dict[str, float]) -> str:
-    """The split of a key, the same for ever: its hash on a line that the splits share."""
-    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 * sum(splits.values())
+    """The split of a key: always the same, since its hash decides, however the data grow."""
+    position = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+    position *= sum(splits.values())
     for name, share in splits.items():
-        if place < share:
+        if position < share:
             return name
-        place -= share
+        position -= share
     return next(reversed(splits))
 
 
@@ -147,21 +253,16 @@ def _files(entry: Entry) -> list[str]:
     return [name for value in lists for name in value if isinstance(name, str)]
 
 
-def _weight(entry: Entry) -> int:
-    """Bytes of the files that a record names; nothing for what is not there."""
-    return sum(_stamp(entry, name)[0] for name in _files(entry))
-
-
 def _stamp(entry: Entry, name: str) -> tuple[int, int]:
-    """Bytes of a file and when it changed; of a part of a tar file, where it lies."""
+    """Size of a file and when it changed; of a part of a tar file, its offset; 0 if missing."""
     if isinstance(entry.find, TarParts):
-        offset, size = entry.find.place(name)
+        offset, size = entry.find.extent(name)
         return size, offset
     try:
-        found = os.stat(entry.find(name))  # type: ignore[arg-type]
+        status = os.stat(entry.find(name))  # type: ignore[arg-type]
     except (ValueError, OSError):
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def write_shards(
@@ -169,37 +270,37 @@ def write_shards(
     draft: Path,
     config: MimoConfig,
     num_workers: int,
-    progress: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> tuple[dict[str, int], list[Rejected]]:
-    """Samples by shard, and what was refused; `progress` learns how many entries are done."""
+    """Samples by shard, and what was refused; `report` is told how many entries are done."""
     (draft / SUMMARIES).mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     rejected: list[Rejected] = []
 
-    def take(done: concurrent.futures.Future[dict[str, Any]]) -> None:
-        summary = done.result()
-        counts[summary["name"]] = summary["samples"]
-        rejected.extend(summary["rejected"])
-        progress(sum(counts.values()) + len(rejected))
+    def collect(done: Iterable[concurrent.futures.Future[dict[str, Any]]]) -> None:
+        for future in done:
+            summary = future.result()
+            counts[summary["name"]] = summary["samples"]
+            rejected.extend(summary["rejected"])
+            report(sum(counts.values()) + len(rejected))
 
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(num_workers, context) as pool:
         pending: set[concurrent.futures.Future[dict[str, Any]]] = set()
         for shard in shards:
             pending.add(pool.submit(write_shard, shard, draft, config))
+            # The manifest is read no faster than shards are written, so memory stays bounded.
             if len(pending) > num_workers:
                 done, pending = concurrent.futures.wait(
                     pending, return_when=concurrent.futures.FIRST_COMPLETED
                 )
-                for one in done:
-                    take(one)
-        for one in concurrent.futures.as_completed(pending):
-            take(one)
+                collect(done)
+        collect(concurrent.futures.as_completed(pending))
     return counts, rejected
 
 
 def write_shard(shard: Shard, draft: Path, config: MimoConfig) -> dict[str, Any]:
-    """One shard, or what an earlier run wrote of it."""
+    """The summary of one shard, which is written unless an earlier run has finished it."""
     summary_file = draft / SUMMARIES / f"{shard.name}.json"
     digest = shard.digest(config)
     if summary_file.is_file():
@@ -209,14 +310,17 @@ def write_shard(shard: Shard, draft: Path, config: MimoConfig) -> dict[str, Any]
         summary_file.unlink()
     rejected: list[Rejected] = []
     samples = 0
+    # Renaming is atomic, so a shard or summary under its final name is complete.
     unfinished = draft / f"{shard.name}.unfinished"
     with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
         for item in shard.items:
             try:
-                parts = checked_parts(item.key, item.entry, config)
+                parts = checked_parts(item.entry, config)
             # A damaged file can make a decoder fail in any way; only this sample is lost.
             except Exception as error:
-                rejected.append(_rejected(item.entry, error))
+                key = item.entry.record["key"]
+                reason = error_reason(error).removeprefix(f"sample {key}: ")
+                rejected.append({"place": item.entry.place, "key": key, "reason": reason})
                 continue
             for name, content in parts.items():
                 member = tarfile.TarInfo(f"{item.key}.{name}")
@@ -233,17 +337,11 @@ def write_shard(shard: Shard, draft: Path, config: MimoConfig) -> dict[str, Any]
     return summary
 
 
-def _rejected(entry: Entry, error: Exception) -> Rejected:
-    key = entry.record["key"]
-    reason = words_of(error).removeprefix(f"sample {key}: ")
-    return {"place": entry.place, "key": key, "reason": reason}
-
-
-def checked_parts(key: str, entry: Entry, config: MimoConfig) -> dict[str, bytes]:
+def checked_parts(entry: Entry, config: MimoConfig) -> dict[str, bytes]:
     """The parts of a sample by name, after `config`'s encoders have read all of its media.
 
-    ValueError for a conversation that is none, for placeholders without files or the other way
-    round, and for files that cannot be read.
+    ValueError for a malformed conversation, for placeholders without files or the other way round,
+    and for files that cannot be read.
     """
     record = dict(entry.record)
     turns = parse_turns(record.get("conversations"))
@@ -255,16 +353,18 @@ def checked_parts(key: str, entry: Entry, config: MimoConfig) -> dict[str, bytes
     for modality, sources in media.items():
         names = []
         for number, source in enumerate(sources):
-            blob = _read(source)
+            blob = _read_file(source)
             config.modalities[modality].encoder.read(blob)
-            names.append(f"{modality}.{number}{_suffix(record[modality][number])}")
+            suffix = Path(record[modality][number]).suffix.lower()
+            has_suffix = re.fullmatch(r"\.[a-z0-9]{1,8}", suffix)
+            names.append(f"{modality}.{number}{suffix if has_suffix else ''}")
             parts[names[-1]] = blob.data
         if names:
             record[modality] = names
     return {"json": json.dumps(record, ensure_ascii=False).encode(), **parts}
 
 
-def _read(source: Source) -> Blob:
+def _read_file(source: Source) -> Blob:
     if isinstance(source, Blob):
         return source
     if not source.is_file():
@@ -275,117 +375,21 @@ def _read(source: Source) -> Blob:
     return Blob(str(source), source.read_bytes())
 
 
-def _suffix(file: str) -> str:
-    """The last suffix of a name, if it is one."""
-    suffix = Path(file).suffix.lower()
-    return suffix if re.fullmatch(r"\.[a-z0-9]{1,8}", suffix) else ""
-
-
-ABOUT = "about.json"
-REJECTED = "rejected.jsonl"
-Progress = Callable[[str, int, int | None], None]
-CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `prepare_data.py webdataset` was asked for."""
-
-    manifest: Path
-    media: Path
-    output: Path
-    splits: dict[str, float]
-    shard_bytes: int
-    shard_samples: int
-    num_workers: int
-    tokenizer: Path | None = None
-
-
-def prepare(
-    options: Options, config: MimoConfig, progress: Progress = lambda step, done, total: None
-) -> dict[str, Any]:
-    """Write `options.output`; what about.json then says.
-
-    `progress` learns of every shard: what is done, how many samples, and of how many once the
-    manifest has been read.
-
-    ValueError when nothing could be used. What was finished stays in a hidden folder beside the
-    output when this is interrupted, and is taken over the next time.
-    """
-    entries = read_entries(options.manifest, options.media, config)
-    draft = options.output.with_name(f".{options.output.name}.draft")
-    draft.mkdir(parents=True, exist_ok=True)
-    planner = Planner(options.splits, options.shard_bytes, options.shard_samples)
-
-    def checked(samples: int) -> None:
-        progress("samples checked", samples, planner.num_items if planner.all_dealt else None)
-
-    shards = planner.shards(entries)
-    counts, refused = write_shards(shards, draft, config, options.num_workers, checked)
-    rejected = planner.rejected + refused
-    _remove_strangers(draft, {name for name, samples in counts.items() if samples})
-    _write_rejected(draft, rejected)
-    if not any(counts.values()):
-        shutil.copy(draft / REJECTED, options.output.with_name(f"{options.output.name}.{REJECTED}"))
-        shutil.rmtree(draft)
-        first = rejected[0]["reason"] if rejected else "it is empty"
-        raise ValueError(
-            f"--manifest {options.manifest}: no sample could be used; the first: {first}"
-        )
-    written = sorted(name for name, samples in counts.items() if samples)
-    index_shards(draft, written, list(options.splits), options.num_workers)
-    about = _about(options, config, counts, len(rejected))
-    (draft / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    if options.tokenizer:
-        copy_tokenizer(options.tokenizer, draft)
-    shutil.rmtree(draft / SUMMARIES)
-    if options.output.exists():
-        shutil.rmtree(options.output)
-    draft.rename(options.output)
-    return about
-
-
-def _about(
-    options: Options, config: MimoConfig, counts: dict[str, int], rejected: int
-) -> dict[str, Any]:
-    samples: Counter[str] = Counter()
-    for name, count in counts.items():
-        samples[name.rpartition("-")[0]] += count
-    return {
-        "manifest": options.manifest.name,
-        "model": config.name,
-        "samples": dict(samples),
-        "shards": sum(count > 0 for count in counts.values()),
-        "rejected": rejected,
-    }
-
-
-def _remove_strangers(draft: Path, shards: set[str]) -> None:
-    """Shards of an interrupted run with other options."""
-    for file in draft.iterdir():
-        if file.name not in shards and file.name != SUMMARIES:
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-
-
-def _write_rejected(draft: Path, rejected: list[Rejected]) -> None:
-    with (draft / REJECTED).open("w", encoding="utf-8") as stream:
-        for row in sorted(rejected, key=lambda row: row["place"]):
-            stream.write(json.dumps(row) + "\n")
-
-
-def index_shards(folder: Path, shards: list[str], splits: list[str], num_workers: int) -> None:
-    """Energon's description of shards, each named by its split: where their samples begin."""
+def index_shards(
+    folder: Path, shards: Sequence[str], splits: Sequence[str], num_workers: int
+) -> None:
+    """Writes energon's index of shards that are named SPLIT-NUMBER: where their samples begin."""
     try:
         from megatron.energon.flavors import BaseWebdatasetFactory
     except ImportError as error:
         raise ValueError(
             f"megatron-energon is needed ({error}): pip install 'mimo-examples[data]'"
         ) from None
-    # What it says of its own progress says nothing that matters here.
+    # Its own progress goes to stdout, which is for results.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         BaseWebdatasetFactory.prepare_dataset(
             folder,
-            shards,
+            list(shards),
             split_parts_patterns=[(split, f"{split}-[0-9]*") for split in splits],
             workers=num_workers,
         )

@@ -11,6 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core import mpu
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
@@ -21,16 +23,18 @@ from torch.utils.data import DataLoader, Dataset
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, collate_packed
-from examples.mimo.data.conversation import Sample, SampleEncoder
+from examples.mimo.data.conversation import BadSampleCount, Sample, SampleEncoder
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model, freeze_parts
 from examples.mimo.parallel import noncolocated
+from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.parallel.replicas import EncoderReplicas, create_encoder_replicas
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
     cp_multiple,
     data_share,
+    module_of_rank,
     padding_multiple,
     placements,
 )
@@ -46,7 +50,9 @@ def transformer_config(args: argparse.Namespace) -> Any:
     return config
 
 
-def prepare_noncolocated(args: argparse.Namespace) -> noncolocated.NonColocatedRun:
+def prepare_noncolocated(
+    args: argparse.Namespace, install: Callable[[dict[str, Any], Callable[..., Any]], None]
+) -> noncolocated.NonColocatedRun:
     """What `pretrain()` is given under --encoder-ranks: process groups and bridges."""
     if not args.encoder_ranks:
         return noncolocated.NonColocatedRun()
@@ -54,6 +60,7 @@ def prepare_noncolocated(args: argparse.Namespace) -> noncolocated.NonColocatedR
         placements(args),
         args.rank,
         transformer_config(args),
+        install,
         local_rank=args.local_rank,
         process_group={
             "backend": args.distributed_backend,
@@ -113,19 +120,29 @@ def model_provider(
             mimo_config, config, pg_collection, pre_process, post_process, vp_stage, replicas
         )
     freeze_parts(model, args.freeze)
+    model.fresh_parts = fresh_parts(args)
     return model
 
 
 def data_provider(
-    config: MimoConfig, num_samples: tuple[int, int, int], vp_stage: int | None = None
+    config: MimoConfig,
+    bad_samples: BadSampleCount,
+    num_samples: tuple[int, int, int],
+    vp_stage: int | None = None,
 ) -> tuple[Iterator[Batch], Iterator[Batch] | None, None]:
-    """Training and validation iterators of this data-parallel rank; there is no test split."""
+    """Training and validation iterators of this data-parallel rank; there is no test split.
+
+    `bad_samples` is the run's count, which checkpoints of shards save and restore.
+    """
     args = get_args()
     collate_train = _collate(args)
     collate_valid = functools.partial(collate, multiple=padding_multiple(args))
     if is_sharded(args):
         shard_iterators, encoder = _shards(args, "shard_iterators"), sample_encoder(args, config)
-        return *shard_iterators(args, encoder, collate_train, collate_valid), None
+        share = data_share(args.data_parallel_size)
+        options = shard_options(args, share.replicas)
+        collates = share.of(collate_train), share.of(collate_valid)
+        return *shard_iterators(options, encoder, *collates, bad_samples), None
     build = DATASETS[args.dataset_provider]
     train, valid = build(args, config, num_samples[0], num_samples[1] or 0)
     consumed, size = args.consumed_train_samples, args.micro_batch_size
@@ -194,6 +211,35 @@ def _shards(args: argparse.Namespace, function: str) -> Any:
         ) from None
 
 
+def shard_options(args: argparse.Namespace, replicas: range) -> Any:
+    """The flags about shards as a `ShardOptions`, for a rank that reads for `replicas`."""
+    resumes = args.load and getattr(args, "iteration", 0) and not args.finetune
+    samples = args.eval_iters * (args.eval_global_batch_size or 0) // args.data_parallel_size
+    # Only the language model's first context-parallel rank saves; a dry run has no ranks.
+    running = torch.distributed.is_initialized()
+    saves = running and mpu.get_context_parallel_rank() == 0
+    return _shards(args, "ShardOptions")(
+        data_path=Path(args.data_path[0]),
+        train_split=args.train_split,
+        valid_split=args.valid_split,
+        data_parallel_size=args.data_parallel_size,
+        replicas=replicas,
+        micro_batch_size=args.micro_batch_size,
+        num_workers=args.num_workers,
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        max_bad_samples=args.max_bad_samples,
+        seed=args.seed,
+        augment=args.augment,
+        packing_buffer_size=args.packing_buffer_size or 0,
+        packed_seq_length=args.total_seq_length or 0,
+        sample_multiple=cp_multiple(args),
+        eval_micro_batch_size=args.eval_micro_batch_size,
+        eval_batches=samples // args.eval_micro_batch_size if args.eval_iters else 0,
+        checkpoint=Path(args.load) / f"iter_{args.iteration:07d}" if resumes else None,
+        saves_state=saves and module_of_rank(args) in (None, LANGUAGE),
+    )
+
+
 def sample_encoder(args: argparse.Namespace, config: MimoConfig) -> SampleEncoder:
     """What encodes samples of `--data-path`; ValueError without the folder or a tokenizer."""
     if not args.data_path:
@@ -225,6 +271,12 @@ def starting_point(args: argparse.Namespace) -> Path | None:
         if folder and (Path(folder) / TRACKER).is_file():
             return Path(folder)
     return None
+
+
+def fresh_parts(args: argparse.Namespace) -> tuple[str, ...]:
+    """The parts that keep their random weights when this run loads; none when it resumes."""
+    resumes = args.load and (Path(args.load) / TRACKER).is_file() and not args.finetune
+    return () if resumes else tuple(args.fresh)
 
 
 def check_data(args: argparse.Namespace, config: MimoConfig) -> None:
@@ -280,7 +332,8 @@ def first_batches(args: argparse.Namespace, config: MimoConfig, num_samples: int
     size = args.micro_batch_size
     if is_sharded(args):
         read_first, encoder = _shards(args, "first_shard_batches"), sample_encoder(args, config)
-        return read_first(args, encoder, _collate(args), max(1, num_samples // size))
+        options = shard_options(args, range(1))
+        return read_first(options, encoder, _collate(args), max(1, num_samples // size))
     dataset, _ = DATASETS[args.dataset_provider](args, config, num_samples, 0)
     starts = range(0, max(size, num_samples - size + 1), size)
     return [_collate(args)([dataset[start + i] for i in range(size)]) for start in starts]

@@ -1,8 +1,13 @@
+import itertools
+import json
+import re
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from benchmarks import ranks
 from examples.mimo import compat
 from examples.mimo.compat.megatron import GroupStepAdam
 from tests.conftest import ROOT
@@ -15,43 +20,69 @@ def run_code(code):
     return done.stdout
 
 
-def test_every_stand_in_is_in_place_and_says_who_needs_it():
-    found = compat.install()
-    assert len(found) >= 30
-    for stand_in in found:
-        assert ".py" in stand_in.needed_by, stand_in.name
+def test_every_replacement_is_in_place_and_names_the_file_that_needs_it():
+    entries = compat.install()
+    assert len(entries) >= 30
+    for entry in entries:
+        assert getattr(entry.owner, entry.attribute) == entry.replacement, entry.name
+    for entry in itertools.chain(*compat.replacements().values()):
+        assert ".py" in entry.needed_by, entry.name
 
 
-def test_every_stand_in_is_an_object_of_its_own():
+def test_every_replacement_is_an_object_of_its_own():
     code = (
         "import sys, torch, megatron.training.training;"
         "of_others = [value for name, module in list(sys.modules.items())"
         " if name.startswith(('torch', 'megatron')) for value in list(vars(module).values())];"
         "of_others += [*vars(torch.Tensor).values(), *vars(torch.nn.Module).values()];"
         "theirs = {id(value) for value in of_others};"
-        "from examples.mimo import host; found = compat.install();"
-        "print(len(found), len({id(s.replacement) for s in found}),"
-        " [s.name for s in found if id(s.replacement) in theirs])"
+        "from examples.mimo import compat; entries = compat.install();"
+        "print(len(entries), len({id(e.replacement) for e in entries}),"
+        " [e.name for e in entries if id(e.replacement) in theirs])"
     )
     number, distinct, theirs = run_code(code).splitlines()[-1].split(maxsplit=2)
     assert int(distinct) == int(number) >= 30
     assert theirs == "[]"
 
 
+@pytest.mark.parametrize("layout", ["one process", "encoders on ranks of their own"])
+def test_training_sets_no_attribute_of_torch_or_megatron_but_those_of_the_table(layout, tmp_path):
+    flags = ["--train-iters", "2", "--save", str(tmp_path / "checkpoint"), "--save-interval", "2"]
+    processes, expected = 1, {"training.training.evaluate", "optimizer.Adam", "_results_queue"}
+    if layout != "one process":
+        flags += ["--encoder-ranks", "images=0", "audios=1"]
+        processes, expected = 3, {*expected, "get_megatron_optimizer", "_DATA_PARALLEL_GROUP"}
+    script = "tests/compat/watched_train.py"
+    done = ranks.run(script, str(tmp_path / "report"), *flags, processes=processes)
+    assert done.returncode == 0, done.stderr
+    for rank in range(processes):
+        report = json.loads((tmp_path / f"report.{rank}").read_text())
+        assert report["elsewhere"] == []
+        assert report["unlisted"] == []
+        for name in expected:
+            assert any(set_name.endswith(name) for set_name in report["set"]), name
+
+
 def test_torchs_compiler_can_be_imported():
     code = (
-        "from examples.mimo import host; compat.install();"
+        "from examples.mimo import compat; compat.install();"
         "from torch._dynamo import trace_rules; print(len(trace_rules.get_torch_obj_rule_map()))"
     )
     assert int(run_code(code).split()[-1]) > 1000
 
 
-def test_the_table_is_printed():
+def test_the_table_is_printed_with_what_training_replaces():
     done = subprocess.run(
         [sys.executable, "-m", "examples.mimo.compat"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0
-    assert "torch.cuda.current_device" in done.stdout
+    assert done.stderr == ""
+    always, training, noncolocated = re.split(r"^train.py.*$", done.stdout, flags=re.MULTILINE)
+    for name in ("current_device", "compile_helpers", "empty_like"):
+        assert re.search(rf"^    {name} +\S.*\.py", always, flags=re.MULTILINE)
+    for name in ("train_step", "Adam", "_results_queue"):
+        assert re.search(rf"^    {name} +\S.*\.py", training, flags=re.MULTILINE)
+    assert "get_megatron_optimizer" in noncolocated
 
 
 def test_nothing_of_torch_changes_where_cuda_is_available():
@@ -60,18 +91,18 @@ def test_nothing_of_torch_changes_where_cuda_is_available():
         "before = {n: getattr(torch.cuda, n) for n in dir(torch.cuda)};"
         "factories = {n: getattr(torch, n) for n in ('empty', 'zeros', 'tensor')};"
         "tensor = torch.Tensor.cuda, torch.Tensor.type, torch.distributed.barrier;"
-        "from examples.mimo import host; found = compat.install();"
+        "from examples.mimo import compat; entries = compat.install();"
         "assert all(getattr(torch.cuda, n) is v for n, v in before.items());"
         "assert all(getattr(torch, n) is v for n, v in factories.items());"
         "assert tensor == (torch.Tensor.cuda, torch.Tensor.type, torch.distributed.barrier);"
         "import megatron.training.initialize as i, megatron.training.training as t;"
         "assert t.initialize_megatron is i.initialize_megatron;"
         "assert not hasattr(i.initialize_megatron, 'func');"
-        "print(sorted({s.attribute for s in found}))"
+        "print(sorted({s.attribute for s in entries}))"
     )
-    said = run_code(code)
-    assert "compile_helpers" in said
-    assert "current_device" not in said
+    attributes = run_code(code)
+    assert "compile_helpers" in attributes
+    assert "current_device" not in attributes
 
 
 def test_a_tensors_type_equals_both_names():
@@ -109,20 +140,20 @@ def test_adam_is_torchs_adamw():
         (torch.optim.AdamW, {"adam_w_mode": True}),
         (torch.optim.Adam, {"adam_w_mode": False}),
     ):
-        wanted = train(lambda p, build=build: build(p, **settings))
-        got = train(lambda p, own=own: GroupStepAdam(p, **settings, **own))
-        assert (got - wanted).abs().max() < 1e-6
+        expected = train(lambda p, build=build: build(p, **settings))
+        ours = train(lambda p, own=own: GroupStepAdam(p, **settings, **own))
+        assert (ours - expected).abs().max() < 1e-6
 
 
-def test_the_host_layer_is_small():
-    files = (ROOT / "examples/mimo/host").glob("*.py")
-    assert sum(len(file.read_text().splitlines()) for file in files) < 250
+def test_the_cpu_host_layer_is_small():
+    text = (ROOT / "examples/mimo/compat/cpu.py").read_text()
+    assert len(text.splitlines()) < 250
 
 
 def test_only_the_thread_that_installs_has_helpers():
     code = (
         "import os, threading, torch; torch.set_num_threads(3);"
-        "from examples.mimo import host; compat.install();"
+        "from examples.mimo import compat; compat.install();"
         "threads = lambda: len(os.listdir('/proc/self/task'));"
         "work = lambda: (torch.ones(10**6).add_(1), torch.ones(500, 500).mm(torch.ones(500, 500)));"
         "before = threads(); work(); here = threads() - before; seen = [];"

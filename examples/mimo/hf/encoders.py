@@ -1,0 +1,297 @@
+"""Weight tables of CLIP, SigLIP, DINOv2, Whisper and LLaVA's projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from examples.mimo.hf.weights import Family, Qkv, QkvWithoutKeyBias, Row, View, rows
+from examples.mimo.modalities.audio import WhisperConfig
+from examples.mimo.modalities.base import EncoderConfig, MLPProjectorConfig, sinusoids
+from examples.mimo.modalities.image import VitConfig
+
+ATTENTION = "decoder.layers.self_attention."
+MLP = "decoder.layers.mlp."
+
+
+def clip_table(vit: VitConfig, config: Any) -> list[Row]:
+    """CLIP: a class token and a norm before the layers."""
+    token = View((vit.hidden_size,), (1, 1, vit.hidden_size))
+    return [
+        Row("stem.class_token", ("embeddings.class_embedding",), token),
+        Row("stem.positions", ("embeddings.position_embedding.weight",)),
+        *rows("stem.conv1.", "embeddings.patch_embedding.", "weight"),
+        *rows("pre_norm.", "pre_layrnorm.", "weight", "bias"),
+        *_layers(vit, "encoder.layers.{i}."),
+    ]
+
+
+def siglip_table(vit: VitConfig, config: Any) -> list[Row]:
+    """SigLIP: patches alone, a norm behind the layers."""
+    return [
+        Row("stem.positions", ("embeddings.position_embedding.weight",)),
+        *rows("stem.conv1.", "embeddings.patch_embedding.", "weight", "bias"),
+        *_layers(vit, "encoder.layers.{i}."),
+        *_final_norm(vit, "post_layernorm."),
+    ]
+
+
+def dinov2_table(vit: VitConfig, config: Any) -> list[Row]:
+    """DINOv2: a class token, and a learned scale on what each layer adds."""
+    positions = (vit.sequence_length, vit.hidden_size)
+    layer = "encoder.layer.{i}."
+    attention = f"{layer}attention."
+    return [
+        Row("stem.class_token", ("embeddings.cls_token",)),
+        Row(
+            "stem.positions",
+            ("embeddings.position_embeddings",),
+            View((1, *positions), positions),
+        ),
+        *rows("stem.conv1.", "embeddings.patch_embeddings.projection.", "weight", "bias"),
+        *_norms(f"{layer}norm1.", f"{layer}norm2."),
+        *_attention(
+            vit,
+            [f"{attention}attention.{name}." for name in ("query", "key", "value")],
+            f"{attention}output.dense.",
+        ),
+        *_mlp(f"{layer}mlp."),
+        Row(f"{ATTENTION}linear_proj.layer_scale", (f"{layer}layer_scale1.lambda1",)),
+        Row(f"{MLP}linear_fc2.layer_scale", (f"{layer}layer_scale2.lambda1",)),
+        *_final_norm(vit, "layernorm."),
+    ]
+
+
+def whisper_table(whisper: WhisperConfig, config: Any) -> list[Row]:
+    """Whisper: two convolutions; its fixed sinusoids are computed, not loaded."""
+    layer = "layers.{i}."
+    query, key, value = (f"{layer}self_attn.{name}_proj." for name in "qkv")
+    heads = whisper.num_attention_heads
+    return [
+        *rows("stem.conv1.", "conv1.", "weight", "bias"),
+        *rows("stem.conv2.", "conv2.", "weight", "bias"),
+        *_norms(f"{layer}self_attn_layer_norm.", f"{layer}final_layer_norm."),
+        Row(
+            f"{ATTENTION}linear_qkv.weight",
+            tuple(f"{name}weight" for name in (query, key, value)),
+            Qkv(heads, heads),
+        ),
+        Row(
+            f"{ATTENTION}linear_qkv.bias",
+            (f"{query}bias", f"{value}bias"),
+            QkvWithoutKeyBias(heads),
+        ),
+        *rows(f"{ATTENTION}linear_proj.", f"{layer}self_attn.out_proj.", "weight", "bias"),
+        *_mlp(layer),
+        *rows("decoder.final_layernorm.", "layer_norm.", "weight", "bias"),
+    ]
+
+
+def projector_table(projector: MLPProjectorConfig, config: Any) -> list[Row]:
+    """The two linear layers between an encoder and the language model, as LLaVA-1.5 names them."""
+    return [
+        *rows("encoder.linear_fc1.", "linear_1.", "weight", "bias"),
+        *rows("encoder.linear_fc2.", "linear_2.", "weight", "bias"),
+    ]
+
+
+def _layers(vit: VitConfig, layer: str) -> list[Row]:
+    attention = f"{layer}self_attn."
+    return [
+        *_norms(f"{layer}layer_norm1.", f"{layer}layer_norm2."),
+        *_attention(vit, [f"{attention}{n}_proj." for n in "qkv"], f"{attention}out_proj."),
+        *_mlp(f"{layer}mlp."),
+    ]
+
+
+def _norms(before_attention: str, before_mlp: str) -> list[Row]:
+    return [
+        *rows(f"{ATTENTION}linear_qkv.layer_norm_", before_attention, "weight", "bias"),
+        *rows(f"{MLP}linear_fc1.layer_norm_", before_mlp, "weight", "bias"),
+    ]
+
+
+def _attention(encoder: EncoderConfig, inputs: list[str], output: str) -> list[Row]:
+    qkv = Qkv(encoder.num_attention_heads, encoder.num_attention_heads)
+    return [
+        *(
+            Row(f"{ATTENTION}linear_qkv.{kind}", tuple(f"{name}{kind}" for name in inputs), qkv)
+            for kind in ("weight", "bias")
+        ),
+        *rows(f"{ATTENTION}linear_proj.", output, "weight", "bias"),
+    ]
+
+
+def _mlp(mlp: str) -> list[Row]:
+    return [
+        *rows(f"{MLP}linear_fc1.", f"{mlp}fc1.", "weight", "bias"),
+        *rows(f"{MLP}linear_fc2.", f"{mlp}fc2.", "weight", "bias"),
+    ]
+
+
+def _final_norm(vit: VitConfig, theirs: str) -> list[Row]:
+    return rows("decoder.final_layernorm.", theirs, "weight", "bias") if vit.final_norm else []
+
+
+def vit_fields(family: str) -> Any:
+    """A function from a transformers config to VitConfig's fields."""
+
+    def fields(config: Any) -> dict[str, Any]:
+        ratio = getattr(config, "mlp_ratio", None)
+        inner = config.hidden_size * ratio if ratio else config.intermediate_size
+        return {
+            "family": family,
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "num_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "ffn_hidden_size": inner,
+        }
+
+    return fields
+
+
+def vit_config(model_type: str, architecture: str) -> Any:
+    """A function from our config to a transformers config with the layers that are built."""
+
+    def write(vit: VitConfig) -> Any:
+        from transformers import CONFIG_MAPPING
+
+        sizes: dict[str, Any] = {"intermediate_size": vit.ffn_hidden_size}
+        if model_type == "dinov2":
+            sizes = {"mlp_ratio": vit.ffn_hidden_size // vit.hidden_size}
+        config: Any = CONFIG_MAPPING[model_type]
+        return config(
+            image_size=vit.image_size,
+            patch_size=vit.patch_size,
+            num_hidden_layers=vit.built_layers,
+            hidden_size=vit.hidden_size,
+            num_attention_heads=vit.num_attention_heads,
+            architectures=[architecture],
+            **sizes,
+        )
+
+    return write
+
+
+def whisper_fields(config: Any) -> dict[str, Any]:
+    """WhisperConfig's fields from a transformers config."""
+    return {
+        "num_mel_bins": config.num_mel_bins,
+        "num_layers": config.encoder_layers,
+        "hidden_size": config.d_model,
+        "num_attention_heads": config.encoder_attention_heads,
+        "ffn_hidden_size": config.encoder_ffn_dim,
+        "window_frames": config.max_source_positions,
+    }
+
+
+def whisper_config(whisper: WhisperConfig) -> Any:
+    """A transformers config; the decoder it also describes has no layers."""
+    from transformers import WhisperConfig as TransformersConfig
+
+    return TransformersConfig(
+        num_mel_bins=whisper.num_mel_bins,
+        encoder_layers=whisper.num_layers,
+        d_model=whisper.hidden_size,
+        encoder_attention_heads=whisper.num_attention_heads,
+        encoder_ffn_dim=whisper.ffn_hidden_size,
+        max_source_positions=whisper.window_frames,
+        decoder_layers=0,
+        architectures=["WhisperEncoder"],
+    )
+
+
+VISION = (
+    Family(
+        name="clip_vision_model",
+        sections={
+            "clip_vision_model": "",
+            "clip": "vision_config",
+            "llava": "vision_config",
+        },
+        roots=("", "vision_model.", "vision_tower.vision_model.", "vision_tower."),
+        anchor="embeddings.class_embedding",
+        required={"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+        fields=vit_fields("clip"),
+        num_layers=lambda vit: vit.built_layers,
+        table=clip_table,
+        unused=(r"post_layernorm\..*", r"embeddings\.position_ids"),
+        config=vit_config("clip_vision_model", "CLIPVisionModel"),
+        describes=lambda vit: vit.family == "clip",
+    ),
+    Family(
+        name="siglip_vision_model",
+        sections={"siglip_vision_model": "", "siglip": "vision_config"},
+        roots=("", "vision_model."),
+        anchor="embeddings.patch_embedding.weight",
+        required={"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+        fields=vit_fields("siglip"),
+        num_layers=lambda vit: vit.built_layers,
+        table=siglip_table,
+        unused=(r"head\..*", r"embeddings\.position_ids", r"post_layernorm\..*"),
+        config=vit_config("siglip_vision_model", "SiglipVisionModel"),
+        describes=lambda vit: vit.family == "siglip",
+    ),
+    Family(
+        name="dinov2",
+        sections={"dinov2": ""},
+        roots=("", "dinov2."),
+        anchor="embeddings.cls_token",
+        required={
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "qkv_bias": True,
+            "use_swiglu_ffn": False,
+        },
+        fields=vit_fields("dinov2"),
+        num_layers=lambda vit: vit.built_layers,
+        table=dinov2_table,
+        unused=(r"embeddings\.mask_token", r"layernorm\..*"),
+        config=vit_config("dinov2", "Dinov2Model"),
+        describes=lambda vit: vit.family == "dinov2",
+        spellings=(
+            (r"\.attention\.q_proj\.", ".attention.attention.query."),
+            (r"\.attention\.k_proj\.", ".attention.attention.key."),
+            (r"\.attention\.v_proj\.", ".attention.attention.value."),
+            (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        ),
+    ),
+)
+
+WHISPER = (
+    Family(
+        name="whisper",
+        sections={"whisper": ""},
+        roots=("", "encoder.", "model.encoder."),
+        anchor="conv1.weight",
+        required={"activation_function": "gelu", "scale_embedding": False},
+        fields=whisper_fields,
+        num_layers=lambda whisper: whisper.num_layers,
+        table=whisper_table,
+        unused=(),
+        config=whisper_config,
+        fixed=lambda whisper: {
+            "embed_positions.weight": sinusoids(whisper.window_frames, whisper.hidden_size)
+        },
+    ),
+)
+
+PROJECTOR = (
+    Family(
+        name="llava",
+        sections={"llava": ""},
+        roots=("", "multi_modal_projector.", "model.multi_modal_projector."),
+        anchor="linear_1.weight",
+        required={
+            "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True,
+            "vision_feature_select_strategy": "default",
+        },
+        fields=lambda config: {},
+        num_layers=lambda projector: 0,
+        table=projector_table,
+        unused=(),
+        config=None,
+    ),
+)

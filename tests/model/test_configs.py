@@ -1,0 +1,131 @@
+"""What a config refuses when it is built, and how a config is found by its name."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from examples.mimo import configs
+from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+
+
+def changed(config, name="images", **fields):
+    modality = dataclasses.replace(config.modalities[name], **fields)
+    return dataclasses.replace(config, modalities={**config.modalities, name: modality})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"singular": "audio"}, "audios and images share singular audio"),
+        ({"singular": "depth-map"}, "singular 'depth-map' becomes part of a flag"),
+        ({"singular": "2d"}, "singular '2d' becomes part of a flag"),
+        ({"placeholder": ""}, "image: the placeholder is empty; write <image>"),
+        ({"placeholder": " "}, "the placeholder is empty"),
+        ({"placeholder": "<audio>"}, "audios and images share placeholder <audio>"),
+        ({"token_id": 5}, "audios and images share token id 5"),
+        ({"token_id": 512}, "token id 512 of images is outside the vocabulary of 512"),
+        ({"token_id": -1}, "token id -1 of images is outside"),
+    ],
+)
+def test_a_modality_that_would_not_work_is_refused(tiny, fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        changed(tiny, **fields)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["language", "text", "key", "conversations", "a.b", "a-b", ""])
+def test_a_modality_has_a_name_of_its_own(tiny, name):
+    with pytest.raises(ValueError, match=f"a modality cannot be called {name!r}"):
+        dataclasses.replace(tiny, modalities={name: tiny.modalities["images"]})
+
+
+def test_a_config_with_another_name_than_its_entry_is_refused(monkeypatch):
+    monkeypatch.setitem(MODEL_PROVIDERS, "llava_vlm", "examples.mimo.configs.qwen3")
+    with pytest.raises(ValueError, match="has no function llava_vlm"):
+        get_model_config("llava_vlm")
+    monkeypatch.setitem(MODEL_PROVIDERS, "tiny", __name__)
+    with pytest.raises(ValueError, match="tiny: this config calls itself 'tiny_avlm'"):
+        get_model_config("tiny")
+
+
+def tiny():
+    return get_model_config("tiny_avlm")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current directory, with modules in it that nothing remembers afterwards."""
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+MODEL = """
+import dataclasses
+from examples.mimo.configs.tiny_avlm import tiny_avlm
+
+def mine():
+    return tiny_avlm()
+
+number = 3
+
+def wrong():
+    return 3
+
+def broken():
+    return dataclasses.replace(tiny_avlm(), nonsense=1)
+
+def refused():
+    raise ValueError("first line\\nsecond line")
+"""
+
+
+def test_a_function_in_the_current_directory_is_a_model(folder):
+    (folder / "my_models").mkdir()
+    (folder / "my_models" / "tiny.py").write_text(MODEL)
+    path = list(sys.path)
+    config = get_model_config("my_models.tiny:mine")
+    # The name leads back to the function, whatever the config called itself.
+    assert config == dataclasses.replace(get_model_config("tiny_avlm"), name="my_models.tiny:mine")
+    assert sys.path == path
+
+
+def test_installed_modules_come_before_the_current_directory(folder):
+    (folder / "colorsys.py").write_text("raise SystemExit('this was not asked for')")
+    sys.modules.pop("colorsys", None)
+    with pytest.raises(ValueError, match="colorsys has no function mine"):
+        get_model_config("colorsys:mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tiny", "unknown --model-provider tiny; choose one of tiny_avlm"),
+        ("my_tiny", "unknown --model-provider my_tiny"),
+        ("my_tiny.py:mine", "No module named 'my_tiny.py'"),
+        ("./my_tiny:mine", "unknown --model-provider ./my_tiny:mine"),
+        ("my_tiny:", "or write package.module:function"),
+        ("my_nothing:mine", "importing my_nothing failed: ModuleNotFoundError"),
+        ("my_syntax:mine", "importing my_syntax failed: SyntaxError"),
+        ("my_tiny:yours", "my_tiny has no function yours"),
+        ("my_tiny:number", "my_tiny has no function number"),
+        ("my_tiny:wrong", r"wrong\(\) returned a int, no MimoConfig"),
+        ("my_tiny:broken", r"broken\(\) failed: TypeError: .*nonsense"),
+        ("my_tiny:refused", r"refused\(\) failed: first line$"),
+    ],
+)
+def test_a_model_that_cannot_be_found_is_one_line(folder, name, message):
+    (folder / "my_tiny.py").write_text(MODEL)
+    (folder / "my_syntax.py").write_text("def mine(:\n")
+    with pytest.raises(ValueError, match=message) as error:
+        get_model_config(name)
+    assert "\n" not in str(error.value)
+    assert "--model-provider" in str(error.value)
+
+
+def test_every_entry_is_a_config_of_that_name():
+    assert all(get_model_config(name).name == name for name in configs.MODEL_PROVIDERS)
