@@ -37,7 +37,7 @@ from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.data.batch import collate, to_device
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation.engine import Engine, SequenceRequest
-from examples.mimo.hf import convert
+from examples.mimo.hf.from_hf import from_hf, initialize_single_process
 from examples.mimo.hf.io import Folder
 from examples.mimo.hf.weights import family_for_export
 
@@ -101,7 +101,7 @@ class Pair:
         self.theirs.generation_config.eos_token_id = None
         self.theirs.save_pretrained(folder / "theirs")
         parts = {"language": Folder(folder / "theirs")}
-        convert.from_hf(self.config, parts, folder / "ours", lambda text: None)
+        from_hf(self.config, parts, folder / "ours", lambda text: None)
         self.ours = load_model(open_checkpoint(folder / "ours"))
         self.theirs.to(self.ours.language_model.decoder.layers[0].mlp.linear_fc1.weight)
 
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     args = parser.parse_args()
-    convert.start_alone(seed=0)
+    initialize_single_process(seed=0)
     page, passed = measure(args.models, args.batches, args.rounds)
     print(page)
     if args.output:

@@ -9,9 +9,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from examples.mimo.cli import command
-from examples.mimo.configs import MODEL_PROVIDERS
+
+if TYPE_CHECKING:
+    from examples.mimo.configs.schema import MimoConfig
+    from examples.mimo.hf.io import Folder
 
 
 def main() -> None:
@@ -26,42 +30,82 @@ def main() -> None:
 
     compat.install()
     with command.stdout_to(os.devnull):
-        from_hf(args, rest) if args.command == "from-hf" else to_hf(args)
+        convert_from_hf(args, rest) if args.command == "from-hf" else convert_to_hf(args)
 
 
-def from_hf(args: argparse.Namespace, rest: list[str]) -> None:
-    """A flag for each modality of the config names the folder of its encoder."""
+def convert_from_hf(args: argparse.Namespace, rest: list[str]) -> None:
+    """Write a checkpoint; `rest` are the flags that the model's modalities add."""
     from examples.mimo.configs import get_model_config
-    from examples.mimo.configs.schema import MimoConfig, with_fields
-    from examples.mimo.hf import convert as importing
-    from examples.mimo.hf.convert import start_alone
+    from examples.mimo.configs.schema import with_fields
+    from examples.mimo.hf.from_hf import from_hf, initialize_single_process
     from examples.mimo.hf.io import Folder
 
-    config: MimoConfig = with_fields(get_model_config(args.model_provider), args.set)
-    modalities = command.Parser(prog="convert.py from-hf", allow_abbrev=False)
-    for name in config.modalities:
-        modalities.add_argument(f"--{name}", type=Path)
-    encoders = vars(modalities.parse_args(rest))
-    folders = {f"{name}.encoder": Folder(path) for name, path in encoders.items() if path}
+    config = with_fields(get_model_config(args.model_provider), args.set)
+    folders: dict[str, Folder] = {}
+    if args.folders:
+        folders = _folders_of_parts(config, args.folders)
+    if args.llava:
+        llava = Folder(args.llava)
+        modality = _llava_modality(config)
+        folders |= dict.fromkeys(
+            ("language", f"{modality}.encoder", f"{modality}.projector"), llava
+        )
     if args.language_model:
         folders["language"] = Folder(args.language_model)
-    if args.llava:
-        whole = Folder(args.llava)
-        pictures = next(iter(config.modalities))
-        folders |= {"language": whole, f"{pictures}.encoder": whole}
-        folders[f"{pictures}.projector"] = whole
+    parser = command.Parser(prog="convert.py from-hf", allow_abbrev=False)
+    for name in config.modalities:
+        parser.add_argument(f"--{name}", type=Path, dest=f"{name}.encoder")
+        parser.add_argument(f"--{name}-projector", type=Path, dest=f"{name}.projector")
+    paths = vars(parser.parse_args(rest))
+    folders |= {part: Folder(path) for part, path in paths.items() if path}
     if not folders:
-        raise ValueError("nothing to convert: name --language-model, a modality or --llava")
-    start_alone(args.seed)
-    importing.from_hf(config, folders, args.save, _say)
+        raise ValueError(
+            "nothing to convert: name --language-model, a modality, --llava or --folders"
+        )
+    initialize_single_process(args.seed)
+    from_hf(config, folders, args.save, _say)
 
 
-def to_hf(args: argparse.Namespace) -> None:
-    """A folder for each part."""
+def _folders_of_parts(config: MimoConfig, root: Path) -> dict[str, Folder]:
+    """The folders that to-hf wrote into `root`, by part; ValueError for one of another model."""
+    from examples.mimo.hf.io import CONFIG, Folder
+    from examples.mimo.model.mimo import part_names
+
+    if not root.is_dir():
+        raise ValueError(f"--folders {root}: no such folder")
+    names = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    parts = part_names(config)
+    for name in names:
+        if name not in parts:
+            raise ValueError(
+                f"--folders {root}: {config.name} has no part {name}; it has {', '.join(parts)}"
+            )
+    if not names:
+        raise ValueError(
+            f"--folders {root}: no folder of a part in it; to-hf names them {', '.join(parts)}"
+        )
+    return {name: Folder(root / name) for name in names}
+
+
+def _llava_modality(config: MimoConfig) -> str:
+    """The modality whose encoder takes LLaVA's vision tower."""
+    from examples.mimo.hf.from_hf import modalities_that_take
+
+    names = modalities_that_take("llava", config)
+    if len(names) != 1:
+        raise ValueError(
+            f"--llava: {config.name} has {len(names)} modalities whose encoder takes LLaVA's "
+            f"vision tower{f' ({", ".join(names)})' if names else ''}, and one is needed"
+        )
+    return names[0]
+
+
+def convert_to_hf(args: argparse.Namespace) -> None:
+    """Write a folder for each part."""
     from examples.mimo.checkpoint.description import open_checkpoint
-    from examples.mimo.hf import convert as exporting
+    from examples.mimo.hf.to_hf import to_hf
 
-    exporting.to_hf(open_checkpoint(args.load), args.save, _say)
+    to_hf(open_checkpoint(args.load), args.save, _say)
 
 
 def _say(text: str) -> None:
@@ -70,32 +114,48 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(prog="convert.py", allow_abbrev=False, description=__doc__)
-    ways = parser.add_subparsers(dest="command", required=True)
-    importing = ways.add_parser(
+    directions = parser.add_subparsers(dest="command", required=True)
+    from_hf = directions.add_parser(
         "from-hf",
         allow_abbrev=False,
         help="Hugging Face folders to a distributed checkpoint",
-        description="Each modality of the model has a flag for its encoder's folder, such as "
-        "--images DIR and --audios DIR. Parts without a folder start with random weights.",
+        description="Each modality of the model has a flag for its encoder's folder and one for "
+        "its projector's, such as --images DIR and --images-projector DIR. Parts without a folder "
+        "start with random weights.",
     )
-    importing.add_argument("--model-provider", choices=tuple(MODEL_PROVIDERS), required=True)
-    importing.add_argument("--language-model", type=Path, metavar="DIR")
-    importing.add_argument(
+    from_hf.add_argument(
+        "--model-provider",
+        required=True,
+        metavar="NAME",
+        help="what the model is, as in train.py",
+    )
+    from_hf.add_argument("--language-model", type=Path, metavar="DIR")
+    from_hf.add_argument(
         "--llava",
         type=Path,
         metavar="DIR",
-        help="a whole LLaVA-1.5: language model, eye, projector",
+        help="a whole LLaVA-1.5: language model, vision encoder and projector",
     )
-    importing.add_argument(
+    from_hf.add_argument(
+        "--folders",
+        type=Path,
+        metavar="DIR",
+        help="what to-hf wrote: PART folders; flags for single parts take precedence",
+    )
+    from_hf.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="as in train.py"
     )
-    importing.add_argument("--seed", type=int, default=1234, help="of parts that start fresh")
-    importing.add_argument("--save", type=Path, required=True, metavar="DIR")
-    exporting = ways.add_parser(
-        "to-hf", allow_abbrev=False, help="a distributed checkpoint to Hugging Face folders"
+    from_hf.add_argument("--seed", type=int, default=1234, help="of parts with random weights")
+    from_hf.add_argument("--save", type=Path, required=True, metavar="DIR")
+    to_hf = directions.add_parser(
+        "to-hf",
+        allow_abbrev=False,
+        help="a distributed checkpoint to a folder for each part",
+        description="Parts that have a Hugging Face family are written as transformers loads "
+        "them, every other part as plain safetensors under this package's own names.",
     )
-    exporting.add_argument("--load", type=Path, required=True, metavar="DIR")
-    exporting.add_argument("--save", type=Path, required=True, metavar="DIR")
+    to_hf.add_argument("--load", type=Path, required=True, metavar="DIR")
+    to_hf.add_argument("--save", type=Path, required=True, metavar="DIR")
     return parser
 
 

@@ -107,12 +107,13 @@ def tokenizer(args: argparse.Namespace) -> None:
 def _texts(file: Path) -> Iterator[str]:
     """The turns of the conversations in a .jsonl manifest, or the lines of any other file."""
     if file.suffix == ".jsonl":
-        from examples.mimo.data.conversation import parse_turns
+        from examples.mimo.data.conversation import errors_named, parse_turns
         from examples.mimo.data.datasets import read_records
 
         for number, record in enumerate(read_records(file), start=1):
-            key = str(record.get("key", f"line {number}"))
-            yield from (turn.text for turn in parse_turns(record.get("conversations")))
+            with errors_named(f"{file}, line {number}"):
+                turns = parse_turns(record.get("conversations"))
+            yield from (turn.text for turn in turns)
         return
     try:
         with file.open(encoding="utf-8") as lines:

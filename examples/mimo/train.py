@@ -70,6 +70,8 @@ def train(argv: list[str]) -> None:
         start = providers.starting_point(args)
         described = start is not None and (start / FILE_NAME).is_file()
         sources = open_checkpoint(start).sources if start and described else {}
+        for part in providers.fresh_parts(args):
+            sources.pop(part, None)
         tokenizer = providers.tokenizer_path(args)
         save_description(Path(args.save), config, tokenizer, sources)
 

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig
-from examples.mimo.hf import convert
-from examples.mimo.hf.convert import start_alone
+from examples.mimo.hf.from_hf import from_hf, initialize_single_process
 from examples.mimo.hf.io import Folder
 from examples.mimo.hf.weights import family_for_export
 
@@ -70,8 +69,8 @@ def make(folder):
 
 def convert_folder(folder):
     config = dataclasses.replace(get_model_config("tiny_avlm"), language=LANGUAGE, modalities={})
-    start_alone(0)
-    convert.from_hf(config, {"language": Folder(folder)}, folder / "ours", lambda text: None)
+    initialize_single_process(0)
+    from_hf(config, {"language": Folder(folder)}, folder / "ours", lambda text: None)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 

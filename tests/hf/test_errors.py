@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from examples.mimo.hf import convert
+from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import Folder
 from tests.conftest import run_command
 from tests.hf.cases import CASES
@@ -114,7 +114,7 @@ def no_folder(folder):
         (unknown_family, "model type 'mamba' is none of llama, llava, mistral"),
         (another_width, "ffn_hidden_size is 256, but tiny_avlm's language has 128"),
         (another_activation, "hidden_act is 'gelu', but llama is built with 'silu'"),
-        (too_many_words, "vocab_size is 400, but tiny_avlm's language has 128 rows"),
+        (too_many_words, "vocab_size is 400, but tiny_avlm's language has 128"),
         (half_a_file, "damaged or half downloaded"),
         (half_a_download, "1 files of the index are missing, such as model-00002"),
         (index_that_leads_outside, "lies outside the folder"),
@@ -128,16 +128,14 @@ def no_folder(folder):
 def test_a_folder_that_is_wrong(folder, tmp_path, build_model, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
-        convert.from_hf(
-            CASE.config, {"language": Folder(folder)}, tmp_path / "o", lambda text: None
-        )
+        from_hf(CASE.config, {"language": Folder(folder)}, tmp_path / "o", lambda text: None)
     assert not (tmp_path / "o").exists()
 
 
 def test_a_folder_with_something_in_it_is_not_overwritten(good, tmp_path, build_model):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
-        convert.from_hf(CASE.config, {"language": Folder(good)}, tmp_path, lambda text: None)
+        from_hf(CASE.config, {"language": Folder(good)}, tmp_path, lambda text: None)
     assert (tmp_path / "mine").read_text() == "mine"
 
 

@@ -7,8 +7,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
-from examples.mimo.hf import convert
-from examples.mimo.hf.convert import part_config
+from examples.mimo.hf.from_hf import from_hf, part_config_of
 from examples.mimo.hf.io import Folder
 from examples.mimo.hf.weights import family_of
 from examples.mimo.model.mimo import part_prefix, parts
@@ -22,7 +21,7 @@ def test_gradients_are_transformers(name, tmp_path, build_model):
     theirs = case.build()
     theirs.save_pretrained(tmp_path / "theirs")
     folder = Folder(tmp_path / "theirs")
-    convert.from_hf(case.config, {case.part: folder}, tmp_path / "ours", lambda text: None)
+    from_hf(case.config, {case.part: folder}, tmp_path / "ours", lambda text: None)
     model = load_model(open_checkpoint(tmp_path / "ours"))
 
     wanted = case.output(theirs, case.inputs)
@@ -34,13 +33,13 @@ def test_gradients_are_transformers(name, tmp_path, build_model):
         found = encode(model, case.part, case.inputs).reshape(wanted.shape)
     (found * weights).mean().backward()
 
-    ours = part_config(case.config, case.part)
+    ours = part_config_of(case.config, case.part)
     family = family_of(folder.model_type, ours, "")
     named = dict(theirs.named_parameters())
     names = {n: f for n, f in folder.names(family).items() if f in named}
     mine = gradients_by_key(parts(model)[case.part], part_prefix(case.part))
     compared = 0
-    for row in family.table(ours, folder.section(family)):
+    for row in family.table(ours, folder.hf_config(family)):
         gradient = mine[part_prefix(case.part) + row.ours]
         for layer, piece in enumerate(gradient) if row.layered else [(None, gradient)]:
             for their_name, mine_back in zip(row.theirs, row.layout.split(piece), strict=True):

@@ -12,8 +12,9 @@ from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.configs import get_model_config
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation.engine import Engine, SequenceRequest
-from examples.mimo.hf import convert
+from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import Folder
+from examples.mimo.hf.to_hf import to_hf
 from tests.hf.cases import CASES, HEADS, INNER, LAYERS, PATCH, SIDE, WIDTH, randomise
 
 IMAGE = 110
@@ -47,7 +48,7 @@ def llava(tmp_path_factory, build_model):
     ours = from_cases()
     whole = Folder(folder / "theirs")
     parts = ("language", "images.encoder", "images.projector")
-    convert.from_hf(ours, dict.fromkeys(parts, whole), folder / "ours", lambda text: None)
+    from_hf(ours, dict.fromkeys(parts, whole), folder / "ours", lambda text: None)
     return theirs, load_model(open_checkpoint(folder / "ours")), folder
 
 
@@ -102,7 +103,7 @@ def test_twenty_greedy_tokens(llava):
 
 def test_it_comes_back_as_folders_that_transformers_loads(llava, tmp_path):
     theirs, _, folder = llava
-    convert.to_hf(open_checkpoint(folder / "ours"), tmp_path, lambda text: None)
+    to_hf(open_checkpoint(folder / "ours"), tmp_path, lambda text: None)
     language = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "language")
     ids = prompt()[0][:, :4]
     with torch.no_grad():

@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 
 from benchmarks import ranks
 from examples.mimo.checkpoint.description import open_checkpoint
-from examples.mimo.hf import convert
+from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import Folder
+from examples.mimo.hf.to_hf import to_hf
 from tests.hf.cases import CASES
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
@@ -22,7 +23,7 @@ def work(tmp_path_factory, build_model):
     for name, case in CASES.items():
         case.build().save_pretrained(folder / name / "theirs")
         source = {case.part: Folder(folder / name / "theirs")}
-        convert.from_hf(case.config, source, folder / name / "ours", lambda text: None)
+        from_hf(case.config, source, folder / name / "ours", lambda text: None)
     for tp, pp in LAYOUTS:
         flags = (str(folder), str(tp), str(pp))
         done = ranks.run("tests/hf/run_parity.py", *flags, processes=tp * pp)
@@ -57,7 +58,7 @@ def difference(work, name, tp, pp):
 @pytest.mark.parametrize("which", ["ours", "again"])
 def test_the_round_trip_is_bit_equal(work, name, which, tmp_path):
     part = CASES[name].part
-    convert.to_hf(open_checkpoint(work / name / which), tmp_path / "back", lambda text: None)
+    to_hf(open_checkpoint(work / name / which), tmp_path / "back", lambda text: None)
     before = load_file(work / name / "theirs/model.safetensors")
     after = load_file(tmp_path / "back" / part / "model.safetensors")
     roots = ("", "model.encoder.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,18 +92,61 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, latest_weights(folder), config, saved.get("sources", {}))
 
 
-def check_same_model(flag: str, folder: Path, config: MimoConfig) -> None:
-    """ValueError, one line, when `folder` holds the weights of another model than `config`."""
+def check_same_model(
+    flag: str, folder: Path, config: MimoConfig, fresh_parts: Collection[str] = ()
+) -> None:
+    """ValueError, one line, when `folder` holds the weights of another model than `config`.
+
+    `fresh_parts`, such as `sensors.projector`, are not loaded: they may differ or be absent.
+    """
     if not (folder / FILE_NAME).is_file() or not (folder / TRACKER).is_file():
         return
-    saved = _flat(to_dict(open_checkpoint(folder).config))
+    checkpoint_config = open_checkpoint(folder).config
+    check_parts(flag, folder, checkpoint_config, config, fresh_parts)
+    fresh_paths = paths_of_fresh(checkpoint_config, config, fresh_parts)
+    saved = _flat(to_dict(checkpoint_config))
     wanted = _flat(to_dict(config))
     for path in sorted(saved.keys() | wanted.keys()):
+        if path.startswith(fresh_paths):
+            continue
         if _shapes_weights(path) and saved.get(path) != wanted.get(path):
             raise ValueError(
                 f"{flag} {folder}: this folder's model has {path} {saved.get(path)}, but this "
                 f"run's has {wanted.get(path)}; change the run or name another folder"
             )
+
+
+def check_parts(
+    flag: str,
+    folder: Path,
+    checkpoint_config: MimoConfig,
+    config: MimoConfig,
+    fresh_parts: Collection[str],
+) -> None:
+    """ValueError, one line, when `config` has a part that the checkpoint lacks and is not fresh."""
+    for name in [name for name in config.modalities if name not in checkpoint_config.modalities]:
+        missing = [
+            part for part in (f"{name}.encoder", f"{name}.projector") if part not in fresh_parts
+        ]
+        if missing:
+            remedy = {
+                "--save": "name another folder",
+                "--load": f"add --finetune --fresh {name} to start with random weights there",
+            }
+            default = f"add --fresh {name} to start with random weights there"
+            raise ValueError(
+                f"{flag} {folder}: this checkpoint has no {' and no '.join(missing)}; "
+                f"{remedy.get(flag, default)}"
+            )
+
+
+def paths_of_fresh(
+    checkpoint_config: MimoConfig, config: MimoConfig, fresh_parts: Collection[str]
+) -> tuple[str, ...]:
+    """What paths of fields begin with whose values need not be the checkpoint's."""
+    added = [name for name in config.modalities if name not in checkpoint_config.modalities]
+    paths = [part if part == "language" else f"modalities.{part}" for part in fresh_parts]
+    return tuple(f"{path}." for path in [*paths, *(f"modalities.{name}" for name in added)])
 
 
 def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:

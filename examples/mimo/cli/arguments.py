@@ -25,7 +25,7 @@ from examples.mimo.configs.schema import LanguageConfig, MimoConfig, with_fields
 from examples.mimo.modalities.audio import whisper_fields
 from examples.mimo.modalities.base import MLPProjectorConfig
 from examples.mimo.model.layers import has_transformer_engine
-from examples.mimo.model.mimo import check_freeze
+from examples.mimo.model.mimo import check_freeze, part_names
 from examples.mimo.planner.stages import balance_stages, num_micro_batches
 from examples.mimo.training.layout import (
     check_world,
@@ -161,6 +161,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     preset = with_fields(preset, [*sizes, *own.config_fields])
     args = parse_with_preset(preset, argv)
     check_freeze(args.freeze, preset)
+    args.fresh = expand_fresh(args, preset)
     check_layout(args, preset)
     check_encoder_layout(args, preset)
     if args.balance_stages:
@@ -229,6 +230,27 @@ def refuse_idle_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
             why = REFUSED_GROUPS.get(group.title or "") or REFUSED_FLAGS.get(action.dest)
             if used and why:
                 raise ValueError(f"{used.pop()} would do nothing here: {why}")
+
+
+def expand_fresh(args: argparse.Namespace, config: MimoConfig) -> list[str]:
+    """The parts that `--fresh` names, a modality's both; ValueError for what would do nothing."""
+    known = part_names(config)
+    parts: dict[str, None] = {}
+    for name in args.fresh:
+        modality = [f"{name}.encoder", f"{name}.projector"]
+        named = modality if name in config.modalities else [name]
+        if named[0] not in known:
+            raise ValueError(
+                f"--fresh {name}: {config.name} has the modalities {', '.join(config.modalities)} "
+                f"and the parts {', '.join(known)}"
+            )
+        parts |= dict.fromkeys(named)
+    if parts and not args.pretrained_checkpoint and not (args.load and args.finetune):
+        raise ValueError(
+            f"--fresh {args.fresh[0]} would do nothing here: it needs --pretrained-checkpoint, or "
+            "--load with --finetune"
+        )
+    return list(parts)
 
 
 def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:

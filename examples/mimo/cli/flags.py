@@ -91,6 +91,15 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "name all parts train (default: what the model's config says)",
     )
     group.add_argument(
+        "--fresh",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts that start with random weights while all others load strictly: a modality, or "
+        "MODALITY.encoder, MODALITY.projector, language; with --pretrained-checkpoint, or --load "
+        "and --finetune. So a trained model gets another modality",
+    )
+    group.add_argument(
         "--balance-stages",
         action="store_true",
         help="give the pipeline's stages as many layers as makes an iteration shortest, with the "

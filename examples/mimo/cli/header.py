@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 
+from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.model.mimo import StageMimoModel, part_names, parts
 from examples.mimo.parallel.placement import Placement
 from examples.mimo.planner.stages import describe_pipeline, predicted_split, workload
 from examples.mimo.training.layout import colocated_encoder_tp, module_of_rank, placements, places
+from examples.mimo.training.providers import fresh_parts, starting_point
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,26 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
         f"data: {describe_data(args)}; {args.global_batch_size} samples an iteration in "
         f"micro-batches of {args.micro_batch_size}; {args.train_iters} iterations",
         *parts_table(config, by_place, is_split(args)),
+        *describe_fresh(args),
     ]
     if len(by_place) > 1 and args.rank == 0:
         split = predicted_split(args, config, chunks[0].config, workload(args, config))
         lines.append(f"pipeline: {describe_pipeline(split, args)}")
     return "\n".join(lines)
+
+
+def describe_fresh(args: argparse.Namespace) -> list[str]:
+    """A line for each part of `--fresh`, and whether the checkpoint's weights go unused."""
+    start = starting_point(args)
+    if start is None or not fresh_parts(args):
+        return []
+    described = (start / FILE_NAME).is_file()
+    stored = part_names(open_checkpoint(start).config) if described else []
+    return [
+        f"fresh: {part} starts with random weights"
+        + (f", although {start} has it" if part in stored else "")
+        for part in fresh_parts(args)
+    ]
 
 
 def is_split(args: argparse.Namespace) -> bool:

@@ -22,7 +22,10 @@ def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
     for flag in ("load", "pretrained_checkpoint", "save"):
         folder = getattr(args, flag)
         if folder:
-            check_same_model(f"--{flag.replace('_', '-')}", Path(folder), config)
+            # A run that resumes, or saves into what is there, has all parts of the checkpoint.
+            fresh = flag == "pretrained_checkpoint" or (flag == "load" and args.finetune)
+            fresh_parts = args.fresh if fresh else ()
+            check_same_model(f"--{flag.replace('_', '-')}", Path(folder), config, fresh_parts)
     if resumes and not args.finetune and not args.no_load_optim:
         check_same_optimizer(Path(args.load), args.use_distributed_optimizer)
     if resumes and args.encoder_ranks:

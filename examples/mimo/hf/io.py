@@ -1,8 +1,7 @@
-"""Hugging Face folders: config.json and safetensors, tensor by tensor; nothing is unpickled.
+"""Reading and writing weights one tensor at a time, so that no model is held in memory whole.
 
-A distributed checkpoint written and read tensor by tensor, so that no model is held whole.
-
-The files are Megatron's own `torch_dist` format: what `--load` and `avlm_inference.py` read.
+`Folder` reads a Hugging Face folder: config.json and safetensors; nothing is unpickled.
+`write_checkpoint` and `CheckpointReader` write and read Megatron's `torch_dist` format.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import (
     DefaultSavePlanner,
     FileSystemReader,
@@ -42,42 +43,78 @@ from torch.distributed.checkpoint.planner import (
 
 from examples.mimo.hf.weights import Family
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Beside them: what Megatron holds and the family's tensors cannot, such as the bias of Whisper's
+# keys. transformers does not look at this file.
+REMAINDER = "mimo.safetensors"
+# The model type of a folder whose tensors have this package's names.
+OWN_MODEL_TYPE = "mimo"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Stored(NamedTuple):
-    """Where a tensor is, and what it is like."""
+@contextlib.contextmanager
+def draft_folder(save: Path) -> Iterator[Path]:
+    """A folder beside `save` that takes its place at the end, or is gone after an error.
+
+    ValueError when there is something at `save` already.
+    """
+    save = save.resolve()
+    if save.exists() and not save.is_dir():
+        raise ValueError(f"--save {save}: this is a file; name a new folder")
+    if save.exists() and any(save.iterdir()):
+        raise ValueError(f"--save {save}: this folder is not empty; name a new one")
+    new_parents = [parent for parent in save.parents if not parent.exists()]
+    draft = save.with_name(f".{save.name}.partial")
+    # A process that was killed could not clean up.
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        draft.rename(save)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in new_parents:
+                parent.rmdir()
+        raise
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor is stored, and what its file's header says of it."""
 
     file: Path
     shape: tuple[int, ...]
-    kind: str
+    dtype: str
 
 
 class Folder:
-    """The config and the tensors of a folder; ValueError, one line, for one that is not whole."""
+    """The config and the tensors of a Hugging Face folder.
+
+    ValueError, one line, for a folder that is damaged or incomplete.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.settings = self._read_json("config.json")
+        self.settings = self._read_json(CONFIG)
         self.model_type = str(self.settings.get("model_type"))
-        self._stored = self._find_tensors()
+        self.tensors = self._list_tensors()
 
-    def section(self, family: Family) -> Any:
+    def hf_config(self, family: Family) -> Any:
         """The transformers config of the part that `family` describes, defaults filled in."""
         from transformers import CONFIG_MAPPING
 
-        where = family.sections[self.model_type]
-        values = self.settings.get(where, {}) if where else self.settings
-        own = values.get("model_type", family.name)
-        if own not in CONFIG_MAPPING:
-            raise ValueError(f"{self.path}/config.json: unknown model type {own!r}")
-        return CONFIG_MAPPING[own].from_dict(dict(values))
+        section = family.sections[self.model_type]
+        values = self.settings.get(section, {}) if section else self.settings
+        model_type = values.get("model_type", family.name)
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"{self.path}/{CONFIG}: unknown model type {model_type!r}")
+        return CONFIG_MAPPING[model_type].from_dict(dict(values))
 
     def names(self, family: Family) -> dict[str, str]:
         """The family's spelling of a tensor's name -> its name in the files."""
-        spelled = {_respell(name, family): name for name in self._stored}
+        spelled = {_respell(name, family): name for name in self.tensors}
         for root in family.roots:
             if root + family.anchor in spelled:
                 return {n.removeprefix(root): f for n, f in spelled.items() if n.startswith(root)}
@@ -87,45 +124,54 @@ class Folder:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, read now; the file is closed again, so that its pages can be forgotten."""
-        with _opened(self._stored[name].file) as opened:
+        with _opened(self.tensors[name].file) as opened:
             return opened.get_tensor(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
-        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor, without reading it."""
-        kind = self._stored[name].kind
-        if kind not in DTYPES:
-            raise ValueError(f"{self.path}: {name} is {kind}; {', '.join(DTYPES)} are read")
-        return DTYPES[kind]
+        stored = self.tensors[name].dtype
+        if stored not in DTYPES:
+            raise ValueError(f"{self.path}: {name} is {stored}; {', '.join(DTYPES)} are read")
+        return DTYPES[stored]
 
-    def _find_tensors(self) -> dict[str, Stored]:
+    def remainder(self) -> dict[str, torch.Tensor]:
+        """What `REMAINDER` holds: Megatron key -> values, and `KEY.at` -> flat positions."""
+        file = self.path / REMAINDER
+        if not file.is_file():
+            return {}
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: damaged or half downloaded ({error})") from None
+
+    def _list_tensors(self) -> dict[str, TensorInfo]:
         if (self.path / INDEX).is_file():
-            listed = self._read_json(INDEX).get("weight_map")
-            if not isinstance(listed, dict):
-                raise ValueError(f"{self.path}/{INDEX}: no weight_map in it")
-            files = sorted({self._inside(str(file)) for file in listed.values()})
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise ValueError(
-                    f"{self.path}: {len(missing)} files of the index are missing, such as "
-                    f"{missing[0]}; finish the download"
-                )
-            found = {name: entry for file in files for name, entry in _list(file).items()}
-            lost = sorted(set(listed) - set(found))
-            if lost:
-                raise ValueError(f"{self.path}: the index lists {lost[0]}, and no file holds it")
-            return found
+            return self._list_indexed_tensors()
         if (self.path / SINGLE).is_file():
-            return _list(self.path / SINGLE)
+            return _list_file(self.path / SINGLE)
         if any(self.path.glob("*.bin")):
             raise ValueError(
                 f"{self.path}: holds pickled .bin weights, which are not read; load them with "
                 "transformers where you trust them and save_pretrained() them as safetensors"
             )
         raise ValueError(f"{self.path}: no {SINGLE} in this folder")
+
+    def _list_indexed_tensors(self) -> dict[str, TensorInfo]:
+        weight_map = self._read_json(INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{self.path}/{INDEX}: no weight_map in it")
+        files = sorted({self._inside(str(file)) for file in weight_map.values()})
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(
+                f"{self.path}: {len(missing)} files of the index are missing, such as "
+                f"{missing[0]}; finish the download"
+            )
+        tensors = {name: info for file in files for name, info in _list_file(file).items()}
+        lost = sorted(set(weight_map) - set(tensors))
+        if lost:
+            raise ValueError(f"{self.path}: the index lists {lost[0]}, and no file holds it")
+        return tensors
 
     def _inside(self, name: str) -> Path:
         file = (self.path / name).resolve()
@@ -148,13 +194,13 @@ class Folder:
         return values
 
 
-def _list(file: Path) -> dict[str, Stored]:
-    """What a file holds, from its header."""
+def _list_file(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file, from its header."""
     with _opened(file) as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         return {
-            name: Stored(file, tuple(part.get_shape()), part.get_dtype())
-            for name, part in slices.items()
+            name: TensorInfo(file, tuple(tensor.get_shape()), tensor.get_dtype())
+            for name, tensor in slices.items()
         }
 
 
@@ -178,23 +224,23 @@ CHECKPOINT_VERSION = 3.0
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of the tensor under `key`, of shape `whole`; `read` gives it when it is written."""
+    """A box of the tensor `key`, whose whole shape is `global_shape`; read when it is written."""
 
     key: str
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
-    whole: tuple[int, ...]
+    global_shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
 
     def write_item(self) -> WriteItem:
-        """Where it goes."""
+        """The chunk as torch.distributed.checkpoint plans it."""
         box = ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.shape))
         properties = TensorProperties(dtype=self.dtype)
         return WriteItem(
             MetadataIndex(self.key, torch.Size(self.offsets)),
             WriteItemType.SHARD,
-            tensor_data=TensorWriteData(box, properties, torch.Size(self.whole)),
+            tensor_data=TensorWriteData(box, properties, torch.Size(self.global_shape)),
         )
 
     def data(self) -> torch.Tensor:
@@ -224,11 +270,13 @@ class _Planner(DefaultSavePlanner):
         return self.chunks[index.fqn, tuple(index.offset)].data()
 
 
-def write(folder: Path, chunks: Iterable[Chunk], objects: Iterable[ShardedObject]) -> None:
-    """Write `chunks` and Megatron's `objects` into the empty `folder`."""
+def write_checkpoint(
+    folder: Path, chunks: Iterable[Chunk], objects: Iterable[ShardedObject]
+) -> None:
+    """Write `chunks` and Megatron's `objects` into the empty `folder`, as `--load` reads them."""
     common = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}
-    everything = [*objects, ShardedObject("common_state", common, (1,), (0,))]
-    packed = {found.unique_key: _pack(found.data) for found in everything}
+    all_objects = [*objects, ShardedObject("common_state", common, (1,), (0,))]
+    packed = {item.unique_key: _pack(item.data) for item in all_objects}
     state_dict_saver.save(
         {},
         storage_writer=FileSystemWriter(folder, thread_count=1),
@@ -245,21 +293,21 @@ def _pack(data: Any) -> io.BytesIO:
     return packed
 
 
-class Reader:
+class CheckpointReader:
     """Tensors of a distributed checkpoint by key."""
 
     def __init__(self, weights: Path) -> None:
         self.weights = weights
         metadata = FileSystemReader(weights).read_metadata().state_dict_metadata
-        self.shapes = {
-            key: entry
-            for key, entry in metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+        self.tensors = {
+            key: stored
+            for key, stored in metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
         }
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The whole tensor under `key`, all layers."""
-        entry = self.shapes[key]
-        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        """The whole tensor `key`, all layers."""
+        stored = self.tensors[key]
+        state = {key: torch.empty(stored.size, dtype=stored.properties.dtype)}
         state_dict_loader.load(state, storage_reader=FileSystemReader(self.weights), no_dist=True)
         return state[key]

@@ -17,8 +17,9 @@ parallel/context.py), so each rank holds a part of an encoder's gradient.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,9 @@ class StageMimoModel(MimoModel):
         self.vp_stage = vp_stage
         self.dummy_inputs = dummy_inputs
         self.encoder_replicas = encoder_replicas
+        # Parts that a checkpoint to start from need not have, and whether they are left out now.
+        self.fresh_parts: tuple[str, ...] = ()
+        self.hides_fresh_parts = False
         if encoder_replicas:
             encoder_replicas.tie(self.modality_submodules.parameters())
         self.share_embeddings_and_output_weights = (
@@ -146,7 +150,31 @@ class StageMimoModel(MimoModel):
         if self.encoder_replicas:
             inside = f"{prefix}modality_submodules."
             self.encoder_replicas.mark({k: v for k, v in state.items() if inside in k})
+        if self.hides_fresh_parts:
+            hidden = tuple(prefix + part_prefix(part) for part in self.fresh_parts)
+            state = {key: value for key, value in state.items() if not key.startswith(hidden)}
         return state
+
+    @contextlib.contextmanager
+    def hide_loss_modules(self) -> Iterator[None]:
+        """Leave fresh parts out of what is asked of a checkpoint.
+
+        Megatron enters this under `--finetune` while it makes the sharded state that it loads. Its
+        name comes from distillation, where the parts that a checkpoint lacks are losses.
+        """
+        self.hides_fresh_parts = True
+        try:
+            yield
+        finally:
+            self.hides_fresh_parts = False
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; fresh parts that the state was made without keep the weights they have."""
+        fresh = tuple(part_prefix(part) for part in self.fresh_parts)
+        kept = {key: value for key, value in self.state_dict().items() if key.startswith(fresh)}
+        return super().load_state_dict({**kept, **state_dict}, strict, assign)
 
     def forward(
         self,

@@ -257,7 +257,9 @@ def prepare(
     )
 
 
-def create_groups(placements: Sequence[Placement], own: Placement, **options: Any) -> dict[str, Any]:
+def create_groups(
+    placements: Sequence[Placement], own: Placement, **options: Any
+) -> dict[str, Any]:
     """The globals of Megatron's parallel state for this rank's module, `own`.
 
     Every rank of the world makes all modules' groups, in one order. `options` are those of

@@ -1,0 +1,323 @@
+"""Hugging Face folders -> one distributed checkpoint that trains and answers at any TP x PP.
+
+A part without a folder starts with random weights, as Megatron would initialise it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.training.checkpointing import _build_sharded_state_dict_metadata
+
+from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_description
+from examples.mimo.cli.arguments import parse_with_preset
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.hf.io import (
+    CONFIG,
+    OWN_MODEL_TYPE,
+    REMAINDER,
+    Chunk,
+    Folder,
+    draft_folder,
+    write_checkpoint,
+)
+from examples.mimo.hf.weights import Family, Row, families_for, family_of
+from examples.mimo.model.mimo import build_part, part_names, part_prefix
+from examples.mimo.training.providers import transformer_config
+
+# What a user is told while a conversion runs, a line at a time.
+Progress = Callable[[str], None]
+# Megatron key -> the pieces of that tensor.
+ShardedTensors = dict[str, list[ShardedTensor]]
+
+
+def initialize_single_process(seed: int) -> None:
+    """Set up Megatron's parallel state for one process that communicates with no other."""
+    if not parallel_state.model_parallel_is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def from_hf(
+    config: MimoConfig, folders: Mapping[str, Folder], save: Path, progress: Progress
+) -> None:
+    """Write the checkpoint `save` from the folders of the parts that have one.
+
+    ValueError, one line, and nothing at `save`, when a folder's names, shapes or sizes are not
+    those of `config`. All are checked before the first tensor is read.
+    """
+    chunks: list[Chunk] = []
+    objects: list[ShardedObject] = []
+    sources: dict[str, Any] = {}
+    with draft_folder(save) as draft:
+        for part in part_names(config):
+            folder = folders.get(part)
+            tensors, part_objects = sharded_state(config, part, "meta" if folder else "cpu")
+            objects += part_objects
+            if folder is None:
+                progress(f"{part}: starts with random weights, as no folder is given for it")
+                chunks += _initialized(tensors)
+            elif folder.model_type == OWN_MODEL_TYPE:
+                progress(f"{part}: this package's own names, from {folder.path}")
+                chunks += _read_own(config, part, folder, tensors)
+            else:
+                part_config = part_config_of(config, part)
+                family = family_of(folder.model_type, part_config, str(folder.path))
+                hf_config = folder.hf_config(family)
+                where = f"{folder.path}/{CONFIG}"
+                check(part_config, family, hf_config, where, f"{config.name}'s {part}")
+                progress(f"{part}: {family.name} from {folder.path}")
+                prefix = part_prefix(part)
+                chunks += _read_family(part_config, family, hf_config, folder, prefix, tensors)
+                sources[part] = {"model_type": family.name, "config": hf_config.to_dict()}
+        (draft / RELEASE).mkdir()
+        write_checkpoint(draft / RELEASE, chunks, objects)
+        language = folders.get("language")
+        save_description(draft, config, language.path if language else None, sources)
+        (draft / TRACKER).write_text(RELEASE)
+
+
+def part_config_of(config: MimoConfig, part: str) -> Any:
+    """The config of one part by its name: `language`, `images.encoder`, `images.projector`."""
+    if part == "language":
+        return config.language
+    modality, side = part.split(".")
+    return getattr(config.modalities[modality], side)
+
+
+def modalities_that_take(model_type: str, config: MimoConfig) -> list[str]:
+    """The modalities whose encoder takes weights out of a folder of this model type."""
+    return [
+        name
+        for name, modality in config.modalities.items()
+        if any(model_type in family.sections for family in families_for(modality.encoder))
+    ]
+
+
+def sharded_state(
+    config: MimoConfig, part: str, device: str
+) -> tuple[ShardedTensors, list[ShardedObject]]:
+    """What Megatron saves of a part: its tensors by key, and the objects beside them.
+
+    On `device` "meta" the tensors have shapes and no memory; on "cpu" they are initialised.
+    """
+    args = parse_with_preset(config, [])
+    args.params_dtype = torch.float32
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with torch.device(device):
+        module = build_part(config, part, transformer_config(args), groups)
+    metadata = _build_sharded_state_dict_metadata(args)
+    state: dict[str, Any] = {
+        "part": sharded_state_dict_default(module, part_prefix(part), metadata=metadata)
+    }
+    apply_factories(state)
+    tensors: ShardedTensors = {}
+    objects = []
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            tensors.setdefault(value.key, []).append(value)
+        elif isinstance(value, ShardedObject):
+            objects.append(value)
+    return tensors, objects
+
+
+def check(part_config: Any, family: Family, hf_config: Any, where: str, part: str) -> None:
+    """ValueError naming field and both values where a config.json does not describe the part."""
+    for name, required in family.required.items():
+        value = getattr(hf_config, name, required)
+        if not _same(value, required):
+            raise ValueError(
+                f"{where}: {name} is {value!r}, but {family.name} is built with {required!r}"
+            )
+    for name, value in family.fields(hf_config).items():
+        expected = getattr(part_config, name)
+        if not _same(value, expected):
+            raise ValueError(f"{where}: {name} is {value!r}, but {part} has {expected!r}")
+    size = getattr(hf_config, "vocab_size", 0)
+    if hasattr(part_config, "vocab_size") and size > part_config.vocab_size:
+        raise ValueError(f"{where}: vocab_size is {size}, but {part} has {part_config.vocab_size}")
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """Equal, numbers up to what a float32 keeps: some formats store them so."""
+    if isinstance(value, float) and isinstance(expected, (int, float)):
+        return math.isclose(value, expected, rel_tol=1e-6)
+    return value == expected
+
+
+def _initialized(tensors: ShardedTensors) -> Iterator[Chunk]:
+    for key, pieces in tensors.items():
+        for piece in pieces:
+            assert piece.data is not None
+            yield Chunk(
+                key,
+                tuple(piece.global_offset),
+                (*[1] * piece.prepend_axis_num, *piece.local_shape),
+                tuple(piece.global_shape),
+                piece.data.dtype,
+                functools.partial(torch.Tensor.detach, piece.data),
+            )
+
+
+def _read_own(
+    config: MimoConfig, part: str, folder: Folder, tensors: ShardedTensors
+) -> Iterator[Chunk]:
+    """Chunks of a folder whose tensors have Megatron's names and shapes, all layers in one."""
+    part_config = part_config_of(config, part)
+    # As config.json has them: JSON knows no tuples.
+    expected = json.loads(json.dumps(dataclasses.asdict(part_config)))
+    for field in dataclasses.fields(part_config):
+        value = folder.settings.get(field.name)
+        if field.metadata.get("shapes_weights", True) and value != expected[field.name]:
+            raise ValueError(
+                f"{folder.path}/{CONFIG}: {field.name} is {value!r}, but {config.name}'s {part} "
+                f"has {expected[field.name]!r}"
+            )
+    shapes = {
+        key.removeprefix(part_prefix(part)): tuple(pieces[0].global_shape)
+        for key, pieces in tensors.items()
+    }
+    for name in sorted(set(folder.tensors) - set(shapes)):
+        raise ValueError(f"{folder.path}: tensor {name} has no place in {config.name}'s {part}")
+    for name, shape in shapes.items():
+        _check_shape(folder, name, name, shape)
+    for name, shape in shapes.items():
+        yield Chunk(
+            part_prefix(part) + name,
+            (0,) * len(shape),
+            shape,
+            shape,
+            folder.dtype(name),
+            functools.partial(folder.tensor, name),
+        )
+
+
+def _read_family(
+    part_config: Any,
+    family: Family,
+    hf_config: Any,
+    folder: Folder,
+    prefix: str,
+    tensors: ShardedTensors,
+) -> Iterator[Chunk]:
+    """A chunk for each mapping and layer; every tensor on either side must be accounted for."""
+    names = folder.names(family)
+    read: set[str] = set()
+    mappings = family.table(part_config, hf_config)
+    mapped = {prefix + mapping.ours for mapping in mappings}
+    assert mapped == set(tensors), (mapped ^ set(tensors), "the family's table is not this model's")
+    remainder = _checked_remainder(folder, prefix, tensors)
+    chunks = []
+    for mapping in mappings:
+        key = prefix + mapping.ours
+        whole = tuple(tensors[key][0].global_shape)
+        shape = whole[1:] if mapping.layered else whole
+        hf_tensors = mapping.layout.split(torch.empty(shape, device="meta"))
+        for layer in range(family.num_layers(part_config)) if mapping.layered else [None]:
+            hf_names = [name.format(i=layer) for name in mapping.theirs]
+            read.update(hf_names)
+            for name, tensor in zip(hf_names, hf_tensors, strict=True):
+                _check_shape(folder, names.get(name, ""), name, tuple(tensor.shape))
+            files_names = [names[name] for name in hf_names]
+            first = (layer or 0) * math.prod(shape)
+            rest = _within(remainder.get(mapping.ours), first, first + math.prod(shape))
+            chunks.append(
+                Chunk(
+                    key,
+                    (layer, *[0] * len(shape)) if layer is not None else (0,) * len(shape),
+                    (1, *shape) if layer is not None else shape,
+                    whole,
+                    folder.dtype(files_names[0]),
+                    functools.partial(_join, folder, files_names, mapping, rest),
+                )
+            )
+    _check_leftovers(part_config, family, folder, names, read)
+    return iter(chunks)
+
+
+# Flat positions in a tensor, and the values there.
+Elements = tuple[torch.Tensor, torch.Tensor]
+
+
+def _checked_remainder(folder: Folder, prefix: str, tensors: ShardedTensors) -> dict[str, Elements]:
+    """What the folder's `REMAINDER` has of each tensor; ValueError when it is of another part."""
+    stored = folder.remainder()
+    remainder = {}
+    for name in [name for name in stored if f"{name}.at" in stored]:
+        positions = stored[f"{name}.at"]
+        pieces = tensors.get(prefix + name)
+        size = math.prod(pieces[0].global_shape) if pieces else 0
+        if (
+            positions.shape != stored[name].shape
+            or not ((positions >= 0) & (positions < size)).all()
+        ):
+            raise ValueError(
+                f"{folder.path}/{REMAINDER}: {name} does not fit this part; remove the file if "
+                "the folder was changed"
+            )
+        remainder[name] = positions, stored[name]
+    return remainder
+
+
+def _within(elements: Elements | None, start: int, stop: int) -> Elements | None:
+    """Those from `start` to `stop`, counted from `start`."""
+    if elements is None:
+        return None
+    positions, values = elements
+    inside = (positions >= start) & (positions < stop)
+    return positions[inside] - start, values[inside]
+
+
+def _join(folder: Folder, names: list[str], mapping: Row, rest: Elements | None) -> torch.Tensor:
+    tensor = mapping.layout.join([folder.tensor(name) for name in names])
+    if rest is None:
+        return tensor
+    positions, values = rest
+    tensor = tensor.clone()
+    tensor.view(-1)[positions] = values.to(tensor.dtype)
+    return tensor
+
+
+def _check_shape(folder: Folder, stored_name: str, name: str, expected: tuple[int, ...]) -> None:
+    if stored_name not in folder.tensors:
+        raise ValueError(f"{folder.path}: tensor {name} is missing")
+    shape = folder.tensors[stored_name].shape
+    if shape != expected:
+        raise ValueError(f"{folder.path}: {name} has shape {shape}, but {expected} is needed")
+
+
+def _check_leftovers(
+    part_config: Any, family: Family, folder: Folder, names: dict[str, str], read: set[str]
+) -> None:
+    """ValueError for a tensor that was not read and is not known to be unused."""
+    fixed = family.fixed(part_config)
+    for name, table in fixed.items():
+        if name in names and not torch.allclose(
+            folder.tensor(names[name]).float(), table, atol=1e-3
+        ):
+            raise ValueError(f"{folder.path}: {name} differs from the fixed table it should be")
+    num_layers = family.num_layers(part_config)
+    for name in sorted(set(names) - read - set(fixed)):
+        layer = re.search(r"layers?\.(\d+)\.", name)
+        # Layers behind the one whose features are used are not built.
+        not_built = layer is not None and int(layer[1]) >= num_layers
+        if not not_built and not any(re.fullmatch(pattern, name) for pattern in family.unused):
+            raise ValueError(
+                f"{folder.path}: tensor {name} has no place in a {family.name}; this is another "
+                "architecture"
+            )
