@@ -33,7 +33,7 @@ from benchmarks import spoken_shapes
 from examples.mimo.configs import get_model_config
 from examples.mimo.data.conversation import (
     FilesInside,
-    SampleReader,
+    SampleEncoder,
     parse_turns,
     to_pieces,
     tokenise,
@@ -151,9 +151,9 @@ def by_stage(
     tokenizer = load_tokenizer(folder)
     eye, ear = (config.modalities[name].encoder for name in ("images", "audios"))
     raw_pictures, raw_sounds = [eye.read(f) for f in pictures], [ear.read(f) for f in sounds]
-    reader, find = SampleReader(config, tokenizer, ROW), FilesInside(folder)
-    samples = [reader.read(record, find) for record in records]
-    pieces = [to_pieces(parse_turns(r["conversations"], r["key"]), config) for r in records]
+    reader, find = SampleEncoder(config, tokenizer, ROW), FilesInside(folder)
+    samples = [reader.encode(record, find) for record in records]
+    pieces = [to_pieces(parse_turns(r["conversations"]), config) for r in records]
     counts = [
         {name: [config.modalities[name].encoder.num_tokens(i) for i in items]
          for name, items in sample.media.items()}
@@ -175,7 +175,7 @@ def by_stage(
         "its mel features": (lambda: [ear.preprocess(s) for s in raw_sounds], len(sounds)),
         "tokenise a conversation": (tokenise_all, len(records)),
         f"pack, {BUFFER} at a time": (lambda: pack(lengths[:BUFFER], ROW), BUFFER),
-        "a whole sample": (lambda: [reader.read(r, find) for r in records], len(records)),
+        "a whole sample": (lambda: [reader.encode(r, find) for r in records], len(records)),
     }
     return {
         name: statistics.median(seconds_each(run, count) for _ in range(ROUNDS))

@@ -82,7 +82,7 @@ def _score(
 
     reader = answerer.sample_encoder(blank or [])
     samples = [
-        reader.read({**record, "conversations": record["conversations"][:-1]}, FilesInside(root))
+        reader.encode({**record, "conversations": record["conversations"][:-1]}, FilesInside(root))
         for record in records
     ]
     clock = ProgressBar(title, len(records))

@@ -107,12 +107,13 @@ def tokenizer(args: argparse.Namespace) -> None:
 def _texts(file: Path) -> Iterator[str]:
     """The turns of the conversations in a .jsonl manifest, or the lines of any other file."""
     if file.suffix == ".jsonl":
-        from examples.mimo.data.conversation import parse_turns
+        from examples.mimo.data.conversation import errors_named, parse_turns
         from examples.mimo.data.datasets import read_records
 
         for number, record in enumerate(read_records(file), start=1):
-            key = str(record.get("key", f"line {number}"))
-            yield from (turn.text for turn in parse_turns(record.get("conversations"), key))
+            with errors_named(f"{file}, line {number}"):
+                turns = parse_turns(record.get("conversations"))
+            yield from (turn.text for turn in turns)
         return
     try:
         with file.open(encoding="utf-8") as lines:
@@ -166,12 +167,12 @@ def show(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
     config = _config(_model(args, args.folder))
-    from examples.mimo.data.conversation import SampleReader
+    from examples.mimo.data.conversation import SampleEncoder
     from examples.mimo.data.tokenizer import load_tokenizer
     from examples.mimo.shards.show import inspect_shards, render_page
 
     vocabulary = load_tokenizer(args.tokenizer or args.folder)
-    reader = SampleReader(config, vocabulary, args.seq_length or sys.maxsize)
+    reader = SampleEncoder(config, vocabulary, args.seq_length or sys.maxsize)
     totals, shown = inspect_shards(args.folder, reader, limit, num_shown)
     print("\n".join(totals.lines()))
     output = args.html or Path(f"{args.folder.resolve().name}.html")

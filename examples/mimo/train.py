@@ -51,8 +51,8 @@ def train(argv: list[str]) -> None:
     from examples.mimo import compat
     from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
     from examples.mimo.cli.arguments import balance_stages, parse_arguments
+    from examples.mimo.cli.inputs import check_inputs
     from examples.mimo.cli.observer import RunObserver
-    from examples.mimo.parallel import noncolocated
     from examples.mimo.training import providers
     from examples.mimo.training.step import forward_step
 
@@ -62,7 +62,7 @@ def train(argv: list[str]) -> None:
     if not args.show_megatron_output:
         # Megatron lowered the root logger's level when it was imported.
         logging.getLogger().setLevel(logging.WARNING)
-    providers.check_inputs(args, config)
+    check_inputs(args, config)
     set_global_variables(args)
 
     # The description goes to --save before any weights do: from the first checkpoint on, even of a
@@ -83,9 +83,7 @@ def train(argv: list[str]) -> None:
     # So far all ranks had the same input and failed alike; from here on one may fail alone.
     command.report_every_rank()
     with observer.explains_errors():
-        separate = noncolocated.prepare(
-            args, providers.transformer_config(args), compat.install_for_noncolocated
-        )
+        separate = providers.prepare_noncolocated(args, compat.install_for_noncolocated)
         # `pretrain` calls these with its own arguments only, so what is ours is bound beforehand.
         pretrain(
             pretrain_cfg_container_from_args(args),

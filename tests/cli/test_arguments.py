@@ -135,12 +135,12 @@ def test_longer_rows_need_no_second_flag(parse):
         (
             6,
             (*OWN, "images=0-2", "audios=3", *ENCODER_TP, "images=2"),
-            "images 3 ranks, which do not divide by its",
+            "images 3 ranks, not divisible by its",
         ),
         (
             6,
             (*OWN, "images=0-2", "audios=3"),
-            "3 copies of images's encoder for 2 of the language model",
+            "3 replicas of images's encoder for 2 of the language model",
         ),
         (
             5,

@@ -32,7 +32,7 @@ with command.stdout_to(os.devnull):
     model = Mimo(open_checkpoint(folder), tp, pp)
 reader = model.sample_encoder()
 samples = [
-    reader.read({**record, "conversations": record["conversations"][:1]}, FilesInside(data))
+    reader.encode({**record, "conversations": record["conversations"][:1]}, FilesInside(data))
     for record in read_records(data / "heldout.jsonl")[:count]
 ]
 encoded = []

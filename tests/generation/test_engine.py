@@ -168,13 +168,13 @@ class Watch:
             return forward(hidden, *more)
 
         monkeypatch.setattr(engine.transformer, "forward", counted)
-        encode = engine.model._run_encoder
+        encode = engine.model.run_encoder
 
         def noted(name, inputs):
             self.encoded.append(name)
             return encode(name, inputs)
 
-        monkeypatch.setattr(engine.model, "_run_encoder", noted)
+        monkeypatch.setattr(engine.model, "run_encoder", noted)
 
 
 def questions(config):

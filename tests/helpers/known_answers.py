@@ -19,11 +19,11 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from examples.mimo.hf.from_hf import initialize_single_process, part_entries
 
 from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_description
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.hf import io
-from examples.mimo.hf.convert import part_entries, start_alone
 from examples.mimo.model.mimo import part_names
 
 NUM_SENTENCES, SENTENCE_LENGTH = 8, 12
@@ -37,7 +37,7 @@ EMBEDDING, OUTPUT = "word_embeddings.weight", "output_layer.weight"
 
 def write_checkpoint(config: MimoConfig, data: Path, folder: Path) -> None:
     """Such a model of the sizes of `config`, with the tokenizer of `data`, in `folder`."""
-    start_alone(seed=1)
+    initialize_single_process(seed=1)
     embedding, output = _vocabulary(config, data / "tokenizer.model")
     chunks, objects = [], []
     for part in part_names(config):

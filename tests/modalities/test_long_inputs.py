@@ -10,7 +10,7 @@ from PIL import Image
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.data.batch import collate, num_inputs
-from examples.mimo.data.conversation import SampleReader, Turn, to_pieces
+from examples.mimo.data.conversation import SampleEncoder, Turn
 from examples.mimo.modalities.image import fit_picture, grid_of_tiles
 from examples.mimo.modalities.video import read_frames
 from tests.modalities.videos import write_video
@@ -117,9 +117,9 @@ def test_placeholders_of_long_inputs_are_counted(tiny, tokenizer, ear, eye, tmp_
     config = dataclasses.replace(tiny, modalities={"images": images, "audios": audios})
     soundfile.write(tmp_path / "a.wav", np.full(3 * RATE, 0.1), RATE)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    pieces = to_pieces([Turn(False, "<image><audio>?"), Turn(True, "yes")], config)
+    turns = [Turn(False, "<image><audio>?"), Turn(True, "yes")]
     files = {"images": [tmp_path / "a.png"], "audios": [tmp_path / "a.wav"]}
-    sample = SampleReader(config, tokenizer, 256).from_pieces(pieces, files, "k")
+    sample = SampleEncoder(config, tokenizer, 256).encode({"conversations": turns, **files}, None)
     assert sample.tokens.ids.count(4) == 5 * 16
     assert sample.tokens.ids.count(5) == 20 + 5
     batch = collate([sample, sample])

@@ -27,13 +27,13 @@ def losses_of(model, batch):
     return model(batch.input_ids, batch.labels, batch.modality_inputs) * batch.loss_mask
 
 
-def test_media_embeddings_stand_where_their_placeholders_are(tiny, model):
+def test_media_embeddings_are_at_their_placeholders(tiny, model):
     batch = batch_of(tiny, {"images", "audios"})
     with torch.no_grad():
         sequence = model.embed(batch.input_ids, batch.modality_inputs).transpose(0, 1)
+        media = model.encode(batch.modality_inputs)
         for name, modality in tiny.modalities.items():
-            rows = model._encode(name, batch.modality_inputs[name])
-            assert torch.equal(sequence[batch.input_ids == modality.token_id], rows)
+            assert torch.equal(sequence[batch.input_ids == modality.token_id], media[name])
         text = sum(batch.input_ids == m.token_id for m in tiny.modalities.values()) == 0
         words = model.language_model.embedding.word_embeddings.weight[batch.input_ids[text]]
     assert torch.equal(sequence[text], words)
@@ -73,8 +73,8 @@ def test_gradients_flow_through_frozen_parts(tiny, model, build_model):
     losses_of(model, batch).sum().backward()
     losses_of(frozen, batch).sum().backward()
     for name in part_names(tiny):
-        wanted, found = parts(model)[name].parameters(), parts(frozen)[name].parameters()
-        for free, held in zip(wanted, found, strict=True):
+        both = (parts(model)[name].parameters(), parts(frozen)[name].parameters())
+        for free, held in zip(*both, strict=True):
             if name in ("language", "images.encoder"):
                 assert held.grad is None
             else:
@@ -86,15 +86,30 @@ def test_a_wrong_count_names_sample_file_and_both_numbers(tiny, model):
     sample = MockDataset(tiny, 128, 400, seed=0)[0]
     short = [i for i in batch.input_ids[0].tolist() if i != 4]
     short += [4] * 15
-    row = TokenSequence(short, [*short[1:], 0], [0] * len(short))
+    tokens = TokenSequence(short, [*short[1:], 0], [0] * len(short))
     pixels = {"pixel_values": torch.zeros(1, 3, 32, 32)}
-    sample = Sample("cat-7", row, {"images": [pixels]}, {"images": ["photos/cat.png"]})
+    sample = Sample("cat-7", tokens, {"images": [pixels]}, {"images": ["photos/cat.png"]})
     batch = collate([sample])
     with pytest.raises(MediaCountError) as error:
         losses_of(model, batch)
     text = error.value.explain(batch.items)
-    for part in ("images", "15 placeholder", "16 rows", "cat-7", "photos/cat.png", "num_tokens"):
+    for part in (
+        "images",
+        "15 placeholder",
+        "16 embeddings",
+        "cat-7",
+        "photos/cat.png",
+        "num_tokens",
+    ):
         assert part in text
+
+
+def test_encoders_run_in_the_order_of_the_config(tiny, model):
+    inputs = batch_of(tiny, {"images", "audios"}).modality_inputs
+    for names in (("images", "audios"), ("audios", "images"), ("audios",), ()):
+        encoded = model.encode({name: inputs[name] for name in names})
+        assert list(encoded) == list(tiny.modalities)
+        assert {name for name, media in encoded.items() if len(media)} == set(names)
 
 
 def test_evaluation_runs_no_encoder_without_input(tiny, model):

@@ -45,8 +45,8 @@ CASES = [
 
 @pytest.mark.parametrize("layout", CASES)
 def test_a_layout_computes_what_one_process_computes(layout, references, tmp_path):
-    found = references.difference(layout, tmp_path)
-    assert found.within_bounds(layout.bf16), found
+    difference = references.difference(layout, tmp_path)
+    assert difference.within_bounds(layout.bf16), difference
 
 
 def test_the_comparison_sees_every_parameter_layer_and_loss(references, tiny, build_model):
@@ -65,5 +65,5 @@ def test_only_the_projectors_have_optimizer_state(references):
 
 
 def test_the_batches_mix_samples_with_and_without_media(tiny):
-    found = {tuple(sorted(MockDataset(tiny, 128, 80, seed=11)[i].media)) for i in range(80)}
-    assert found == {(), ("images",), ("audios",), ("audios", "images")}
+    kinds = {tuple(sorted(MockDataset(tiny, 128, 80, seed=11)[i].media)) for i in range(80)}
+    assert kinds == {(), ("images",), ("audios",), ("audios", "images")}

@@ -1,4 +1,4 @@
-"""Encoders on ranks of their own: what the table of layouts does not compare."""
+"""Non-colocated encoders: what the table of layouts does not compare."""
 
 import json
 
@@ -10,13 +10,14 @@ from examples.mimo.data.batch import collate, collate_packed, share_of, take_sha
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.parallel.noncolocated import count_by_sample
 from examples.mimo.parallel.placement import Placement
+from examples.mimo.training import layout
 from tests.conftest import run_train
 
 EVALUATE = ("--train-iters", "1", "--lr", "0", "--eval-interval", "1", "--eval-iters", "3")
 LAYOUTS = {
     "one process": layouts.ONE,
-    "encoders serve two": layouts.Layout("", 6, layouts.OWN + layouts.PP2),
-    "encoders share": layouts.Layout("", 6, layouts.OWN_DP2 + layouts.TP2),
+    "encoders serve two replicas": layouts.Layout("", 6, layouts.OWN + layouts.PP2),
+    "encoders share the media": layouts.Layout("", 6, layouts.OWN_DP2 + layouts.TP2),
 }
 
 
@@ -31,10 +32,10 @@ def scores(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scores")
 
     def score(name):
-        layout, file = LAYOUTS[name], folder / name
+        run, file = LAYOUTS[name], folder / name
         load = ("--load", str(start), "--finetune", "--metrics-file", str(file))
-        flags = (*layouts.COMMON, *layout.flags, *EVALUATE, *load)
-        done = run_train(*flags, processes=layout.processes)
+        flags = (*layouts.COMMON, *run.flags, *EVALUATE, *load)
+        done = run_train(*flags, processes=run.processes)
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         return next(row["validation"] for row in rows if "validation" in row)
@@ -42,11 +43,11 @@ def scores(start, tmp_path_factory):
     return score
 
 
-def test_held_out_scores_are_one_processs(scores):
-    wanted = scores("one process")
-    assert wanted["lm loss"] > 0
-    for name in ("encoders serve two", "encoders share"):
-        assert scores(name) == pytest.approx(wanted, rel=1e-6)
+def test_held_out_scores_equal_those_of_one_process(scores):
+    expected = scores("one process")
+    assert expected["lm loss"] > 0
+    for name in ("encoders serve two replicas", "encoders share the media"):
+        assert scores(name) == pytest.approx(expected, rel=1e-6)
 
 
 def test_shares_are_all_items_once_and_nearly_equal():
@@ -56,7 +57,7 @@ def test_shares_are_all_items_once_and_nearly_equal():
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_a_share_of_a_batch_keeps_its_rows(tiny):
+def test_shares_of_a_batch_split_its_media_and_keep_its_text(tiny):
     batch = collate([MockDataset(tiny, 128, 8, seed=0)[i] for i in range(8)])
     parts = [take_share(batch, number, 2) for number in range(2)]
     for name, inputs in batch.modality_inputs.items():
@@ -66,15 +67,31 @@ def test_a_share_of_a_batch_keeps_its_rows(tiny):
     assert all(torch.equal(part.input_ids, batch.input_ids) for part in parts)
 
 
-def test_rows_are_counted_by_sample_whether_packed_or_not(tiny):
+def test_embeddings_are_counted_by_sample_packed_or_not(tiny):
     samples = [MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6)]
     for modality in tiny.modalities.values():
-        wanted = [sample.tokens.ids.count(modality.token_id) for sample in samples]
-        assert sum(wanted) > 0
+        expected = [sample.tokens.ids.count(modality.token_id) for sample in samples]
+        assert sum(expected) > 0
         for batch in (collate(samples), collate_packed(samples)):
-            assert count_by_sample(batch.input_ids, modality.token_id, batch.cu_seqlens) == wanted
+            assert count_by_sample(batch.input_ids, modality.token_id, batch.cu_seqlens) == expected
 
 
-def test_a_placement_counts_its_copies():
+def test_a_placement_counts_its_data_parallel_replicas():
     placement = Placement("language", range(4, 16), tp=2, cp=1, pp=3)
     assert placement.dp == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "language_dp", "expected"),
+    [
+        (1, 4, 4, (range(1, 2), 0, 1)),
+        (0, 1, 4, (range(4), 0, 1)),
+        (1, 2, 4, (range(2, 4), 0, 1)),
+        (1, 2, 1, (range(1), 1, 2)),
+        (3, 4, 2, (range(1, 2), 1, 2)),
+    ],
+)
+def test_what_a_data_parallel_rank_reads(monkeypatch, rank, size, language_dp, expected):
+    monkeypatch.setattr(layout.mpu, "get_data_parallel_rank", lambda: rank)
+    monkeypatch.setattr(layout.mpu, "get_data_parallel_world_size", lambda: size)
+    assert layout.data_share(language_dp) == layout.DataShare(*expected)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from examples.mimo.data.batch import collate, collate_packed
-from examples.mimo.data.conversation import SampleReader
+from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.data.datasets import ConversationDataset
 from examples.mimo.shards.read import pack
 
@@ -47,7 +47,7 @@ def token_losses(model, batch):
 
 
 def test_a_sample_has_the_same_loss_in_a_packed_sequence(tiny, tokenizer, data_folder, build_model):
-    reader = SampleReader(tiny, tokenizer, 128)
+    reader = SampleEncoder(tiny, tokenizer, 128)
     dataset = ConversationDataset(data_folder, "train", reader)
     samples = [dataset[index] for index in range(24)]
     model = build_model(tiny).eval()

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from examples.mimo.data.batch import collate, collate_packed
-from examples.mimo.data.conversation import SampleReader
+from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.shards.mixtures import read_mixture
 from examples.mimo.shards.write import WriteOptions, index_shards, prepare_shards
 from tests.shards import broken
@@ -64,7 +64,7 @@ def count(shards):
 @pytest.fixture
 def read(tiny, tokenizer, shards):
     """Batches of one data-parallel rank."""
-    reader = SampleReader(tiny, tokenizer, 128)
+    reader = SampleEncoder(tiny, tokenizer, 128)
     started = []
 
     def start(rank=0, ranks=1, workers=0, path=shards, packing=None, max_bad=100, seed=1, size=4):
@@ -159,7 +159,7 @@ def test_packed_sequences_are_full_and_samples_whole(read, tiny, tokenizer, coun
 
 
 def test_a_validation_pass_is_always_the_same(tiny, tokenizer, shards):
-    encoder = ConversationEncoder(SampleReader(tiny, tokenizer, 128), collate, 100, None)
+    encoder = ConversationEncoder(SampleEncoder(tiny, tokenizer, 128), collate, 100, None)
     loader = validation_loader(shards, "val", encoder, worker_config(0, 1, 0, 1), 2, 3)
     passes = [[batch.keys for batch in loader] for _ in range(2)]
     assert passes[0] == passes[1]

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from examples.mimo.data.conversation import Sample, SampleReader, TokenSequence
+from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.shards.show import ShownSample, Statistics, inspect_shards, render_page
 from examples.mimo.shards.write import WriteOptions, prepare_shards
 from tests.conftest import run_command
@@ -41,7 +41,7 @@ def shards(data_folder, tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inspected(shards, tiny, tokenizer):
-    reader = SampleReader(tiny, tokenizer, 128)
+    reader = SampleEncoder(tiny, tokenizer, 128)
     statistics, shown = inspect_shards(shards, reader, limit=50, num_shown=20)
     return statistics, shown, render_page(shards, statistics, shown, reader)
 
@@ -95,7 +95,7 @@ def preview(content_type, content):
 def test_the_content_type_decides_how_a_preview_is_shown(
     tiny, tokenizer, tmp_path, content_type, element
 ):
-    reader = SampleReader(tiny, tokenizer, 128)
+    reader = SampleEncoder(tiny, tokenizer, 128)
     page = render_page(tmp_path, Statistics(), [preview(content_type, b"<b>")], reader)
     assert element in page
     assert "<script" not in page

@@ -21,7 +21,7 @@ WHERE = r"in: (iteration \d+, (computing|reading a batch)|after iteration \d+)"
 LAYOUTS = {
     "TP 2": (2, ("--tensor-model-parallel-size", "2")),
     "PP 2": (2, PP2),
-    "own ranks": (3, ("--encoder-ranks", "images=0", "audios=1")),
+    "non-colocated encoders": (3, ("--encoder-ranks", "images=0", "audios=1")),
 }
 
 

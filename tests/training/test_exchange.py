@@ -115,8 +115,8 @@ def losses(metrics):
 def test_goes_on_at_another_layout(saver, loader, saved, uninterrupted, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     train(loader, *WHOLE, "--load", str(saved(saver)), "--metrics-file", str(metrics))
-    wanted = {i: loss for i, loss in uninterrupted.items() if i > SAVED_AFTER}
-    assert losses(metrics) == pytest.approx(wanted, rel=1e-6)
+    expected = {i: loss for i, loss in uninterrupted.items() if i > SAVED_AFTER}
+    assert losses(metrics) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", AGAIN)
@@ -133,13 +133,13 @@ def test_loaded_and_saved_again_is_the_same_bytes(name, saved, tmp_path):
 def contents(folder):
     """What a checkpoint holds: name and place in the whole -> bytes."""
     weights = folder / f"iter_{SAVED_AFTER:07d}"
-    found = {}
+    tensors = {}
     for index, place in FileSystemReader(weights).read_metadata().storage_data.items():
         if index.fqn.startswith("common_state"):
             continue
         with (weights / place.relative_path).open("rb") as file:
             file.seek(place.offset)
-            found[index.fqn, index.offset, index.index] = file.read(place.length)
+            tensors[index.fqn, index.offset, index.index] = file.read(place.length)
     common = load_common_state_dict(weights)
     for key in (
         "iteration",
@@ -147,5 +147,5 @@ def contents(folder):
         "optimizer",
         "num_floating_point_operations_so_far",
     ):
-        found[key, None, None] = repr(common[key]).encode()
-    return found
+        tensors[key, None, None] = repr(common[key]).encode()
+    return tensors

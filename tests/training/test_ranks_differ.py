@@ -71,8 +71,8 @@ def test_the_hash_seeds_order_a_set_of_the_modalities_differently(tiny):
 
 
 def test_the_samples_are_those_that_tell_orders_apart(tiny):
-    found = [tuple(MockDataset(tiny, 128, 32, seed=19)[i].media) for i in range(32)]
-    assert {(), ("images",), ("audios",), ("images", "audios")} <= set(found)
+    kinds = [tuple(MockDataset(tiny, 128, 32, seed=19)[i].media) for i in range(32)]
+    assert {(), ("images",), ("audios",), ("images", "audios")} <= set(kinds)
 
 
 def test_tensor_parallel_ranks_with_hash_seeds_of_their_own(together, tmp_path):

@@ -44,10 +44,10 @@ def uninterrupted(data_folder, tmp_path_factory):
     return work
 
 
-def same(found, wanted, bound):
-    for iteration, row in wanted.items():
-        assert found[iteration]["keys"] == row["keys"], iteration
-        assert found[iteration]["loss"] == pytest.approx(row["loss"], rel=bound), iteration
+def same(resumed, expected, bound):
+    for iteration, row in expected.items():
+        assert resumed[iteration]["keys"] == row["keys"], iteration
+        assert resumed[iteration]["loss"] == pytest.approx(row["loss"], rel=bound), iteration
 
 
 def test_killed_and_started_again(data_folder, uninterrupted, tmp_path):
@@ -87,9 +87,9 @@ def test_goes_on_at_another_layout(data_folder, uninterrupted, tmp_path, layout)
     processes = 2 ** (len(layout) // 2)
     done = run_train(*flags(data_folder, tmp_path, layout), processes=processes)
     assert done.returncode == 0, done.stderr
-    wanted = {i: row for i, row in read(uninterrupted).items() if i > 2 * EVERY}
-    assert sorted(read(tmp_path)) == sorted(wanted)
-    same(read(tmp_path), wanted, 1e-5)
+    expected = {i: row for i, row in read(uninterrupted).items() if i > 2 * EVERY}
+    assert sorted(read(tmp_path)) == sorted(expected)
+    same(read(tmp_path), expected, 1e-5)
 
 
 @pytest.mark.parametrize(

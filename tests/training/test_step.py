@@ -14,8 +14,7 @@ def batch_with(mask, labels=None):
         seq_length=mask.shape[1],
         num_tokens=mask.numel(),
         keys=["a", "b"],
-        labels=labels,
-        loss_mask=mask,
+        tensors={"loss_mask": mask} | ({} if labels is None else {"labels": labels}),
     )
 
 
@@ -42,7 +41,7 @@ def test_a_loss_that_is_not_finite_names_iteration_and_samples(monkeypatch, valu
         step.training_loss(batch_with([[1, 1], [1, 1]]), losses)
 
 
-def test_exact_match_asks_every_target_of_a_row(tiny, build_model):
+def test_exact_match_needs_every_target_of_a_sequence(tiny, build_model):
     stage = build_model(tiny)
     labels = torch.tensor([[3, 4, 5], [3, 4, 5], [3, 4, 5]])
     logits = torch.nn.functional.one_hot(labels, tiny.language.vocab_size).float() * 10

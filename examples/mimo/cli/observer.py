@@ -31,7 +31,8 @@ from examples.mimo.cli import command
 from examples.mimo.cli.header import describe_run
 from examples.mimo.cli.progress import IterationTotals, ProgressTable
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import BadSample, BadSampleCount, Batch
+from examples.mimo.data.batch import Batch
+from examples.mimo.data.conversation import BadSample, BadSampleCount
 from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.training.layout import module_of_rank
 

@@ -1,9 +1,13 @@
-"""Samples -> a padded batch -> the ranks that need it."""
+"""A batch: collated from samples, and brought to the ranks that need it.
+
+A `Batch` is flat, so that it travels as it is: plain values that describe it, and tensors by name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -12,18 +16,20 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from examples.mimo.data.conversation import Sample
+from examples.mimo.data.conversation import BadSample, Sample
+
+# The tensors of the text, (B, S) each; all others are encoder inputs.
+TEXT = {"input_ids": torch.long, "labels": torch.long, "loss_mask": torch.float32}
 
 
 @dataclass
 class Batch:
-    """B rows of S tokens; a stage holds what it needs, and None for the rest.
+    """B sequences of S tokens with their media; a stage holds only the tensors that it needs.
 
-    `modality_inputs[modality][name]` has the rows of all items, in the order of the placeholders,
-    and its modalities come in the order of the samples, so ranks' orders differ;
-    `items[modality]` says of each item its sample's key and its file. In a packed batch the one
-    row holds all samples, and `bounds` are their starts and the row's end. `bad_samples` are
-    samples that were skipped on the way here.
+    `tensors` has "input_ids", "labels" and "loss_mask" (B, S), and "MODALITY.INPUT" with the
+    encoder inputs of all items, in the order of the placeholders. `items[modality]` says of each
+    item its sample's key and its file. In a packed batch B is 1 and `cu_seqlens` are the starts of
+    the samples and the sequence's end. `bad_samples` were skipped on the way here.
     """
 
     batch_size: int
@@ -33,26 +39,32 @@ class Batch:
     items: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     cu_seqlens: list[int] | None = None
     bad_samples: list[BadSample] = field(default_factory=list)
-    input_ids: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
-    loss_mask: torch.Tensor | None = None
-    modality_inputs: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def input_ids(self) -> torch.Tensor | None:
+        """(B, S), on the first pipeline stage."""
+        return self.tensors.get("input_ids")
 
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that could not be read, and why."""
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """(B, S), on the last pipeline stage."""
+        return self.tensors.get("labels")
 
-    key: str
-    reason: str
+    @property
+    def loss_mask(self) -> torch.Tensor | None:
+        """(B, S), 1 for targets, on the last pipeline stage."""
+        return self.tensors.get("loss_mask")
 
-
-@dataclass
-class BadSampleCount:
-    """How many samples a data-parallel rank could not read since training began, and the last."""
-
-    count: int = 0
-    last: BadSample | None = None
+    @property
+    def modality_inputs(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Modality -> input name -> tensor; modalities come in the samples' order."""
+        nested: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            modality, dot, key = name.partition(".")
+            if dot:
+                nested.setdefault(modality, {})[key] = tensor
+        return nested
 
 
 def num_inputs(batch: Batch, modality: str) -> int:
@@ -61,118 +73,100 @@ def num_inputs(batch: Batch, modality: str) -> int:
     return len(next(iter(inputs.values()))) if inputs else 0
 
 
-@dataclass(frozen=True)
-class Needs:
-    """The tensors of a batch that a rank's part of the model works on."""
-
-    ids: bool = False
-    labels: bool = False
-    modalities: frozenset[str] = frozenset()
-
-
 def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
-    """Rows padded with id 0, label 0 and no loss to the longest, rounded up to `multiple`."""
-    columns = _round_up(max(len(sample.tokens.ids) for sample in samples), multiple)
-    return _batch(
-        samples,
-        input_ids=_pad([s.tokens.ids for s in samples], columns, torch.long),
-        labels=_pad([s.tokens.labels for s in samples], columns, torch.long),
-        loss_mask=_pad([s.tokens.loss_mask for s in samples], columns, torch.float32),
-    )
+    """One sequence per sample, padded with id 0, label 0 and no loss to one length.
+
+    That is the longest sample's, rounded up to `multiple`.
+    """
+    longest = max(len(sample.tokens.ids) for sample in samples)
+    seq_length = -(-longest // multiple) * multiple
+    starts = [number * seq_length for number in range(len(samples))]
+    return _collate(samples, starts, (len(samples), seq_length))
 
 
 def collate_packed(samples: Sequence[Sample], multiple: int = 1, sample_multiple: int = 1) -> Batch:
-    """All samples in one row, padded each to `sample_multiple` and together to `multiple`."""
-    ends = list(accumulate(_round_up(len(s.tokens.ids), sample_multiple) for s in samples))
-    ends[-1] = _round_up(ends[-1], multiple)
+    """All samples in one sequence, padded each to `sample_multiple`, together to `multiple`."""
+    lengths = [-(-len(s.tokens.ids) // sample_multiple) * sample_multiple for s in samples]
+    ends = list(accumulate(lengths))
+    ends[-1] = -(-ends[-1] // multiple) * multiple
     cu_seqlens = [0, *ends]
-    return _batch(
-        samples,
-        input_ids=_pack([s.tokens.ids for s in samples], cu_seqlens, torch.long),
-        labels=_pack([s.tokens.labels for s in samples], cu_seqlens, torch.long),
-        loss_mask=_pack([s.tokens.loss_mask for s in samples], cu_seqlens, torch.float32),
-        cu_seqlens=cu_seqlens,
-    )
+    return _collate(samples, cu_seqlens[:-1], (1, ends[-1]), cu_seqlens)
 
 
-def _batch(samples: Sequence[Sample], input_ids: torch.Tensor, **fields: Any) -> Batch:
-    media: dict[str, list[dict[str, torch.Tensor]]] = {}
+def _collate(
+    samples: Sequence[Sample],
+    starts: Sequence[int],
+    shape: tuple[int, int],
+    cu_seqlens: list[int] | None = None,
+) -> Batch:
+    """`starts` are the samples' places in the flattened (B, S) = `shape`."""
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, dtype in TEXT.items()}
+    media: dict[str, list[torch.Tensor]] = {}
     items: dict[str, list[tuple[str, str]]] = {}
-    for sample in samples:
-        for name, inputs in sample.media.items():
-            media.setdefault(name, []).extend(inputs)
-            items.setdefault(name, []).extend((sample.key, s) for s in sample.sources[name])
+    for start, sample in zip(starts, samples, strict=True):
+        sequences = (sample.tokens.ids, sample.tokens.labels, sample.tokens.loss_mask)
+        for tensor, values in zip(tensors.values(), sequences, strict=True):
+            end = start + len(values)
+            tensor.view(-1)[start:end] = torch.tensor(values, dtype=tensor.dtype)
+        for modality, inputs_of_items in sample.media.items():
+            items.setdefault(modality, []).extend((sample.key, s) for s in sample.sources[modality])
+            for inputs in inputs_of_items:
+                for name, tensor in inputs.items():
+                    media.setdefault(f"{modality}.{name}", []).append(tensor)
     return Batch(
-        batch_size=input_ids.shape[0],
-        seq_length=input_ids.shape[1],
+        *shape,
         num_tokens=sum(len(sample.tokens.ids) for sample in samples),
         keys=[sample.key for sample in samples],
         items=items,
-        input_ids=input_ids,
-        modality_inputs={
-            name: {key: torch.cat([item[key] for item in inputs]) for key in inputs[0]}
-            for name, inputs in media.items()
-        },
-        **fields,
+        cu_seqlens=cu_seqlens,
+        bad_samples=[bad for sample in samples for bad in sample.skipped],
+        tensors=tensors | {name: _concatenate(name, media[name], items) for name in media},
     )
 
 
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
-
-
-def _pack(rows: list[list[int]], cu_seqlens: list[int], dtype: torch.dtype) -> torch.Tensor:
-    packed = torch.zeros(1, cu_seqlens[-1], dtype=dtype)
-    for start, values in zip(cu_seqlens, rows, strict=False):
-        packed[0, start : start + len(values)] = torch.tensor(values, dtype=dtype)
-    return packed
-
-
-def _pad(rows: list[list[int]], columns: int, dtype: torch.dtype) -> torch.Tensor:
-    padded = torch.zeros(len(rows), columns, dtype=dtype)
-    for row, values in zip(padded, rows, strict=True):
-        row[: len(values)] = torch.tensor(values, dtype=dtype)
-    return padded
+def _concatenate(
+    name: str, inputs: Sequence[torch.Tensor], items: dict[str, list[tuple[str, str]]]
+) -> torch.Tensor:
+    """All items' inputs along dim 0; ValueError, naming both items, where the rest differs."""
+    owners = items[name.partition(".")[0]]
+    if len(inputs) != len(owners):
+        raise ValueError(f"{name}: {len(inputs)} of {len(owners)} items of this batch have it")
+    for tensor, (key, file) in zip(inputs, owners, strict=True):
+        if tensor.shape[1:] != inputs[0].shape[1:]:
+            raise ValueError(
+                f"sample {key}, {file}: its {name} has the shape {tuple(tensor.shape)}, but that "
+                f"of sample {owners[0][0]}, {owners[0][1]}, in the same batch is "
+                f"{tuple(inputs[0].shape)}; make preprocess return one shape beyond dim 0"
+            )
+    return torch.cat(list(inputs))
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one, in their order: rows below one another, packed rows end to end."""
-    first = batches[0]
+    """Several batches as one, in their order; packed sequences are joined end to end."""
     if len(batches) == 1:
-        return first
-    packed = first.cu_seqlens is not None
-    columns = max(batch.seq_length for batch in batches)
-    cu_seqlens: list[int] | None = None
-    if packed:
-        columns = sum(batch.seq_length for batch in batches)
-        cu_seqlens = [0]
-        for batch in batches:
-            assert batch.cu_seqlens is not None
-            cu_seqlens += [cu_seqlens[-1] + end for end in batch.cu_seqlens[1:]]
-
-    def joined(field_name: str) -> torch.Tensor:
-        tensors = [getattr(batch, field_name) for batch in batches]
-        if packed:
-            return torch.cat(tensors, dim=1)
-        return torch.cat([functional.pad(t, (0, columns - t.shape[1])) for t in tensors])
-
-    names = dict.fromkeys(name for batch in batches for name in batch.modality_inputs)
-    having = {n: [b.modality_inputs[n] for b in batches if n in b.modality_inputs] for n in names}
+        return batches[0]
+    packed = batches[0].cu_seqlens is not None
+    lengths = [batch.seq_length for batch in batches]
+    seq_length = sum(lengths) if packed else max(lengths)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(name for batch in batches for name in batch.tensors):
+        parts = [batch.tensors[name] for batch in batches if name in batch.tensors]
+        if name in TEXT and not packed:
+            parts = [functional.pad(part, (0, seq_length - part.shape[1])) for part in parts]
+        tensors[name] = torch.cat(parts, dim=1 if name in TEXT and packed else 0)
+    cu_seqlens = [0]
+    for batch in batches:
+        cu_seqlens += [cu_seqlens[-1] + end for end in (batch.cu_seqlens or [])[1:]]
+    modalities = dict.fromkeys(name for batch in batches for name in batch.items)
     return Batch(
         batch_size=1 if packed else sum(batch.batch_size for batch in batches),
-        seq_length=columns,
+        seq_length=seq_length,
         num_tokens=sum(batch.num_tokens for batch in batches),
         keys=[key for batch in batches for key in batch.keys],
-        items={n: [item for b in batches for item in b.items.get(n, [])] for n in names},
-        cu_seqlens=cu_seqlens,
+        items={m: [item for b in batches for item in b.items.get(m, [])] for m in modalities},
+        cu_seqlens=cu_seqlens if packed else None,
         bad_samples=[bad for batch in batches for bad in batch.bad_samples],
-        input_ids=joined("input_ids"),
-        labels=joined("labels"),
-        loss_mask=joined("loss_mask"),
-        modality_inputs={
-            name: {key: torch.cat([i[key] for i in inputs]) for key in inputs[0]}
-            for name, inputs in having.items()
-        },
+        tensors=tensors,
     )
 
 
@@ -183,101 +177,46 @@ def share_of(count: int, number: int, shares: int) -> slice:
 
 def take_share(batch: Batch, number: int, shares: int) -> Batch:
     """The batch with one share of the encoder inputs of each modality."""
-
-    def mine(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        share = share_of(len(next(iter(inputs.values()))), number, shares)
-        return {name: tensor[share] for name, tensor in inputs.items()}
-
-    shared = {modality: mine(inputs) for modality, inputs in batch.modality_inputs.items()}
+    tensors = {
+        name: tensor if name in TEXT else tensor[share_of(len(tensor), number, shares)]
+        for name, tensor in batch.tensors.items()
+    }
     # One share counts what was skipped on the way.
     bad_samples = batch.bad_samples if number == 0 else []
-    return dataclasses.replace(batch, modality_inputs=shared, bad_samples=bad_samples)
+    return dataclasses.replace(batch, tensors=tensors, bad_samples=bad_samples)
 
 
-def share_batch(
-    batch: Batch | None, group: dist.ProcessGroup, device: torch.device, needs: Needs
+def broadcast_batch(
+    batch: Batch | None, group: dist.ProcessGroup, device: torch.device, needs: Collection[str]
 ) -> Batch:
-    """The batch on every rank of a tensor-parallel group, from the one rank that read it.
+    """The batch on every rank of a tensor-parallel group, from the first, which read it.
 
-    Only what they need travels. One message describes the batch; one flat tensor per dtype
-    carries it.
+    `needs` are names of text tensors and of modalities; only those travel. One message describes
+    the batch, one flat tensor per dtype carries it.
     """
-    tensors = _flatten(batch, needs) if batch is not None else {}
-    description: list[Any] = [None]
+    message: list[Any] = [None]
     if batch is not None:
-        shapes = [(path, tuple(t.shape), t.dtype) for path, t in tensors.items()]
-        description = [(_without_tensors(batch), shapes)]
+        chosen = {n: t for n, t in batch.tensors.items() if n.partition(".")[0] in needs}
+        layout = [(name, tensor.shape, tensor.dtype) for name, tensor in chosen.items()]
+        message = [(dataclasses.replace(batch, tensors={}), layout)]
     if group.size() > 1:
-        dist.broadcast_object_list(description, group_src=0, group=group, device=device)
-    shared, shapes = description[0]
-    for dtype in dict.fromkeys(dtype for _, _, dtype in shapes):
-        chosen = [(path, shape) for path, shape, kind in shapes if kind == dtype]
-        flat = _broadcast_flat(tensors, chosen, dtype, group, device)
-        _unflatten(shared, flat, chosen)
-    return shared
-
-
-def _without_tensors(batch: Batch) -> Batch:
-    return dataclasses.replace(
-        batch, input_ids=None, labels=None, loss_mask=None, modality_inputs={}
-    )
-
-
-def _flatten(batch: Batch, needs: Needs) -> dict[tuple[str, ...], torch.Tensor]:
-    tensors: dict[tuple[str, ...], torch.Tensor] = {}
-    if needs.ids:
-        assert batch.input_ids is not None
-        tensors["input_ids",] = batch.input_ids
-    for modality, inputs in batch.modality_inputs.items():
-        if modality in needs.modalities:
-            for name, tensor in inputs.items():
-                tensors["modality_inputs", modality, name] = tensor
-    if needs.labels:
-        assert batch.labels is not None
-        assert batch.loss_mask is not None
-        tensors["labels",] = batch.labels
-        tensors["loss_mask",] = batch.loss_mask
-    return tensors
-
-
-def _broadcast_flat(
-    tensors: dict[tuple[str, ...], torch.Tensor],
-    chosen: list[tuple[tuple[str, ...], tuple[int, ...]]],
-    dtype: torch.dtype,
-    group: dist.ProcessGroup,
-    device: torch.device,
-) -> torch.Tensor:
-    if tensors:
-        flat = torch.cat([tensors[path].flatten() for path, _ in chosen]).to(device)
-    else:
-        size = sum(torch.Size(shape).numel() for _, shape in chosen)
-        flat = torch.empty(size, dtype=dtype, device=device)
-    if group.size() > 1:
-        dist.broadcast(flat, group_src=0, group=group)
-    return flat
-
-
-def _unflatten(
-    batch: Batch, flat: torch.Tensor, chosen: list[tuple[tuple[str, ...], tuple[int, ...]]]
-) -> None:
-    sizes = [torch.Size(shape).numel() for _, shape in chosen]
-    for (path, shape), part in zip(chosen, flat.split(sizes), strict=True):
-        tensor = part.view(shape)
-        if path[0] == "modality_inputs":
-            batch.modality_inputs.setdefault(path[1], {})[path[2]] = tensor
+        dist.broadcast_object_list(message, group_src=0, group=group, device=device)
+    received, layout = message[0]
+    for dtype in dict.fromkeys(dtype for _, _, dtype in layout):
+        parts = [(name, shape) for name, shape, kind in layout if kind == dtype]
+        sizes = [math.prod(shape) for _, shape in parts]
+        if batch is not None:
+            flat = torch.cat([batch.tensors[name].flatten() for name, _ in parts]).to(device)
         else:
-            setattr(batch, path[0], tensor)
+            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+        if group.size() > 1:
+            dist.broadcast(flat, group_src=0, group=group)
+        for (name, shape), part in zip(parts, flat.split(sizes), strict=True):
+            received.tensors[name] = part.view(shape)
+    return received
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on `device`."""
-    return dataclasses.replace(
-        batch,
-        input_ids=None if batch.input_ids is None else batch.input_ids.to(device),
-        labels=None if batch.labels is None else batch.labels.to(device),
-        loss_mask=None if batch.loss_mask is None else batch.loss_mask.to(device),
-        modality_inputs={
-            modality: {name: tensor.to(device) for name, tensor in inputs.items()}
-            for modality, inputs in batch.modality_inputs.items()
-        },
-    )
+    tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
+    return dataclasses.replace(batch, tensors=tensors)

@@ -1,7 +1,11 @@
-"""Datasets whose sample `i` is a function of `i` and the seed alone, so any run can resume."""
+"""Datasets: conversations from a folder, and mock conversations without files.
+
+Sample `i` is a function of `i` and the seed alone, so a run resumes at any sample.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
@@ -12,7 +16,13 @@ import numpy as np
 import torch
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import FilesInside, Sample, SampleReader, TokenSequence
+from examples.mimo.data.conversation import (
+    BadSample,
+    FilesInside,
+    Sample,
+    SampleEncoder,
+    TokenSequence,
+)
 
 
 def json_lines(path: Path, max_bytes: int = 2**30) -> Iterator[tuple[int, Any]]:
@@ -59,26 +69,31 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 class ConversationDataset(torch.utils.data.Dataset[Sample]):
     """Conversations from `root/split.jsonl`, in a new order every epoch when `shuffle`.
 
-    `num_samples` may exceed the file: index i is in epoch i // lines.
+    `num_samples` may exceed the file: index i is in epoch i // lines. A sample that cannot be read
+    is skipped, and the next of its epoch stands in for it; ValueError when more than
+    `max_bad_samples` follow one another.
     """
 
     def __init__(
         self,
         root: Path,
         split: str,
-        reader: SampleReader,
+        encoder: SampleEncoder,
         num_samples: int | None = None,
         seed: int = 0,
         shuffle: bool = False,
+        max_bad_samples: int = 0,
     ) -> None:
         if not root.is_dir():
             raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
-        self.find = FilesInside(root)
-        self.reader = reader
-        self.records = read_records(root / f"{split}.jsonl")
+        self.file = root / f"{split}.jsonl"
+        self.find_file = FilesInside(root)
+        self.encoder = encoder
+        self.records = read_records(self.file)
         self.num_samples = len(self.records) if num_samples is None else num_samples
         self.seed = seed
         self.shuffle = shuffle
+        self.max_bad_samples = max_bad_samples
         self._epoch = -1
         self._order = np.arange(len(self.records))
 
@@ -87,15 +102,29 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         generator = np.random.default_rng([self.seed, index])
-        return self.reader.read(self.record(index), self.find, generator)
+        skipped: list[BadSample] = []
+        while True:
+            line = self.line(index, offset=len(skipped))
+            record, name = self.records[line], f"{self.file.name}, line {line + 1}"
+            try:
+                sample = self.encoder.encode(record, self.find_file, generator, name)
+            except ValueError as error:
+                skipped.append(BadSample(str(record.get("key", name)), str(error)))
+                if len(skipped) > min(self.max_bad_samples, len(self.records) - 1):
+                    raise ValueError(
+                        f"{error}; with it {len(skipped)} samples of {self.file} in a row could "
+                        f"not be read (--max-bad-samples {self.max_bad_samples})"
+                    ) from None
+            else:
+                return dataclasses.replace(sample, skipped=tuple(skipped))
 
-    def record(self, index: int) -> dict[str, Any]:
-        """The JSON record behind sample `index`."""
+    def line(self, index: int, offset: int = 0) -> int:
+        """Where sample `index` stands in the file, or the sample `offset` after it in its epoch."""
         epoch, position = divmod(index, len(self.records))
         if self.shuffle and epoch != self._epoch:
             order = np.random.default_rng([self.seed, epoch, 1])
             self._epoch, self._order = epoch, order.permutation(len(self.records))
-        return self.records[self._order[position]]
+        return int(self._order[(position + offset) % len(self.records)])
 
 
 class MockDataset(torch.utils.data.Dataset[Sample]):
@@ -131,19 +160,14 @@ class MockDataset(torch.utils.data.Dataset[Sample]):
                     room -= count
                     media.setdefault(name, []).append(item)
                     spans.append([modality.token_id] * count)
-        row = self._row(spans, length, numbers)
-        sources = {name: ["mock"] * len(items) for name, items in media.items()}
-        return Sample(f"mock-{index}", row, media, sources)
-
-    def _row(
-        self, spans: list[list[int]], length: int, numbers: np.random.Generator
-    ) -> TokenSequence:
         text = numbers.choice(self.words, length - sum(map(len, spans))).tolist()
         question = len(text) // 2
         cuts = sorted(numbers.integers(0, question + 1, len(spans)).tolist())
         ids: list[int] = []
         for start, stop, span in zip([0, *cuts], [*cuts, question], [*spans, []], strict=True):
             ids += text[start:stop] + span
-        learned = [0] * len(ids) + [1] * (len(text) - question)
+        is_target = [0] * len(ids) + [1] * (len(text) - question)
         ids += text[question:]
-        return TokenSequence(ids, [*ids[1:], 0], [*learned[1:], 0])
+        tokens = TokenSequence(ids, [*ids[1:], 0], [*is_target[1:], 0])
+        sources = {name: ["mock"] * len(items) for name, items in media.items()}
+        return Sample(f"mock-{index}", tokens, media, sources)

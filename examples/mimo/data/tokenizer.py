@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -79,6 +80,30 @@ def _check_whole(text: str) -> None:
     except UnicodeEncodeError as error:
         half = text[error.start : error.start + 1]
         raise ValueError(f"the text holds {half!r}, which is half a character") from None
+
+
+def is_ordinary_token(tokenizer: Tokenizer, token_id: int, placeholder: str = "") -> bool:
+    """Whether plain text can hold this token: no control token, no unused one, no `placeholder`."""
+    if token_id >= tokenizer.size:
+        return False
+    text = tokenizer.decode([token_id])
+    if text in ("", placeholder):
+        return False
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        added = tokenizer.model.added_tokens_decoder.get(token_id)
+        if added is not None and added.special:
+            return False
+    elif _RESERVED.fullmatch(text):
+        return False
+    # A part of a character, which spells characters that the vocabulary lacks.
+    if "\ufffd" in text:
+        return True
+    # Decoding may have taken the space away that a word begins with.
+    return any(token_id in tokenizer.encode(start + text) for start in ("", " ", "a ", "a"))
+
+
+# How tokenizers spell tokens that are kept for later: <unused7>, [unused7], <|reserved_7|>.
+_RESERVED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
 HUGGING_FACE, SENTENCE_PIECE = "tokenizer.json", "tokenizer.model"

@@ -15,7 +15,7 @@ from examples.mimo import compat
 from examples.mimo.checkpoint.description import Checkpoint, open_checkpoint
 from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import ANSWER_ROLES, FindFile, Sample, SampleReader
+from examples.mimo.data.conversation import ANSWER_ROLES, FindFile, Sample, SampleEncoder
 from examples.mimo.data.tokenizer import Tokenizer, load_tokenizer
 from examples.mimo.generation.sampling import DEFAULT_OPTIONS, Options, Sampling
 from examples.mimo.modalities.base import Blob, Source
@@ -131,10 +131,10 @@ class Mimo:
         sample = on_rank_zero(lambda: self.encode(record))
         return (piece.text for piece in self.stream_answer(sample, options) if piece.text)
 
-    def sample_encoder(self, blank: Sequence[str] = ()) -> SampleReader:
+    def sample_encoder(self, blank: Sequence[str] = ()) -> SampleEncoder:
         """What turns records into the model's inputs; `blank` modalities lose their content."""
         seq_length = self.config.language.seq_length
-        return SampleReader(self.config, self.tokenizer, seq_length, blank=blank)
+        return SampleEncoder(self.config, self.tokenizer, seq_length, blank=blank)
 
     def encode(
         self, record: Record, find_file: FindFile = Path, blank: Sequence[str] = ()
@@ -146,7 +146,7 @@ class Mimo:
         for a wrong record or whatever reading a file raises.
         """
         record = _without_empty_answers(self.with_placeholders(record))
-        return _encode(self.sample_encoder(blank), record, find_file)
+        return self.sample_encoder(blank).encode(record, find_file)
 
     def with_placeholders(self, record: Record) -> Record:
         """Put a placeholder for every new file in front of a prompt that names none itself."""
@@ -286,31 +286,6 @@ def _without_empty_answers(record: Record) -> Record:
         return is_answer and not str(turn.get("value", turn.get("content"))).strip()
 
     return {**record, "conversations": [turn for turn in turns if not is_empty(turn)]}
-
-
-# k2: encode. `SampleEncoder.encode(record, find_file)` takes Sources and turns what reading raises
-# into ValueError; then `Mimo.encode` calls it and this function goes.
-def _encode(reader: SampleReader, record: Record, find_file: FindFile) -> Sample:
-    sources: dict[str, Source] = {}
-    names: dict[str, Any] = {}
-    for modality in reader.config.modalities:
-        files = record.get(modality)
-        if not isinstance(files, list):
-            continue
-        names[modality] = []
-        for file in files:
-            name = f"\0{len(sources)}" if isinstance(file, Path | Blob) else file
-            if isinstance(file, Path | Blob):
-                sources[name] = file
-            names[modality].append(name)
-    try:
-        return reader.read({**record, **names}, lambda name: sources.get(name) or find_file(name))
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"sample {record.get('key')}: a file cannot be read ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _source(file: object, name: str) -> Source:

@@ -1,17 +1,29 @@
-"""`MimoModel` on pipeline stages: encoders and embedding on the first, the head on the last.
+"""`StageMimoModel`: a pipeline stage of encoders, projectors and a language model; its parts.
 
-Parts of a model: what they are called, and which do not train.
+The first stage holds the encoders, the projectors and the token embedding, the last one the head;
+every stage has its layers of the language model. A batch comes in through `forward`: `encode` runs
+every modality's encoder and projector, `embed` puts the results where the placeholders are, and
+Megatron's `GPTModel` does the rest.
+
+Where gradients of encoders are summed: context-parallel ranks, and replicas of the encoders inside
+a tensor-parallel group, each encode a share of a micro-batch's items (`encode_shares`,
+parallel/context.py), so each rank holds a part of an encoder's gradient.
+- Over context-parallel ranks Megatron's DDP sums it; its group includes them. Before that
+  `gather_embeddings` sums the embeddings' gradients, as every rank's loss depends on every item.
+- Over replicas `EncoderReplicas.finalizer` (parallel/replicas.py) sums it, once an iteration.
+- Non-colocated encoders get their embeddings' gradients over a bridge (parallel/bridge.py), summed
+  over the context-parallel ranks by `NonColocatedMimoModel.encode`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
@@ -23,13 +35,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
-from examples.mimo.data.batch import Needs, share_of
 from examples.mimo.model.encoder import split_over
-from examples.mimo.model.layers import block_submodules
-from examples.mimo.parallel.context import gather_rows, shard_sequence
-from examples.mimo.parallel.replicas import EncoderGroups
+from examples.mimo.model.layers import block_submodules, device
+from examples.mimo.parallel.context import encode_shares, shard_sequence
+
+if TYPE_CHECKING:
+    from examples.mimo.parallel.replicas import EncoderReplicas
 
 ENCODER = "encoder"
+
+# Input name -> (N, ...): N inputs of one modality's encoder.
+Inputs = dict[str, torch.Tensor]
 
 
 class Modality(ModalitySubmodules):
@@ -38,10 +54,8 @@ class Modality(ModalitySubmodules):
     @classmethod
     def from_spec(cls, module_spec: ModuleSpec, *stages: Any, **named_stages: Any) -> Modality:
         """Build what the configs describe; Megatron's own builds a spec for each module."""
-        modality, transformer_config = (
-            module_spec.params[name] for name in ("modality", "transformer_config")
-        )
-        groups = module_spec.params["pg_collection"]
+        names = ("modality", "transformer_config", "pg_collection")
+        modality, transformer_config, groups = (module_spec.params[name] for name in names)
         encoder = modality.encoder.build(transformer_config, groups)
         projector = modality.projector.build(
             modality.encoder.output_size, transformer_config, groups
@@ -49,39 +63,41 @@ class Modality(ModalitySubmodules):
         return cls({ENCODER: encoder}, input_projections=[projector], pg_collection=groups)
 
     def decode(self, embeddings: torch.Tensor, data_batch: dict) -> torch.Tensor:
-        """This package's modalities are inputs only."""
+        """Never called: this package's modalities are inputs only, its outputs are text."""
         raise ValueError("modalities are inputs only: there is no decoder to run")
 
 
 class MediaCountError(ValueError):
-    """An encoder gave another number of rows than its placeholders take."""
+    """An encoder returned another number of embeddings than its items have placeholders."""
 
-    def __init__(self, modality: str, placeholders: int, rows: int, width: int) -> None:
+    def __init__(self, modality: str, placeholders: int, embeddings: torch.Tensor) -> None:
         self.modality = modality
+        count, width = embeddings.shape
         self.numbers = (
             f"{modality}: num_tokens counted {placeholders} placeholder tokens, but the encoder "
-            f"returned {rows} rows of width {width}; make num_tokens of its config agree"
+            f"returned {count} embeddings of width {width}; make num_tokens of its config agree"
         )
         super().__init__(self.numbers)
 
     def explain(self, items: dict[str, list[tuple[str, str]]]) -> str:
         """The numbers with the samples and files they come from."""
-        found = [f"{key} ({file})" for key, file in items.get(self.modality, [])]
-        return f"{self.numbers}; samples: {', '.join(found)}"
+        files = [f"{key} ({file})" for key, file in items.get(self.modality, [])]
+        return f"{self.numbers}; samples: {', '.join(files)}"
 
 
-def check_count(name: str, rows: torch.Tensor, input_ids: torch.Tensor, token_id: int) -> None:
-    """MediaCountError unless there is a row for every placeholder."""
+def check_count(
+    modality: str, embeddings: torch.Tensor, input_ids: torch.Tensor, token_id: int
+) -> None:
+    """MediaCountError unless there is an embedding for every placeholder."""
     placeholders = int((input_ids == token_id).sum())
-    if len(rows) != placeholders:
-        raise MediaCountError(name, placeholders, len(rows), rows.shape[-1])
+    if len(embeddings) != placeholders:
+        raise MediaCountError(modality, placeholders, embeddings)
 
 
 class StageMimoModel(MimoModel):
-    """`MimoModel` for pipelines on shared ranks.
+    """What one pipeline stage holds of the model, encoders colocated with the language model.
 
-    The first stage holds the encoders, the projectors and the token embedding, the last one
-    the head; every stage holds its share of the language model's layers.
+    `dummy_inputs` are one input of each encoder; see parallel/replicas.py for `encoder_replicas`.
     """
 
     def __init__(
@@ -91,8 +107,8 @@ class StageMimoModel(MimoModel):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
-        dummy_inputs: dict[str, dict[str, torch.Tensor]],
-        encoder_groups: EncoderGroups | None = None,
+        dummy_inputs: dict[str, Inputs],
+        encoder_replicas: EncoderReplicas | None = None,
     ) -> None:
         super().__init__(mimo_config, cp_group=pg_collection.cp, tp_group=pg_collection.tp)
         self.pg_collection = pg_collection
@@ -100,22 +116,25 @@ class StageMimoModel(MimoModel):
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.dummy_inputs = dummy_inputs
-        self.encoder_groups = encoder_groups
+        self.encoder_replicas = encoder_replicas
         # Parts that a checkpoint to start from need not have, and whether they are left out now.
         self.fresh_parts: tuple[str, ...] = ()
         self.hides_fresh_parts = False
-        if encoder_groups:
-            encoder_groups.tie(self.modality_submodules.parameters())
+        if encoder_replicas:
+            encoder_replicas.tie(self.modality_submodules.parameters())
         self.share_embeddings_and_output_weights = (
             self.language_model is not None
             and self.language_model.share_embeddings_and_output_weights
         )
 
     @property
-    def needs(self) -> Needs:
-        """Ids and media go to the first stage, labels to the last."""
-        modalities = frozenset(self.special_token_ids if self.pre_process else ())
-        return Needs(ids=self.pre_process, labels=self.post_process, modalities=modalities)
+    def needs(self) -> frozenset[str]:
+        """The text tensors and the modalities of a batch that this stage works on.
+
+        Labels go to the last stage: the loss is computed beside the head, where the logits are.
+        """
+        first = {"input_ids", *self.special_token_ids} if self.pre_process else set()
+        return frozenset(first | ({"labels", "loss_mask"} if self.post_process else set()))
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied weight, where this stage has one; Megatron sums its gradients."""
@@ -126,11 +145,11 @@ class StageMimoModel(MimoModel):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """What a checkpoint holds of this stage: of an encoder's copies the first."""
+        """What a checkpoint holds of this stage: of an encoder's replicas the first."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.encoder_groups:
+        if self.encoder_replicas:
             inside = f"{prefix}modality_submodules."
-            self.encoder_groups.mark_copies({k: v for k, v in state.items() if inside in k})
+            self.encoder_replicas.mark({k: v for k, v in state.items() if inside in k})
         if self.hides_fresh_parts:
             hidden = tuple(prefix + part_prefix(part) for part in self.fresh_parts)
             state = {key: value for key, value in state.items() if not key.startswith(hidden)}
@@ -161,109 +180,89 @@ class StageMimoModel(MimoModel):
         self,
         input_ids: torch.Tensor | None,
         labels: torch.Tensor | None = None,
-        modality_inputs: dict[str, dict[str, Any]] | None = None,
-        inference_context: Any = None,
+        modality_inputs: dict[str, Inputs] | None = None,
         cu_seqlens: list[int] | None = None,
     ) -> torch.Tensor:
         """(B, S) ids -> per-token loss (B, S) with labels, else logits (B, S, V / TP).
 
         Under context parallelism labels, loss and logits are shards of the sequence, S / CP.
-        With `inference_context`, keys and values are kept in it, and the logits are the last
-        position's over the whole vocabulary (B, 1, V). Stages before the last return hidden
-        states (S, B, H). `modality_inputs` maps modality -> input name -> tensor with the rows of
-        all items, in the order of the placeholders. `bounds` are the starts of the sequences in a
-        packed row, and its end.
+        Stages before the last return hidden states (S, B, H). `modality_inputs` maps modality ->
+        input name -> tensor with the inputs of all items, in the order of the placeholders.
+        `cu_seqlens` are the starts of the samples in a packed sequence, and its end.
         """
-        embeddings = self.embed(input_ids, modality_inputs or {}) if self.pre_process else None
-        if embeddings is not None:
-            embeddings = self._shard(embeddings, cu_seqlens)
+        embeddings = None
+        if self.pre_process:
+            embeddings = self.embed(input_ids, modality_inputs or {})
+            # Here and not in GPTModel, which would scatter the text's embeddings before the media's
+            # are among them. Megatron's adapter packs with Transformer Engine only.
+            embeddings = shard_sequence(embeddings, 0, self.pg_collection.cp, cu_seqlens)
+            if self.config.sequence_parallel:
+                tp_group = self.pg_collection.tp
+                embeddings = scatter_to_sequence_parallel_region(embeddings, group=tp_group)
         return self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=embeddings,
             labels=labels,
-            inference_context=inference_context,
-            runtime_gather_output=True if inference_context else None,
             packed_seq_params=packed_params(cu_seqlens) if cu_seqlens else None,
         )
 
-    def _shard(self, embeddings: torch.Tensor, cu_seqlens: list[int] | None) -> torch.Tensor:
-        """(S, B, H) -> (S / CP, B, H), and a part of it for every rank under sequence parallelism.
-
-        Megatron's adapter does the same, but packed rows only with Transformer Engine.
-        """
-        embeddings = shard_sequence(embeddings, 0, self.pg_collection.cp, cu_seqlens)
-        if self.config.sequence_parallel:
-            return scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
-        return embeddings
-
     def embed(
-        self, input_ids: torch.Tensor | None, modality_inputs: dict[str, dict[str, Any]]
+        self, input_ids: torch.Tensor | None, modality_inputs: dict[str, Inputs]
     ) -> torch.Tensor:
-        """(B, S) -> (S, B, H): the text's embeddings with the media's in their places."""
+        """(B, S) -> (S, B, H): the text's embeddings with the media's at their placeholders."""
         assert input_ids is not None, "the first stage needs ids"
-        embeddings = self._encode_media(modality_inputs, input_ids.device)
-        for name, rows in embeddings.items():
-            check_count(name, rows, input_ids, self.special_token_ids[name])
-        embeddings["text"] = self.get_text_embeddings(input_ids, None, self.special_token_ids)
-        return self.align_embeddings_by_token_positions(
-            modality_embeddings=embeddings,
-            input_ids=input_ids,
-            special_token_ids=self.special_token_ids,
-        )
+        media = self.encode(modality_inputs)
+        text = self.get_text_embeddings(input_ids, None, self.special_token_ids)
+        try:
+            return self.align_embeddings_by_token_positions(
+                modality_embeddings={**media, "text": text},
+                input_ids=input_ids,
+                special_token_ids=self.special_token_ids,
+            )
+        except ValueError:
+            # Megatron compares the counts. Each count makes the host wait for the device, so they
+            # are taken again only to name the modality at fault.
+            for name, embeddings in media.items():
+                check_count(name, embeddings, input_ids, self.special_token_ids[name])
+            raise
 
-    def _encode_media(
-        self, modality_inputs: dict[str, dict[str, Any]], device: torch.device
-    ) -> dict[str, torch.Tensor]:
-        """(tokens, H) of each modality; in training also of those that have no item.
+    def encode(self, modality_inputs: dict[str, Inputs]) -> dict[str, torch.Tensor]:
+        """Each modality's inputs (N, ...) -> (tokens, H); the only place where encoders run.
 
         Always in the order of the config: a batch's own order differs between ranks, and encoders
-        that run in another order bring other collectives and other gradients first.
+        that run in another order bring other collectives and other gradients first. In training a
+        modality without an item runs too, on a dummy input.
         """
-        learns = self.training and torch.is_grad_enabled()
-        rows: dict[str, torch.Tensor] = {}
+        cp_group = self.pg_collection.cp
+        groups = [cp_group, *([self.encoder_replicas.replicas] if self.encoder_replicas else [])]
+        embeddings: dict[str, torch.Tensor] = {}
         for name in self.special_token_ids:
             if name in modality_inputs:
-                rows[name] = self._encode(name, modality_inputs[name])
-            elif learns:
-                rows[name] = self._encode_dummy(name, device)
-        return rows
+                run = functools.partial(self.run_encoder, name)
+                embeddings[name] = encode_shares(run, modality_inputs[name], groups, cp_group)
+            elif self.training and torch.is_grad_enabled():
+                embeddings[name] = self.run_encoder(name, {})
+        return embeddings
 
-    def _encode(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(N, ...) inputs -> (tokens, H); ranks that hold the same encoder share the rows out."""
-        mine = inputs
-        for group in self._sharing_groups():
-            share = share_of(len(next(iter(mine.values()))), group.rank(), group.size())
-            mine = {key: tensor[share] for key, tensor in mine.items()}
-        first = next(iter(mine.values()))
-        rows = (
-            self._run_encoder(name, mine) if len(first) else self._encode_dummy(name, first.device)
-        )
-        for group in reversed(self._sharing_groups()):
-            rows = gather_rows(rows, group, partial_gradients=group is self.pg_collection.cp)
-        return rows
+    def run_encoder(self, name: str, inputs: Inputs) -> torch.Tensor:
+        """One modality's inputs (N, ...) -> (tokens, H), on this rank alone.
 
-    def _sharing_groups(self) -> list[dist.ProcessGroup]:
-        copies = [self.encoder_groups.copies] if self.encoder_groups else []
-        return [group for group in [self.pg_collection.cp, *copies] if group.size() > 1]
-
-    def _run_encoder(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.modality_submodules[name](encoder_inputs={ENCODER: inputs})
-
-    def _encode_dummy(self, name: str, device: torch.device) -> torch.Tensor:
-        """No rows of a modality that this rank has no item of, on a graph through all its weights.
-
-        Their gradients are then zeros that exist, as overlapped gradient reduction needs.
+        Without inputs a dummy input goes through all weights and none of its embeddings are kept.
+        The weights' gradients are then zeros that exist: DDP waits for every gradient of a bucket
+        before it reduces it, and another rank may have items where this one has none.
         """
-        inputs = {key: tensor.to(device) for key, tensor in self.dummy_inputs[name].items()}
-        return self._run_encoder(name, inputs)[:0]
+        encoder = self.modality_submodules[name]
+        if inputs and len(next(iter(inputs.values()))):
+            return encoder(encoder_inputs={ENCODER: inputs})
+        dummy = {key: tensor.to(device()) for key, tensor in self.dummy_inputs[name].items()}
+        return encoder(encoder_inputs={ENCODER: dummy})[:0]
 
 
 def packed_params(cu_seqlens: list[int]) -> PackedSeqParams:
-    """What Megatron's rotary positions and attention ask about a packed row."""
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    starts = torch.tensor(cu_seqlens, dtype=torch.int32, device=where)
+    """What Megatron's rotary positions and attention need to know of a packed sequence."""
+    starts = torch.tensor(cu_seqlens, dtype=torch.int32, device=device())
     longest = max(end - start for start, end in pairwise(cu_seqlens))
     return PackedSeqParams(
         qkv_format="thd",
@@ -276,31 +275,82 @@ def packed_params(cu_seqlens: list[int]) -> PackedSeqParams:
 
 def build_mimo_model(
     config: MimoConfig,
-    language: TransformerConfig,
+    transformer_config: TransformerConfig,
     pg_collection: Any,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
-    encoder_groups: EncoderGroups | None = None,
+    encoder_replicas: EncoderReplicas | None = None,
 ) -> StageMimoModel:
-    """The part of `config` that a rank holds; `language` says how it is computed."""
+    """This rank's stage of the model that `config` describes.
+
+    `transformer_config` is Megatron's, of the language model; encoders take from it how to compute.
+    """
     modalities = config.modalities if pre_process else {}
-    encoding_groups = encoder_groups.layers if encoder_groups else pg_collection
-    encoding = split_over(language, encoding_groups.tp.size())
+    encoder_groups = encoder_replicas.layers if encoder_replicas else pg_collection
+    encoder_config = split_over(transformer_config, encoder_groups.tp.size())
     mimo_config = MimoModelConfig(
         language_model_spec=language_spec(
-            config.language, language, pg_collection, pre_process, post_process, vp_stage
+            config.language, transformer_config, pg_collection, pre_process, post_process, vp_stage
         ),
         modality_submodules_spec={
-            name: modality_spec(modality, encoding, encoding_groups)
+            name: modality_spec(modality, encoder_config, encoder_groups)
             for name, modality in modalities.items()
         },
         special_token_ids={name: m.token_id for name, m in config.modalities.items()},
     )
-    idle = {name: dummy_input(modality) for name, modality in modalities.items()}
+    dummies = {name: dummy_input(modality) for name, modality in modalities.items()}
     return StageMimoModel(
-        mimo_config, pg_collection, pre_process, post_process, vp_stage, idle, encoder_groups
+        mimo_config, pg_collection, pre_process, post_process, vp_stage, dummies, encoder_replicas
     )
+
+
+def language_spec(
+    language: LanguageConfig,
+    transformer_config: TransformerConfig,
+    pg_collection: Any,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+) -> ModuleSpec:
+    """A stage of the GPT."""
+    num_layers = get_num_layers_to_build(transformer_config, vp_stage, pg_collection.pp.rank())
+    impl, qk_norm = transformer_config.transformer_impl, transformer_config.qk_layernorm
+    layers = block_submodules(impl, AttnMaskType.causal, num_layers, qk_norm)
+    return ModuleSpec(
+        module=GPTModel,
+        params={
+            "config": transformer_config,
+            "transformer_layer_spec": layers,
+            "vocab_size": language.vocab_size,
+            "max_sequence_length": language.seq_length,
+            "pre_process": pre_process,
+            "post_process": post_process,
+            "share_embeddings_and_output_weights": language.tie_embeddings,
+            "position_embedding_type": "rope",
+            "rotary_base": language.rotary_base,
+            "rope_scaling": language.rope_scaling_factor is not None,
+            "rope_scaling_factor": language.rope_scaling_factor or 1.0,
+            # `StageMimoModel.forward` scatters text and media together.
+            "scatter_embedding_sequence_parallel": False,
+            "pg_collection": pg_collection,
+            "vp_stage": vp_stage,
+        },
+    )
+
+
+def modality_spec(
+    modality: ModalityConfig, transformer_config: TransformerConfig, pg_collection: Any
+) -> ModuleSpec:
+    """An encoder and its projector; `transformer_config` says how they compute."""
+    params = {"modality": modality, "transformer_config": transformer_config}
+    return ModuleSpec(module=Modality, params={**params, "pg_collection": pg_collection})
+
+
+def dummy_input(modality: ModalityConfig) -> Inputs:
+    """A single random input of a modality's encoder."""
+    item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
+    return {name: tensor[:1] for name, tensor in item.items()}
 
 
 def build_part(
@@ -326,55 +376,6 @@ def part_prefix(part: str) -> str:
     return f"modality_submodules.{name}.{inside}."
 
 
-def dummy_input(modality: ModalityConfig) -> dict[str, torch.Tensor]:
-    """A single random input of a modality's encoder."""
-    item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
-    return {name: tensor[:1] for name, tensor in item.items()}
-
-
-def language_spec(
-    sizes: LanguageConfig,
-    config: TransformerConfig,
-    pg_collection: Any,
-    pre_process: bool,
-    post_process: bool,
-    vp_stage: int | None,
-) -> ModuleSpec:
-    """A stage of the GPT."""
-    num_layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
-    layers = block_submodules(
-        config.transformer_impl, AttnMaskType.causal, num_layers, config.qk_layernorm
-    )
-    return ModuleSpec(
-        module=GPTModel,
-        params={
-            "config": config,
-            "transformer_layer_spec": layers,
-            "vocab_size": sizes.vocab_size,
-            "max_sequence_length": sizes.seq_length,
-            "pre_process": pre_process,
-            "post_process": post_process,
-            "share_embeddings_and_output_weights": sizes.tie_embeddings,
-            "position_embedding_type": "rope",
-            "rotary_base": sizes.rotary_base,
-            "rope_scaling": sizes.rope_scaling_factor is not None,
-            "rope_scaling_factor": sizes.rope_scaling_factor or 1.0,
-            # MimoModel shards text and media together, after it has put them in order.
-            "scatter_embedding_sequence_parallel": False,
-            "pg_collection": pg_collection,
-            "vp_stage": vp_stage,
-        },
-    )
-
-
-def modality_spec(
-    modality: ModalityConfig, language: TransformerConfig, pg_collection: Any
-) -> ModuleSpec:
-    """An encoder and its projector; `language` says how they are computed."""
-    params = {"modality": modality, "transformer_config": language}
-    return ModuleSpec(module=Modality, params={**params, "pg_collection": pg_collection})
-
-
 def part_names(config: MimoConfig) -> list[str]:
     """`images.encoder`, `images.projector`, ..., `language`."""
     sides = [f"{name}.{side}" for name in config.modalities for side in ("encoder", "projector")]
@@ -391,13 +392,13 @@ def check_freeze(names: Iterable[str], config: MimoConfig) -> None:
 
 def parts(model: StageMimoModel) -> dict[str, torch.nn.Module]:
     """The parts that this stage holds."""
-    found: dict[str, torch.nn.Module] = {}
+    held: dict[str, torch.nn.Module] = {}
     for name, modality in model.modality_submodules.items():
-        found[f"{name}.encoder"] = modality.encoders[ENCODER]
-        found[f"{name}.projector"] = modality.input_projections[0]
+        held[f"{name}.encoder"] = modality.encoders[ENCODER]
+        held[f"{name}.projector"] = modality.input_projections[0]
     if model.language_model is not None:
-        found["language"] = model.language_model
-    return found
+        held["language"] = model.language_model
+    return held
 
 
 def freeze_parts(model: StageMimoModel, names: Iterable[str]) -> None:

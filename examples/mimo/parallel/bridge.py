@@ -1,4 +1,4 @@
-"""Embeddings from encoders' ranks to the language model's, and gradients back."""
+"""Bridges: embeddings from non-colocated encoders to the language model, gradients back."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ LANGUAGE_AXES = {"s": 0, "b": 1, "h": 2}
 
 
 class RaggedBridge(BridgeCommunicator):
-    """A bridge whose senders may send different numbers of rows.
+    """A bridge whose senders may send different numbers of embeddings.
 
-    Megatron's splits a gradient evenly over the senders. This one remembers how many rows of a
-    micro-batch came from each, until their gradients go back: first in, first out. And where
+    Megatron's splits a gradient evenly over the senders. This one remembers how many embeddings of
+    a micro-batch came from each, until their gradients go back: first in, first out. And where
     Megatron's wants NCCL, it takes the world's backend.
     """
 
     def __init__(self, *positional: Any, **named: Any) -> None:
-        self.rows_received: deque[list[int]] = deque()
+        self.counts_received: deque[list[int]] = deque()
         super().__init__(*positional, **named)
 
     @classmethod
@@ -42,31 +42,31 @@ class RaggedBridge(BridgeCommunicator):
     def _get_or_create_bridge_pg(cls, ranks: list[int]) -> dist.ProcessGroup:
         return _group(tuple(ranks))
 
-    def _communicate_shapes(self, **asked: Any) -> tuple[list, list]:
-        shapes = super()._communicate_shapes(**asked)
-        if asked.get("recv_prev") and torch.is_grad_enabled():
-            self.rows_received.append([shape[0] for shape in shapes[0]])
+    def _communicate_shapes(self, **options: Any) -> tuple[list, list]:
+        shapes = super()._communicate_shapes(**options)
+        if options.get("recv_prev") and torch.is_grad_enabled():
+            self.counts_received.append([shape[0] for shape in shapes[0]])
         return shapes
 
     def send_backward(self, grad_tensor: torch.Tensor) -> None:
-        """The gradient (tokens, H) to the ranks that sent the rows."""
+        """The gradient (tokens, H) to the ranks that sent the embeddings."""
         super().send_backward(self._for_senders(grad_tensor))
 
     def send_backward_recv_forward(
         self, grad_tensor: torch.Tensor, forward_shape: tuple[int, ...] | None = None
     ) -> torch.Tensor:
-        """The same, and the next micro-batch's rows."""
+        """The same, and the next micro-batch's embeddings."""
         return super().send_backward_recv_forward(self._for_senders(grad_tensor), forward_shape)
 
     def _for_senders(self, gradient: torch.Tensor) -> torch.Tensor:
-        if self.rows_received:
-            setattr(gradient, "_mimo_bridge_split_sizes", self.rows_received.popleft())
+        if self.counts_received:
+            setattr(gradient, "_mimo_bridge_split_sizes", self.counts_received.popleft())
         return gradient
 
 
 @functools.cache
 def _subgroup(ranks_list: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
-    """This rank's of the groups; bridges to the same ranks share them."""
+    """The group of these that this rank is in; bridges to the same ranks share it."""
     return dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_list])[0]
 
 
@@ -103,7 +103,7 @@ class Bridges(MultiModulePipelineCommunicator):
                 self.bridge_comms.append(bridge)
 
 
-def mark_samples(rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Rows with the number that each sample has, by which a bridge shares them out."""
-    setattr(rows, "_mimo_bridge_split_sizes", list(counts))
-    return rows
+def mark_samples(embeddings: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Note how many embeddings each sample has, by which a bridge shares them out."""
+    setattr(embeddings, "_mimo_bridge_split_sizes", list(counts))
+    return embeddings

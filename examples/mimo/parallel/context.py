@@ -1,18 +1,21 @@
-"""Context parallelism: a row of sequences over ranks, in the order that Megatron balances.
+"""Context parallelism: which part of a sequence, and which media items, a rank works on.
 
-Of each sequence rank r of c holds the chunks r and 2c - 1 - r of 2c, so that causal attention
-costs every rank the same (arXiv:2407.21783, section 3.3.2, gathers keys and values as this package
-does). `bounds` are the starts of the sequences in the whole row, and its end.
+Sequences are cut in the order that Megatron balances: rank r of c holds the chunks r and
+2c - 1 - r of 2c, so that causal attention costs every rank the same (arXiv:2407.21783, section
+3.3.2, gathers keys and values as this package does). `cu_seqlens` are the starts of the samples in
+a packed sequence, and its end. Media are shared out by item.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from examples.mimo.data.batch import share_of
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
@@ -23,7 +26,7 @@ def chunks_of(rank: int, size: int) -> tuple[int, int]:
 def shard_sequence(
     whole: torch.Tensor, dim: int, group: dist.ProcessGroup, cu_seqlens: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """This rank's part of a row along `dim`; every sequence's length divides by 2c."""
+    """This rank's S / c of the S places along `dim`; every sample's length is divisible by 2c."""
     if group.size() == 1:
         return whole
     parts = []
@@ -47,19 +50,42 @@ def gather_sequence(
     return torch.cat(parts)
 
 
-def gather_rows(
-    local: torch.Tensor, group: dist.ProcessGroup, partial_gradients: bool
+def encode_shares(
+    encode: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    inputs: dict[str, torch.Tensor],
+    groups: Sequence[dist.ProcessGroup],
+    sum_gradients_over: dist.ProcessGroup,
+) -> torch.Tensor:
+    """(N, ...) inputs -> (tokens, H) on every rank, each of which encodes a share of the N.
+
+    All ranks of `groups` have the same inputs and the same weights of `encode`. Every rank then
+    holds the gradients of the weights for its share alone; who sums those is said in
+    model/mimo.py.
+    """
+    groups = [group for group in groups if group.size() > 1]
+    for group in groups:
+        share = share_of(len(next(iter(inputs.values()))), group.rank(), group.size())
+        inputs = {name: tensor[share] for name, tensor in inputs.items()}
+    embeddings = encode(inputs)
+    for group in reversed(groups):
+        embeddings = gather_embeddings(embeddings, group, group is sum_gradients_over)
+    return embeddings
+
+
+def gather_embeddings(
+    local: torch.Tensor, group: dist.ProcessGroup, sum_gradients: bool
 ) -> torch.Tensor:
     """(n_r, H) -> (sum of n_r, H) in the order of ranks.
 
-    The ranks' gradients are summed where each rank uses the rows for a part of the work, as under
-    context parallelism; else all ranks have the same, and each takes its own rows.
+    The backward pass sums the ranks' gradients where each rank works on a part of the sequence, as
+    under context parallelism: its loss depends on items that others encoded. Ranks that compute
+    the same all have the same gradients, and each takes those of its own embeddings.
     """
-    mine = torch.tensor([len(local)], device=local.device)
-    lengths = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(lengths, mine, group=group)
-    longest = max(int(length) for length in lengths)
-    padded = torch.nn.functional.pad(local, (0, 0, 0, longest - len(local)))
-    whole = gather_from_sequence_parallel_region(padded, partial_gradients, group=group)
+    count = torch.tensor([len(local)], device=local.device)
+    counts = [torch.empty_like(count) for _ in range(group.size())]
+    dist.all_gather(counts, count, group=group)
+    lengths = [int(length) for length in counts]
+    padded = torch.nn.functional.pad(local, (0, 0, 0, max(lengths) - len(local)))
+    whole = gather_from_sequence_parallel_region(padded, sum_gradients, group=group)
     parts = whole.chunk(group.size())
-    return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

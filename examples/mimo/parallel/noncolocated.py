@@ -1,9 +1,8 @@
-"""`MimoModel` whose encoders have ranks of their own: a rank holds one module, or a stage of it.
+"""Encoders on ranks of their own, apart from the language model's.
 
-Encoders run side by side, one stage ahead of the language model's first. Their rows travel over
-Megatron's bridges (`models/bridge.py`), and the gradients of the rows travel back.
-
-What `pretrain()` is given when encoders have ranks of their own.
+A rank holds one module: an encoder with its projector, or a stage of the language model. Encoders
+run side by side, one pipeline stage ahead of the language model's first. Their embeddings travel
+over bridges (parallel/bridge.py), and the embeddings' gradients travel back.
 
 Every rank's parallel state is that of its module, so Megatron's model, optimizer, schedule and
 checkpoint code sees a model of that module alone. What modules share goes over the whole world:
@@ -12,10 +11,8 @@ the norm of the gradient, the number of target tokens, and whether an update suc
 
 from __future__ import annotations
 
-import argparse
 import functools
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -35,9 +32,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.training import initialize
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Needs
 from examples.mimo.model.encoder import split_over
 from examples.mimo.model.mimo import (
+    Inputs,
     StageMimoModel,
     check_count,
     dummy_input,
@@ -46,11 +43,13 @@ from examples.mimo.model.mimo import (
 )
 from examples.mimo.parallel.bridge import Bridges, mark_samples
 from examples.mimo.parallel.placement import LANGUAGE, Placement, create_grids, here
-from examples.mimo.training.layout import placements
 
 
 class NonColocatedMimoModel(StageMimoModel):
-    """The module of this rank; what it takes and gives are dicts, module -> tensor."""
+    """The module of this rank; what it takes and gives are dicts, module -> tensor.
+
+    `language_dp` is the number of the language model's data-parallel replicas.
+    """
 
     def __init__(
         self,
@@ -60,28 +59,29 @@ class NonColocatedMimoModel(StageMimoModel):
         language_dp: int,
         pre_process: bool,
         post_process: bool,
-        dummy_inputs: dict[str, dict[str, torch.Tensor]],
+        dummy_inputs: dict[str, Inputs],
     ) -> None:
         self.placement = placement
-        # Copies of the language model that one copy of this encoder serves.
-        self.served = language_dp // placement.dp if placement.name != LANGUAGE else 1
+        is_encoder = placement.name != LANGUAGE
+        # Replicas of the language model that one replica of this encoder serves.
+        self.replicas_served = language_dp // placement.dp if is_encoder else 1
         super().__init__(mimo_config, pg_collection, pre_process, post_process, None, dummy_inputs)
-        if placement.name != LANGUAGE:
+        if is_encoder:
             # Random states of different modules are kept apart in a checkpoint.
             self.rng_state_key_prefix = f"{placement.name}."
 
     @property
-    def needs(self) -> Needs:
-        """Encoders need their media, and the ids that say how many rows a sample has."""
-        if self.placement.name == LANGUAGE:
-            return Needs(ids=self.pre_process, labels=self.post_process)
-        return Needs(ids=True, modalities=frozenset({self.placement.name}))
+    def needs(self) -> frozenset[str]:
+        """An encoder also needs the ids, which say how many embeddings each sample has."""
+        if self.placement.name != LANGUAGE:
+            return frozenset({"input_ids", self.placement.name})
+        return super().needs - set(self.special_token_ids)
 
     def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor | None,
         labels: torch.Tensor | None = None,
-        modality_inputs: dict[str, dict[str, Any]] | None = None,
+        modality_inputs: dict[str, Inputs] | None = None,
         cu_seqlens: list[int] | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """On an encoder's rank {modality: (tokens, H)}, on the last stage as in the base class.
@@ -90,44 +90,33 @@ class NonColocatedMimoModel(StageMimoModel):
         """
         if self.placement.name != LANGUAGE:
             assert input_ids is not None
-            return {
-                self.placement.name: self._encode_for_language_model(
-                    input_ids, modality_inputs or {}, cu_seqlens
-                )
-            }
+            inputs = (modality_inputs or {}).get(self.placement.name, {})
+            return {self.placement.name: self._encode_for_bridge(inputs, input_ids, cu_seqlens)}
         if not self.pre_process:
             self.language_model.set_input_tensor(self.input_tensors[LANGUAGE])
         output = super().forward(input_ids, labels, cu_seqlens=cu_seqlens)
         return output if self.post_process else {LANGUAGE: output}
 
-    def _encode_for_language_model(
-        self,
-        input_ids: torch.Tensor,
-        modality_inputs: dict[str, dict[str, Any]],
-        cu_seqlens: list[int] | None,
+    def _encode_for_bridge(
+        self, inputs: Inputs, input_ids: torch.Tensor, cu_seqlens: list[int] | None
     ) -> torch.Tensor:
-        """This encoder's rows of a micro-batch, or of one for each language model it serves."""
+        """This encoder's embeddings of a micro-batch, or of one for each replica it serves."""
         name = self.placement.name
-        inputs = modality_inputs.get(name, {})
-        some = inputs and len(next(iter(inputs.values())))
-        rows = (
-            self._run_encoder(name, inputs)
-            if some
+        embeddings = self.run_encoder(name, inputs)
+        if not len(embeddings):
             # The schedule frees what it has sent, and a part of another tensor cannot be freed.
-            else self._encode_dummy(name, input_ids.device).clone()
-        )
-        if self.served < 2:
-            return rows
+            embeddings = embeddings.clone()
+        if self.replicas_served < 2:
+            return embeddings
         token_id = self.special_token_ids[name]
-        check_count(name, rows, input_ids, token_id)
-        return mark_samples(rows, count_by_sample(input_ids, token_id, cu_seqlens))
+        check_count(name, embeddings, input_ids, token_id)
+        return mark_samples(embeddings, count_by_sample(input_ids, token_id, cu_seqlens))
 
-    def _encode_media(
-        self, modality_inputs: dict[str, dict[str, Any]], device: torch.device
-    ) -> dict[str, torch.Tensor]:
+    def encode(self, modality_inputs: dict[str, Inputs]) -> dict[str, torch.Tensor]:
         """What the encoders sent, in the order of the config, on which the backward pass depends.
 
-        Each context-parallel rank uses a part of it.
+        Each context-parallel rank uses a part of it, so the backward pass sums the gradients of
+        the embeddings over those ranks before they travel back.
         """
         group = self.pg_collection.cp
         return {
@@ -139,46 +128,49 @@ class NonColocatedMimoModel(StageMimoModel):
 def count_by_sample(
     input_ids: torch.Tensor, token_id: int, cu_seqlens: Sequence[int] | None
 ) -> list[int]:
-    """How often a token stands in each row, or in each sample of a packed row."""
-    found = input_ids == token_id
+    """How often a token stands in each sequence, or in each sample of a packed one."""
+    is_token = input_ids == token_id
     if cu_seqlens is None:
-        return found.sum(dim=1).tolist()
-    return [int(found[0, start:end].sum()) for start, end in pairwise(cu_seqlens)]
+        return is_token.sum(dim=1).tolist()
+    return [int(is_token[0, start:end].sum()) for start, end in pairwise(cu_seqlens)]
 
 
 def build_noncolocated_model(
     config: MimoConfig,
-    language: TransformerConfig,
+    transformer_config: TransformerConfig,
     pg_collection: Any,
     placements: Sequence[Placement],
     grids: dict[str, HyperCommGrid],
     pre_process: bool,
     post_process: bool,
 ) -> NonColocatedMimoModel:
-    """The module of this rank; `pg_collection` holds that module's groups, `grids` are all's."""
-    mine = here(placements, dist.get_rank())
-    placed = {placement.name: placement for placement in placements}
+    """The module of this rank; `pg_collection` holds its groups, `grids` those of all modules."""
+    own = here(placements, dist.get_rank())
+    by_name = {placement.name: placement for placement in placements}
+    encoder_configs = {
+        name: split_over(transformer_config, by_name[name].tp) for name in config.modalities
+    }
     mimo_config = MimoModelConfig(
         language_model_spec=language_spec(
-            config.language, language, pg_collection, pre_process, post_process, None
+            config.language, transformer_config, pg_collection, pre_process, post_process, None
         ),
         modality_submodules_spec={
-            name: modality_spec(modality, split_over(language, placed[name].tp), pg_collection)
+            name: modality_spec(modality, encoder_configs[name], pg_collection)
             for name, modality in config.modalities.items()
         },
         special_token_ids={name: m.token_id for name, m in config.modalities.items()},
         module_to_grid_map=grids,
     )
-    held = {name: m for name, m in config.modalities.items() if name == mine.name}
-    idle = {name: dummy_input(modality) for name, modality in held.items()}
+    is_language = own.name == LANGUAGE
+    dummies = {} if is_language else {own.name: dummy_input(config.modalities[own.name])}
     return NonColocatedMimoModel(
         mimo_config,
         pg_collection,
-        mine,
-        placed[LANGUAGE].dp,
-        pre_process and mine.name == LANGUAGE,
-        post_process and mine.name == LANGUAGE,
-        idle,
+        own,
+        by_name[LANGUAGE].dp,
+        pre_process and is_language,
+        post_process and is_language,
+        dummies,
     )
 
 
@@ -193,11 +185,13 @@ class ModuleGroups(MultiModuleProcessGroupCollection):
 class OneFormatOptimizer(MimoOptimizer):
     """Megatron's optimizer of several modules, whose checkpoints are those of one.
 
-    A rank has one module, so its optimizer state is named as on shared ranks, and either loads
+    A rank has one module, so its optimizer state is named as in a colocated run, and either loads
     what the other saved.
     """
 
-    def __init__(self, optimizer: Any, own: Placement, placed: Sequence[Placement], config: Any):
+    def __init__(
+        self, optimizer: Any, own: Placement, placements: Sequence[Placement], config: Any
+    ) -> None:
         self.own = optimizer
         infos = {
             placement.name: ModuleOptimizerInfo(
@@ -206,7 +200,7 @@ class OneFormatOptimizer(MimoOptimizer):
                 pg_collection=None,
                 is_active=placement == own,
             )
-            for placement in placed
+            for placement in placements
         }
         super().__init__(infos, config)
         self.is_stub_optimizer = optimizer.is_stub_optimizer
@@ -222,8 +216,8 @@ class OneFormatOptimizer(MimoOptimizer):
         return self.own.sharded_state_dict(*positional, **named)
 
 
-class OwnRanks(NamedTuple):
-    """What a run with `--encoder-ranks` has, and others have not."""
+class NonColocatedRun(NamedTuple):
+    """What `pretrain()` is given where encoders have ranks of their own; else all None."""
 
     grids: dict[str, HyperCommGrid] | None = None
     bridges: Bridges | None = None
@@ -231,53 +225,48 @@ class OwnRanks(NamedTuple):
 
 
 def prepare(
-    args: argparse.Namespace,
-    transformer: Any,
+    placements: Sequence[Placement],
+    rank: int,
+    transformer_config: TransformerConfig,
     install: Callable[[dict[str, Any], Callable[..., Any]], None],
-) -> OwnRanks:
-    """Process groups, random state and bridges; `transformer` is a TransformerConfig.
+    *,
+    local_rank: int,
+    process_group: Mapping[str, Any],
+    parallel_state_options: Mapping[str, Any],
+    random_state: Sequence[Any],
+) -> NonColocatedRun:
+    """Process groups, random state and bridges; every rank of the world must call this.
 
-    Every rank of the world must call this. `install` gives Megatron the parallel state of this
-    rank's module and wraps the function that builds its optimizer (`compat`).
+    `process_group` are arguments of `init_process_group`, `parallel_state_options` those of
+    `initialize_model_parallel` that are no sizes, `random_state` those of Megatron's
+    `_set_random_seed`. `install` gives Megatron the parallel state of this rank's module and wraps
+    the function that builds its optimizer (compat/), for which `pretrain()` has no parameter.
     """
-    if not args.encoder_ranks:
-        return OwnRanks()
-    placed = placements(args)
-    own = here(placed, args.rank)
+    own = here(placements, rank)
     if torch.cuda.is_available():
-        torch.cuda.set_device(args.local_rank)
-    dist.init_process_group(
-        args.distributed_backend,
-        rank=args.rank,
-        world_size=args.world_size,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
-    )
-    parallel_state_of_module = create_groups(
-        placed,
-        own,
-        create_gloo_process_groups=args.use_gloo_process_groups,
-        nccl_communicator_config_path=args.nccl_communicator_config_path,
-        high_priority_stream_groups=args.high_priority_stream_groups,
-        distributed_timeout_minutes=args.distributed_timeout_minutes,
-    )
-    install(parallel_state_of_module, functools.partial(_for_all_modules, own, placed))
-    initialize._set_random_seed(
-        args.seed, args.data_parallel_random_init, args.te_rng_tracker, args.inference_rng_tracker
-    )
-    grids = create_grids(placed)
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(**process_group)
+    state_of_module = create_groups(placements, own, **parallel_state_options)
+    install(state_of_module, functools.partial(_for_all_modules, own, placements))
+    initialize._set_random_seed(*random_state)
+    grids = create_grids(placements)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     language = LANGUAGE if own.name == LANGUAGE else None
-    return OwnRanks(grids, Bridges(grids, transformer), ModuleGroups({own.name: groups}, language))
+    return NonColocatedRun(
+        grids, Bridges(grids, transformer_config), ModuleGroups({own.name: groups}, language)
+    )
 
 
-def create_groups(placed: Sequence[Placement], own: Placement, **options: Any) -> dict[str, Any]:
+def create_groups(
+    placements: Sequence[Placement], own: Placement, **options: Any
+) -> dict[str, Any]:
     """The globals of Megatron's parallel state for this rank's module, `own`.
 
     Every rank of the world makes all modules' groups, in one order. `options` are those of
     `initialize_model_parallel` that are no sizes.
     """
     kept: dict[str, Any] = {}
-    for placement in placed:
+    for placement in placements:
         initialize_module_parallel(placement, **options)
         if placement == own:
             state = vars(parallel_state)
@@ -316,9 +305,11 @@ def finalize_noncolocated(
         chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))  # type: ignore[operator]
 
 
-def _for_all_modules(own: Placement, placed: Sequence[Placement], build: Any) -> Any:
+def _for_all_modules(
+    own: Placement, placements: Sequence[Placement], build: Callable[..., Any]
+) -> Callable[..., OneFormatOptimizer]:
     @functools.wraps(build)
-    def built(config: Any, *positional: Any, **named: Any) -> OneFormatOptimizer:
-        return OneFormatOptimizer(build(config, *positional, **named), own, placed, config)
+    def build_for_all_modules(config: Any, *positional: Any, **named: Any) -> OneFormatOptimizer:
+        return OneFormatOptimizer(build(config, *positional, **named), own, placements, config)
 
-    return built
+    return build_for_all_modules

@@ -34,7 +34,7 @@ from examples.mimo.parallel.noncolocated import (
     initialize_module_parallel,
 )
 from examples.mimo.parallel.placement import create_grids, here
-from examples.mimo.parallel.replicas import encoder_groups
+from examples.mimo.parallel.replicas import create_encoder_replicas
 from examples.mimo.training.layout import RankGroup, RunShape
 
 # Per trained parameter: two moments in fp32.
@@ -135,7 +135,7 @@ def _build_colocated(
     """The chunks of a pipeline stage, one for each of its virtual stages."""
     num_chunks = shape.virtual_stages or 1
     encoder_tp = next(iter(shape.encoder_tp.values()), shape.tp)
-    groups = encoder_groups(encoder_tp, pg_collection)
+    replicas = create_encoder_replicas(encoder_tp, pg_collection)
     return [
         build_mimo_model(
             config,
@@ -144,7 +144,7 @@ def _build_colocated(
             pre_process=stage == 0 and number == 0,
             post_process=stage == shape.pp - 1 and number == num_chunks - 1,
             vp_stage=number if shape.virtual_stages else None,
-            encoder_groups=groups,
+            encoder_replicas=replicas,
         )
         for number in range(num_chunks)
     ]

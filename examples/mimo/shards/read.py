@@ -34,8 +34,8 @@ from megatron.energon.wrappers import ShuffleBufferDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import BadSample, Batch, join_batches
-from examples.mimo.data.conversation import FindFile, Sample, SampleReader
+from examples.mimo.data.batch import Batch, join_batches
+from examples.mimo.data.conversation import BadSample, FindFile, Sample, SampleEncoder
 from examples.mimo.modalities.base import Blob
 from examples.mimo.shards.mixtures import Part, read_mixture
 
@@ -184,7 +184,7 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
 
     def __init__(
         self,
-        sample_encoder: SampleReader,
+        sample_encoder: SampleEncoder,
         collate: Collate,
         max_bad_samples: int,
         packing: Packing | None = None,
@@ -212,7 +212,7 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         # Seeded by the worker and its position, so that a resumed run augments alike.
         workers = WorkerConfig.active_worker_config
         generator = np.random.default_rng([workers.worker_seed(), self.current_sample_index])
-        sample = self.sample_encoder.read(record, part_finder(key, parts), generator)
+        sample = self.sample_encoder.encode(record, part_finder(key, parts), generator)
         if not any(sample.tokens.loss_mask):
             raise ValueError(f"sample {key}: no answer, so no target tokens")
         if self.packing and len(sample.tokens.ids) > self.packing.seq_length:

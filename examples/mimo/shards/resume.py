@@ -27,8 +27,8 @@ from megatron.energon.savable_loader import (
 )
 from megatron.energon.state import FlexState
 
-from examples.mimo.data.batch import BadSampleCount, Batch
-from examples.mimo.data.conversation import SampleReader
+from examples.mimo.data.batch import Batch
+from examples.mimo.data.conversation import BadSampleCount, SampleEncoder
 from examples.mimo.shards.mixtures import num_samples, read_mixture
 from examples.mimo.shards.read import (
     Collate,
@@ -132,7 +132,7 @@ class ResumableBatches(ShardBatches):
 
 def shard_iterators(
     options: ShardOptions,
-    reader: SampleReader,
+    reader: SampleEncoder,
     collate: Collate,
     collate_valid: Collate,
     bad_samples: BadSampleCount,
@@ -162,7 +162,7 @@ def shard_iterators(
 
 
 def first_shard_batches(
-    options: ShardOptions, reader: SampleReader, collate: Collate, count: int
+    options: ShardOptions, reader: SampleEncoder, collate: Collate, count: int
 ) -> list[Batch]:
     """The first `count` batches of a run on a single rank, without a process group."""
     alone = dataclasses.replace(options, data_parallel_size=1, num_workers=0)
@@ -171,7 +171,7 @@ def first_shard_batches(
 
 
 def _training_loader(
-    options: ShardOptions, reader: SampleReader, collate: Collate, rank: int
+    options: ShardOptions, reader: SampleEncoder, collate: Collate, rank: int
 ) -> SavableDataLoader:
     reader = dataclasses.replace(reader, augment=options.augment)
     packing = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import Sample, SampleReader, TokenSequence
+from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.shards.manifest import TarParts, tar_samples
 from examples.mimo.shards.read import error_reason
@@ -85,7 +85,7 @@ class ShownSample:
 
 
 def inspect_shards(
-    folder: Path, reader: SampleReader, limit: int, num_shown: int
+    folder: Path, reader: SampleEncoder, limit: int, num_shown: int
 ) -> tuple[Statistics, list[ShownSample]]:
     """Statistics of the first `limit` samples of each shard, and the first samples to show."""
     tars = sorted(folder.glob("*.tar"))
@@ -127,10 +127,10 @@ def _samples(tar: Path) -> Iterator[TarParts]:
         raise ValueError(f"{tar}: a damaged tar file ({error})") from None
 
 
-def _read_sample(parts: TarParts, reader: SampleReader) -> tuple[Sample, dict[str, list[Any]]]:
+def _read_sample(parts: TarParts, reader: SampleEncoder) -> tuple[Sample, dict[str, list[Any]]]:
     """A sample, and its decoded media by modality."""
     record = parts.record(reader.config)
-    sample = reader.read(record, parts)
+    sample = reader.encode(record, parts)
     raw = {
         name: [reader.config.modalities[name].encoder.read(parts(file)) for file in record[name]]
         for name in sample.media
@@ -139,7 +139,7 @@ def _read_sample(parts: TarParts, reader: SampleReader) -> tuple[Sample, dict[st
 
 
 def render_page(
-    folder: Path, totals: Statistics, shown: Iterable[ShownSample], reader: SampleReader
+    folder: Path, totals: Statistics, shown: Iterable[ShownSample], reader: SampleEncoder
 ) -> str:
     """An HTML page that loads nothing from elsewhere and runs no script."""
     lines = html.escape("\n".join(totals.lines()))
@@ -147,7 +147,7 @@ def render_page(
     return _PAGE.format(title=html.escape(folder.name), statistics=lines, samples=samples)
 
 
-def _section(shown: ShownSample, reader: SampleReader) -> str:
+def _section(shown: ShownSample, reader: SampleEncoder) -> str:
     tokens = shown.sample.tokens
     media = "".join(
         f"<figure>{_media_element(mime_type, content, f'{name} of {shown.sample.key}')}"

@@ -31,8 +31,8 @@ import yaml
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import (
     check_media,
+    find_media,
     parse_turns,
-    refuse_unknown_media,
     to_pieces,
 )
 from examples.mimo.data.tokenizer import copy_tokenizer
@@ -344,23 +344,18 @@ def checked_parts(entry: Entry, config: MimoConfig) -> dict[str, bytes]:
     and for files that cannot be read.
     """
     record = dict(entry.record)
-    key = record["key"]
-    refuse_unknown_media(record, key, config)
-    turns = parse_turns(record.get("conversations"), key)
+    turns = parse_turns(record.get("conversations"))
     if not any(turn.is_answer for turn in turns):
         raise ValueError("no turn is an answer")
-    media = {modality: record.get(modality, []) for modality in config.modalities}
-    for modality, files in media.items():
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise ValueError(f"{modality} must be a list of file names, not {files!r}")
-    check_media(to_pieces(turns, config), media, config, key)
+    media = find_media(record, config, entry.find)
+    check_media(to_pieces(turns, config), media, config)
     parts: dict[str, bytes] = {}
-    for modality, files in media.items():
+    for modality, sources in media.items():
         names = []
-        for number, file in enumerate(files):
-            blob = _read_file(entry.find(file))
+        for number, source in enumerate(sources):
+            blob = _read_file(source)
             config.modalities[modality].encoder.read(blob)
-            suffix = Path(file).suffix.lower()
+            suffix = Path(record[modality][number]).suffix.lower()
             has_suffix = re.fullmatch(r"\.[a-z0-9]{1,8}", suffix)
             names.append(f"{modality}.{number}{suffix if has_suffix else ''}")
             parts[names[-1]] = blob.data

@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+import functools
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core import mpu
 
-from examples.mimo.parallel.placement import (
-    LANGUAGE,
-    Placement,
-    encoder_placements,
-    here,
-    language_ranks,
-    parse_ranks,
-)
+from examples.mimo.data.batch import Batch, take_share
+from examples.mimo.data.conversation import Sample
+from examples.mimo.parallel.placement import LANGUAGE, Placement, here
 
 
 @dataclass(frozen=True)
@@ -181,3 +179,112 @@ def places(args: argparse.Namespace) -> list[RankGroup]:
         label = LANGUAGE if placed and stages == 1 else f"stage {stage}"
         groups.append(RankGroup(label, stage_ranks, module, stage))
     return groups
+
+
+def parse_ranks(words: Sequence[str], names: Collection[str], num_ranks: int) -> dict[str, range]:
+    """`images=0 audios=1-2` -> modality -> its ranks; ValueError unless each is given some."""
+    ranks: dict[str, range] = {}
+    for word in words:
+        match = re.fullmatch(r"([^=]+)=(\d+)(?:-(\d+))?", word)
+        if not match:
+            raise ValueError(f"--encoder-ranks {word}: write NAME=RANK or NAME=FIRST-LAST")
+        name, first, last = match[1], int(match[2]), int(match[3] or match[2])
+        if name not in names:
+            raise ValueError(
+                f"--encoder-ranks {word}: the model has the modalities {', '.join(names)}"
+            )
+        if name in ranks:
+            raise ValueError(f"--encoder-ranks {word}: {name} has ranks already")
+        if last < first or last >= num_ranks:
+            raise ValueError(
+                f"--encoder-ranks {word}: {num_ranks} processes have the ranks 0 to {num_ranks - 1}"
+            )
+        ranks[name] = range(first, last + 1)
+    for name in names:
+        if name not in ranks:
+            raise ValueError(
+                f"--encoder-ranks says nothing of {name}; name ranks for {', '.join(names)}"
+            )
+    return ranks
+
+
+def language_ranks(encoders: Mapping[str, range], num_ranks: int) -> range:
+    """The consecutive ranks that no encoder has; ValueError when there are none."""
+    holders: dict[int, str] = {}
+    for name, ranks in encoders.items():
+        for rank in ranks:
+            if rank in holders:
+                raise ValueError(
+                    f"--encoder-ranks: {holders[rank]} and {name} both have rank {rank}; a rank "
+                    "holds one module"
+                )
+            holders[rank] = name
+    left = [rank for rank in range(num_ranks) if rank not in holders]
+    if not left:
+        raise ValueError(
+            f"--encoder-ranks takes all {num_ranks} processes and leaves none for the language "
+            "model; start more"
+        )
+    if left != list(range(left[0], left[-1] + 1)):
+        raise ValueError(
+            f"--encoder-ranks leaves the language model the ranks {', '.join(map(str, left))}, "
+            "which do not follow one another; move the encoders to one end"
+        )
+    return range(left[0], left[-1] + 1)
+
+
+def encoder_placements(
+    encoders: Mapping[str, range], tensor_parallel: Mapping[str, int], language_dp: int
+) -> list[Placement]:
+    """ValueError unless each encoder's ranks divide as its flags say and pair up with the others.
+
+    Replicas of an encoder and of the language model exchange whole shares of a batch.
+    """
+    placed = []
+    for name, ranks in encoders.items():
+        tp = tensor_parallel[name]
+        if tp < 1 or len(ranks) % tp:
+            raise ValueError(
+                f"--encoder-ranks gives {name} {len(ranks)} ranks, not divisible by its "
+                f"--encoder-tensor-model-parallel-size {tp}"
+            )
+        placement = Placement(name, ranks, tp)
+        if placement.dp % language_dp and language_dp % placement.dp:
+            raise ValueError(
+                f"--encoder-ranks makes {placement.dp} replicas of {name}'s encoder for "
+                f"{language_dp} of the language model; one must be a multiple of the other"
+            )
+        placed.append(placement)
+    return placed
+
+
+@dataclass(frozen=True)
+class DataShare:
+    """What a data-parallel rank reads: micro-batches of `replicas`, or a share of one's media.
+
+    `replicas` are the language model's data-parallel ranks that it works for. A replica of a
+    non-colocated encoder may work for several, whose micro-batches it reads as one, or be one of
+    `shares` replicas that each encode a share of the same micro-batch.
+    """
+
+    replicas: range
+    number: int = 0
+    shares: int = 1
+
+    def of(self, collate: Callable[[Sequence[Sample]], Batch]) -> Callable[..., Batch]:
+        """`collate` as it is, or followed by taking this rank's share of the micro-batch."""
+        return collate if self.shares == 1 else functools.partial(self._collate, collate)
+
+    def _collate(
+        self, collate: Callable[[Sequence[Sample]], Batch], samples: Sequence[Sample]
+    ) -> Batch:
+        return take_share(collate(samples), self.number, self.shares)
+
+
+def data_share(language_dp: int) -> DataShare:
+    """This rank's, where the language model has `language_dp` data-parallel replicas."""
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    shares = max(1, size // language_dp)
+    served = language_dp * shares // size
+    first = rank // shares * served
+    return DataShare(range(first, first + served), rank % shares, shares)

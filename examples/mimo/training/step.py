@@ -1,12 +1,11 @@
-"""One micro-batch: read, share, forward, loss."""
+"""One micro-batch: read, broadcast, forward, loss."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from examples.mimo.data.batch import Batch, Needs, share_batch
+from examples.mimo.data.batch import Batch, broadcast_batch
 from examples.mimo.model.layers import device
 from examples.mimo.model.mimo import MediaCountError, StageMimoModel
 from examples.mimo.parallel.context import shard_sequence
@@ -22,22 +21,27 @@ from examples.mimo.parallel.context import shard_sequence
 Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
+class Observer(Protocol):
+    """What a run is told of a step; the commands' observer shows it to a person."""
+
+    def enter(self, phase: str) -> None:
+        """From here on this rank does this; `{iteration}` stands for the iteration."""
+
+    def add_batch(self, batch: Batch, wait_seconds: float) -> None:
+        """A micro-batch of training, and how long this rank waited for it."""
+
+
 def forward_step(
-    observer: Any, data_iterator: Iterator[Batch] | None, model: torch.nn.Module
+    observer: Observer, data_iterator: Iterator[Batch] | None, model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Reduced]]:
     """This stage's output for the next micro-batch, and the function that makes it a loss.
 
     In evaluation the last stage returns logits, from which come the loss and exact match.
-    `observer` follows the run: `enter(phase)` and `add_batch(batch, wait_seconds)`.
     """
     stage: StageMimoModel = unwrap_model(model)
     where = "iteration {iteration}" if model.training else "evaluation after iteration {iteration}"
     observer.enter(f"{where}, reading a batch")
-    start = time.perf_counter()
-    batch = next_batch(data_iterator, stage)
-    if model.training:
-        observer.add_batch(batch, time.perf_counter() - start)
-    batch = shard_targets(batch)
+    batch = next_batch(observer, data_iterator, stage)
     observer.enter(f"{where}, computing")
     try:
         output = model(
@@ -52,29 +56,32 @@ def forward_step(
     return output, functools.partial(reduce, batch)
 
 
-def next_batch(data_iterator: Iterator[Batch] | None, stage: StageMimoModel) -> Batch:
-    """What this stage needs of the next micro-batch; a middle stage needs a packed row's bounds."""
-    if stage.needs == Needs() and not get_args().pack_sequences:
+def next_batch(
+    observer: Observer, data_iterator: Iterator[Batch] | None, stage: StageMimoModel
+) -> Batch:
+    """What this stage needs of the next micro-batch; labels and loss mask sharded like its output.
+
+    One rank of a tensor-parallel group reads. A middle stage needs nothing but, where sequences
+    are packed, the description with their `cu_seqlens`.
+    """
+    if not stage.needs and not get_args().pack_sequences:
         return Batch(batch_size=0, seq_length=0, num_tokens=0, keys=[])
+    start = time.perf_counter()
     group = mpu.get_tensor_model_parallel_group()
-    batch = next(data_iterator) if data_iterator is not None and group.rank() == 0 else None
-    return share_batch(batch, group, device(), stage.needs)
-
-
-def shard_targets(batch: Batch) -> Batch:
-    """Labels and loss mask (B, S) -> (B, S / CP), as the model's outputs are sharded."""
-    group = mpu.get_context_parallel_group()
-    if group.size() == 1 or batch.labels is None or batch.loss_mask is None:
-        return batch
-    return dataclasses.replace(
-        batch,
-        labels=shard_sequence(batch.labels, 1, group, batch.cu_seqlens),
-        loss_mask=shard_sequence(batch.loss_mask, 1, group, batch.cu_seqlens),
-    )
+    read = next(data_iterator) if data_iterator is not None and group.rank() == 0 else None
+    batch = broadcast_batch(read, group, device(), stage.needs)
+    if stage.training:
+        observer.add_batch(batch, time.perf_counter() - start)
+    # The model's outputs are shards of the sequence, (B, S / CP).
+    for name in stage.needs & {"labels", "loss_mask"}:
+        batch.tensors[name] = shard_sequence(
+            batch.tensors[name], 1, mpu.get_context_parallel_group(), batch.cu_seqlens
+        )
+    return batch
 
 
 def training_loss(batch: Batch, losses: torch.Tensor) -> Reduced:
-    """(B, S / CP) per-token losses -> their sum over target tokens, the number of those, a report.
+    """(B, S / CP) per-token losses -> their sum over targets, the number of targets, a report.
 
     Megatron divides the sum over all micro-batches and ranks by the number over all of them.
     """
@@ -91,9 +98,9 @@ def training_loss(batch: Batch, losses: torch.Tensor) -> Reduced:
 
 
 def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -> Reduced:
-    """(B, S / CP, V / TP) logits -> the sum of losses, and rows whose every target is the argmax.
+    """(B, S / CP, V / TP) logits -> the sum of losses, and exact match.
 
-    Such a row is what greedy decoding would answer, so this is exact match.
+    A sequence whose every target is the argmax is what greedy decoding would answer.
     """
     assert batch.loss_mask is not None
     assert batch.labels is not None
@@ -103,14 +110,14 @@ def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -
     )
     mask = batch.loss_mask
     total, count = (losses.float() * mask).sum(), mask.sum()
-    # Of a row that is sharded along its length all parts must be right.
-    per_row = torch.stack([((best != batch.labels) * mask).sum(dim=1), mask.sum(dim=1)])
-    dist.all_reduce(per_row, group=mpu.get_context_parallel_group())
-    wrong, asked = per_row
-    right = (wrong == 0) & (asked > 0)
+    # Of a sequence that is sharded along its length all parts must be right.
+    per_sequence = torch.stack([((best != batch.labels) * mask).sum(dim=1), mask.sum(dim=1)])
+    dist.all_reduce(per_sequence, group=mpu.get_context_parallel_group())
+    num_wrong, num_targets = per_sequence
+    is_right = (num_wrong == 0) & (num_targets > 0)
     report = {
         "lm loss": torch.stack([total, count]),
-        "exact match": torch.stack([right.sum(), (asked > 0).sum()]).float(),
+        "exact match": torch.stack([is_right.sum(), (num_targets > 0).sum()]).float(),
     }
     return total, count.int(), report
 
