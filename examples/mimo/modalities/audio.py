@@ -93,7 +93,7 @@ def _check_header(
     if seconds > max_seconds and not truncate:
         raise ValueError(
             f"{source}: {seconds:.2f} seconds of sound, but {max_seconds:g} fit; cut the file, "
-            "raise the encoder's max_windows, or pass --audio-overflow truncate"
+            "or set the encoder's overflow to truncate or its max_windows higher"
         )
 
 
