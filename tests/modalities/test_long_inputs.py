@@ -20,34 +20,34 @@ av = pytest.importorskip("av")
 
 
 @pytest.fixture
-def ear(tiny):
+def whisper(tiny):
     return dataclasses.replace(tiny.modalities["audios"].encoder, max_windows=4)
 
 
 @pytest.fixture
-def eye(tiny):
+def vit(tiny):
     return tiny.modalities["images"].encoder
 
 
-def test_windows_follow_one_another(ear):
-    sound = np.random.default_rng(0).uniform(-1, 1, 2 * ear.window_samples + 960)
-    inputs = ear.preprocess(sound.astype(np.float32))
-    assert inputs["input_features"].shape == (3, 40, 2 * ear.window_frames)
+def test_windows_follow_one_another(whisper):
+    sound = np.random.default_rng(0).uniform(-1, 1, 2 * whisper.window_samples + 960)
+    inputs = whisper.preprocess(sound.astype(np.float32))
+    assert inputs["input_features"].shape == (3, 40, 2 * whisper.window_frames)
     assert inputs["num_frames"].tolist() == [60, 60, 2]
-    assert ear.num_tokens(inputs) == 20 + 20 + 1
-    one = dataclasses.replace(ear, max_windows=1)
+    assert whisper.num_tokens(inputs) == 20 + 20 + 1
+    one = dataclasses.replace(whisper, max_windows=1)
     for number in range(2):
-        window = sound[number * ear.window_samples :][: ear.window_samples]
+        window = sound[number * whisper.window_samples :][: whisper.window_samples]
         alone = one.preprocess(window.astype(np.float32))
         assert torch.equal(alone["input_features"][0], inputs["input_features"][number])
 
 
-def test_more_than_all_windows_is_refused_or_cut(ear, tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.zeros(5 * ear.window_samples), RATE)
+def test_more_than_all_windows_is_refused_or_cut(whisper, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(5 * whisper.window_samples), RATE)
     with pytest.raises(ValueError, match=r"12\.00 seconds of sound, but 9\.6 fit"):
-        ear.read(tmp_path / "a.wav")
-    cut = dataclasses.replace(ear, overflow="truncate").read(tmp_path / "a.wav")
-    assert len(cut) == 4 * ear.window_samples
+        whisper.read(tmp_path / "a.wav")
+    cut = dataclasses.replace(whisper, overflow="truncate").read(tmp_path / "a.wav")
+    assert len(cut) == 4 * whisper.window_samples
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_the_grid_keeps_the_most_pixels(size, max_tiles, grid):
     assert grid_of_tiles(size, 32, max_tiles) == grid
 
 
-def test_tiles_follow_the_whole_picture_row_by_row(eye):
-    tiled = dataclasses.replace(eye, max_tiles=6)
+def test_tiles_follow_the_whole_picture_row_by_row(vit):
+    tiled = dataclasses.replace(vit, max_tiles=6)
     values = np.zeros((64, 96, 3), np.uint8)
     for row in range(2):
         for column in range(3):
@@ -81,7 +81,7 @@ def test_tiles_follow_the_whole_picture_row_by_row(eye):
     mean, std = 0.48145466, 0.26862954
     shades = (pixels[1:, 0] * std + mean) * 255
     assert [round(float(shade.mean())) for shade in shades] == [0, 40, 80, 120, 160, 200]
-    assert torch.equal(pixels[:1], eye.preprocess(Image.fromarray(values))["pixel_values"])
+    assert torch.equal(pixels[:1], vit.preprocess(Image.fromarray(values))["pixel_values"])
 
 
 def test_a_picture_of_another_shape_becomes_square():
@@ -99,20 +99,20 @@ def test_a_picture_of_another_shape_becomes_square():
     assert tuple(padded[10, 1]) == (0, 0, 200)
 
 
-def test_padding_is_what_the_llava_processor_does(eye):
+def test_padding_is_what_the_llava_processor_does(vit):
     """Its expand2square, then the same resampling."""
     noise = np.random.default_rng(0).integers(0, 255, (32, 20, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
-    found = fit_picture(picture, (32, 32), "pad", (122, 116, 104))
-    wanted = Image.new("RGB", (32, 32), (122, 116, 104))
-    wanted.paste(picture, (6, 0))
-    assert found.tobytes() == wanted.tobytes()
+    padded = fit_picture(picture, (32, 32), "pad", (122, 116, 104))
+    expected = Image.new("RGB", (32, 32), (122, 116, 104))
+    expected.paste(picture, (6, 0))
+    assert padded.tobytes() == expected.tobytes()
 
 
-def test_placeholders_of_long_inputs_are_counted(tiny, tokenizer, ear, eye, tmp_path):
-    audios = dataclasses.replace(tiny.modalities["audios"], encoder=ear)
+def test_placeholders_of_long_inputs_are_counted(tiny, tokenizer, whisper, vit, tmp_path):
+    audios = dataclasses.replace(tiny.modalities["audios"], encoder=whisper)
     images = dataclasses.replace(
-        tiny.modalities["images"], encoder=dataclasses.replace(eye, max_tiles=4)
+        tiny.modalities["images"], encoder=dataclasses.replace(vit, max_tiles=4)
     )
     config = dataclasses.replace(tiny, modalities={"images": images, "audios": audios})
     soundfile.write(tmp_path / "a.wav", np.full(3 * RATE, 0.1), RATE)

@@ -39,8 +39,8 @@ def test_causal_grouped_queries_and_cached_keys(attention, queries):
     torch.manual_seed(0)
     query, key, value = (torch.randn(s, 2, n, 8) for s, n in ((queries, 4), (6, 2), (6, 2)))
     hidden = torch.ones(queries, 6, dtype=torch.bool).triu(6 - queries + 1)
-    got = attention(query, key, value, None)
-    assert (got - by_hand(query, key, value, hidden)).abs().max() < 1e-6
+    context = attention(query, key, value, None)
+    assert (context - by_hand(query, key, value, hidden)).abs().max() < 1e-6
 
 
 def test_full_attention_with_a_mask(attention):
@@ -48,8 +48,8 @@ def test_full_attention_with_a_mask(attention):
     query, key, value = (torch.randn(5, 2, 4, 8) for _ in range(3))
     hidden = torch.zeros(5, 5, dtype=torch.bool)
     hidden[:, 3:] = True
-    got = attention(query, key, value, hidden, AttnMaskType.no_mask)
-    assert (got - by_hand(query, key, value, hidden)).abs().max() < 1e-6
+    context = attention(query, key, value, hidden, AttnMaskType.no_mask)
+    assert (context - by_hand(query, key, value, hidden)).abs().max() < 1e-6
 
 
 def test_packed_sequences_attend_to_themselves(attention):
@@ -59,5 +59,5 @@ def test_packed_sequences_attend_to_themselves(attention):
     hidden = (segment[:, None] != segment) | torch.ones(9, 9, dtype=torch.bool).triu(1)
     packed = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 2, 8, 9]))
     flat = (tensor.squeeze(1) for tensor in (query, key, value))
-    got = attention(*flat, None, packed_seq_params=packed)
-    assert (got - by_hand(query, key, value, hidden)).abs().max() < 1e-6
+    context = attention(*flat, None, packed_seq_params=packed)
+    assert (context - by_hand(query, key, value, hidden)).abs().max() < 1e-6

@@ -114,7 +114,7 @@ class EncoderConfig(ABC):
 
     @abstractmethod
     def read(self, source: Source) -> Any:
-        """A decoded file; ValueError, one line, on anything that is not a sound one."""
+        """A decoded file; ValueError, one line, on anything that is damaged or does not fit."""
 
     # Required unless `preprocess`, `num_tokens`, `mock_inputs` and `stem` are overridden.
 

@@ -95,7 +95,7 @@ def fit_picture(
     """
     if fit == "stretch":
         return _resize(picture, size)
-    ratios = [wanted / side for wanted, side in zip(size, picture.size, strict=True)]
+    ratios = [target / side for target, side in zip(size, picture.size, strict=True)]
     scale = max(ratios) if fit == "crop" else min(ratios)
     scaled = _resize(picture, tuple(max(1, round(side * scale)) for side in picture.size))
     left, top = ((have - want) // 2 for have, want in zip(scaled.size, size, strict=True))
@@ -358,7 +358,7 @@ class VitConfig(EncoderConfig):
 
     @property
     def pre_norm(self) -> bool:
-        """CLIP has one."""
+        """CLIP norms what enters the layers."""
         return FAMILIES[self.family].pre_norm
 
     @property
@@ -368,7 +368,7 @@ class VitConfig(EncoderConfig):
 
     @property
     def layer_scale(self) -> bool:
-        """DINOv2 has it."""
+        """DINOv2 scales what a layer adds."""
         return FAMILIES[self.family].layer_scale
 
     def transformer_fields(self) -> dict[str, Any]:
