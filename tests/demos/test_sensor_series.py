@@ -117,3 +117,5 @@ def test_the_command_and_shards_of_its_data(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "sensors   54" in done.stdout
     assert page.read_text().count("<section>") == 24
+    # Whatever a browser can show of a series, or its size in words.
+    assert page.read_text().count("<figcaption>sensors") == 24

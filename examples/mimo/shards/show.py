@@ -104,20 +104,23 @@ def inspect_shards(
                 continue
             totals.add(split, sample, raw, reader.config)
             if len(shown) < num_shown:
-                previews = {
-                    name: [
-                        preview
-                        for item in items
-                        for preview in reader.config.modalities[name].encoder.preview(item)
-                    ]
-                    for name, items in raw.items()
-                }
+                previews = {name: _previews(name, raw[name], reader.config) for name in raw}
                 shown.append(ShownSample(sample, split, previews))
     # What was refused when the shards were written is listed beside them.
     if (folder / REJECTED).is_file():
         with (folder / REJECTED).open(encoding="utf-8") as lines:
             totals.refused.update(generic_reason(json.loads(line)["reason"]) for line in lines)
     return totals, shown
+
+
+def _previews(name: str, items: Sequence[Any], config: MimoConfig) -> list[tuple[str, bytes]]:
+    """What a browser can show of decoded items; their sizes in words if it is nothing."""
+    encoder = config.modalities[name].encoder
+    return [
+        preview
+        for item in items
+        for preview in encoder.preview(item) or [("text/plain", encoder.describe(item).encode())]
+    ]
 
 
 def _samples(tar: Path) -> Iterator[TarParts]:
