@@ -45,11 +45,9 @@ def convert_from_hf(args: argparse.Namespace, rest: list[str]) -> None:
     if args.folders:
         folders = _folders_of_parts(config, args.folders)
     if args.llava:
-        llava = Folder(args.llava)
         modality = _llava_modality(config)
-        folders |= dict.fromkeys(
-            ("language", f"{modality}.encoder", f"{modality}.projector"), llava
-        )
+        parts = ("language", f"{modality}.encoder", f"{modality}.projector")
+        folders |= dict.fromkeys(parts, Folder(args.llava))
     if args.language_model:
         folders["language"] = Folder(args.language_model)
     parser = command.Parser(prog="convert.py from-hf", allow_abbrev=False)

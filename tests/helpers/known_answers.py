@@ -19,11 +19,11 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from examples.mimo.hf.from_hf import initialize_single_process, part_entries
 
 from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_description
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.hf import io
+from examples.mimo.hf.from_hf import initialize_single_process, part_entries
 from examples.mimo.model.mimo import part_names
 
 NUM_SENTENCES, SENTENCE_LENGTH = 8, 12

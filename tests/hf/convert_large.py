@@ -54,12 +54,12 @@ def make(folder):
     where = {}
     for first in range(0, LANGUAGE.num_layers, 7):
         shard = {}
-        for row in family.table(LANGUAGE, theirs):
-            shape = next(s for name, s in shapes.items() if name in row.ours)
-            layers = range(first, first + 7) if row.layered else [None] * (first == 0)
+        for mapping in family.table(LANGUAGE, theirs):
+            shape = next(s for name, s in shapes.items() if name in mapping.ours)
+            layers = range(first, first + 7) if mapping.layered else [None] * (first == 0)
             for layer in layers:
-                pieces = row.layout.split(torch.zeros(shape, dtype=torch.bfloat16))
-                names = [name.format(i=layer) for name in row.theirs]
+                pieces = mapping.layout.split(torch.zeros(shape, dtype=torch.bfloat16))
+                names = [name.format(i=layer) for name in mapping.theirs]
                 shard |= dict(zip(names, (p.clone() for p in pieces), strict=True))
         file = f"model-{first:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

@@ -66,11 +66,11 @@ def main():
             continue
         with torch.no_grad():
             if case.part == "language":
-                found = logits(model, case.inputs["input_ids"])
+                result = logits(model, case.inputs["input_ids"])
             else:
-                found = encode(model, case.part, case.inputs)
-        if found is not None and mpu.get_tensor_model_parallel_rank() == 0:
-            torch.save(found, work / name / f"output_{tp}_{pp}.pt")
+                result = encode(model, case.part, case.inputs)
+        if result is not None and mpu.get_tensor_model_parallel_rank() == 0:
+            torch.save(result, work / name / f"output_{tp}_{pp}.pt")
     dist.barrier()
 
 

@@ -24,14 +24,14 @@ def test_gradients_are_transformers(name, tmp_path, build_model):
     from_hf(case.config, {case.part: folder}, tmp_path / "ours", lambda text: None)
     model = load_model(open_checkpoint(tmp_path / "ours"))
 
-    wanted = case.output(theirs, case.inputs)
-    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(5))
-    (wanted * weights).mean().backward()
+    expected = case.output(theirs, case.inputs)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
+    (expected * weights).mean().backward()
     if case.part == "language":
-        found = model(case.inputs["input_ids"])[..., : wanted.shape[-1]]
+        result = model(case.inputs["input_ids"])[..., : expected.shape[-1]]
     else:
-        found = encode(model, case.part, case.inputs).reshape(wanted.shape)
-    (found * weights).mean().backward()
+        result = encode(model, case.part, case.inputs).reshape(expected.shape)
+    (result * weights).mean().backward()
 
     ours = part_config_of(case.config, case.part)
     family = family_of(folder.model_type, ours, "")
@@ -39,10 +39,12 @@ def test_gradients_are_transformers(name, tmp_path, build_model):
     names = {n: f for n, f in folder.names(family).items() if f in named}
     mine = gradients_by_key(parts(model)[case.part], part_prefix(case.part))
     compared = 0
-    for row in family.table(ours, folder.hf_config(family)):
-        gradient = mine[part_prefix(case.part) + row.ours]
-        for layer, piece in enumerate(gradient) if row.layered else [(None, gradient)]:
-            for their_name, mine_back in zip(row.theirs, row.layout.split(piece), strict=True):
+    for mapping in family.table(ours, folder.hf_config(family)):
+        gradient = mine[part_prefix(case.part) + mapping.ours]
+        for layer, piece in enumerate(gradient) if mapping.layered else [(None, gradient)]:
+            for their_name, mine_back in zip(
+                mapping.theirs, mapping.layout.split(piece), strict=True
+            ):
                 reference = named[names[their_name.format(i=layer)]].grad
                 assert (mine_back.reshape(reference.shape) - reference).abs().max() <= 1e-5
                 # A bias of the keys has no effect, so its gradient is rounding.

@@ -1,4 +1,4 @@
-"""A whole tiny LLaVA: the same logits and the same words as transformers, and a frozen stage."""
+"""A whole tiny LLaVA: the same logits and the same greedy tokens as transformers."""
 
 import dataclasses
 import json
@@ -78,27 +78,27 @@ def test_logits_for_a_picture_and_text(llava):
     theirs, ours, _ = llava
     ids, pixels = prompt()
     with torch.no_grad():
-        wanted = theirs(input_ids=ids, pixel_values=pixels).logits
-        found = ours(ids, modality_inputs={"images": {"pixel_values": pixels}})[..., :120]
+        expected = theirs(input_ids=ids, pixel_values=pixels).logits
+        result = ours(ids, modality_inputs={"images": {"pixel_values": pixels}})[..., :120]
         blank = ours(ids, modality_inputs={"images": {"pixel_values": 0 * pixels}})[..., :120]
-    assert (found - wanted).abs().max() <= 1e-5
-    assert (blank - wanted).abs().max() > 1e-2
+    assert (result - expected).abs().max() <= 1e-5
+    assert (blank - expected).abs().max() > 1e-2
 
 
 def test_twenty_greedy_tokens(llava):
     theirs, ours, folder = llava
     ids, pixels = prompt()
-    wanted = theirs.generate(
+    expected = theirs.generate(
         input_ids=ids, pixel_values=pixels, max_new_tokens=20, do_sample=False, eos_token_id=None
     )[0, ids.shape[1] :]
-    row = TokenSequence(ids[0].tolist(), [], [])
-    sample = Sample("llava", row, {"images": [{"pixel_values": pixels}]}, {"images": ["drawn"]})
+    tokens = TokenSequence(ids[0].tolist(), [], [])
+    sample = Sample("llava", tokens, {"images": [{"pixel_values": pixels}]}, {"images": ["drawn"]})
     config = open_checkpoint(folder / "ours").config
     engine = Engine(ours, config, eos_id=-1, forbidden=range(120, 128))
-    reports = engine.start([SequenceRequest(0, sample, max_new_tokens=20)])
+    outputs = engine.start([SequenceRequest(0, sample, max_new_tokens=20)])
     while engine.sequences:
-        reports += engine.step()
-    assert [report.token for report in reports] == wanted.tolist()
+        outputs += engine.step()
+    assert [output.token for output in outputs] == expected.tolist()
 
 
 def test_it_comes_back_as_folders_that_transformers_loads(llava, tmp_path):
@@ -107,13 +107,13 @@ def test_it_comes_back_as_folders_that_transformers_loads(llava, tmp_path):
     language = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "language")
     ids = prompt()[0][:, :4]
     with torch.no_grad():
-        wanted = theirs(input_ids=ids).logits
-        assert (language(input_ids=ids).logits - wanted).abs().max() <= 1e-6
-    eye = hf.CLIPVisionModel.from_pretrained(tmp_path / "images.encoder")
+        expected = theirs(input_ids=ids).logits
+        assert (language(input_ids=ids).logits - expected).abs().max() <= 1e-6
+    vision_encoder = hf.CLIPVisionModel.from_pretrained(tmp_path / "images.encoder")
     pixels = prompt()[1]
     with torch.no_grad():
-        wanted = theirs.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-        found = eye(pixels, output_hidden_states=True).hidden_states[-1]
-    assert (found - wanted).abs().max() == 0
+        expected = theirs.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+        result = vision_encoder(pixels, output_hidden_states=True).hidden_states[-1]
+    assert (result - expected).abs().max() == 0
     described = json.loads((tmp_path / "images.projector/config.json").read_text())
     assert described["projector_hidden_act"] == "gelu"

@@ -46,12 +46,12 @@ def difference(work, name, tp, pp):
     """The largest one between our output and transformers', which is no constant."""
     case = CASES[name]
     with torch.no_grad():
-        wanted = case.output(case.build(), case.inputs)
-    found = torch.load(work / name / f"output_{tp}_{pp}.pt", weights_only=True)
+        expected = case.output(case.build(), case.inputs)
+    result = torch.load(work / name / f"output_{tp}_{pp}.pt", weights_only=True)
     if case.part == "language":
-        found = found[..., : wanted.shape[-1]]
-    assert wanted.std() > 0.05
-    return float((found.reshape(wanted.shape) - wanted).abs().max())
+        result = result[..., : expected.shape[-1]]
+    assert expected.std() > 0.05
+    return float((result.reshape(expected.shape) - expected).abs().max())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_states
-
 from examples.mimo.checkpoint.description import TRACKER, check_same_model
+from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_states
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.training.providers import check_data
 

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
@@ -152,12 +153,15 @@ class StageMimoModel(MimoModel):
             self.encoder_replicas.mark({k: v for k, v in state.items() if inside in k})
         if self.hides_fresh_parts:
             hidden = tuple(prefix + part_prefix(part) for part in self.fresh_parts)
-            state = {key: value for key, value in state.items() if not key.startswith(hidden)}
+            state = {
+                key: LocalNonpersistentObject(value.data) if key.startswith(hidden) else value
+                for key, value in state.items()
+            }
         return state
 
     @contextlib.contextmanager
     def hide_loss_modules(self) -> Iterator[None]:
-        """Leave fresh parts out of what is asked of a checkpoint.
+        """Let fresh parts keep the weights they have instead of asking a checkpoint for them.
 
         Megatron enters this under `--finetune` while it makes the sharded state that it loads. Its
         name comes from distillation, where the parts that a checkpoint lacks are losses.
@@ -167,14 +171,6 @@ class StageMimoModel(MimoModel):
             yield
         finally:
             self.hides_fresh_parts = False
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As torch's; fresh parts that the state was made without keep the weights they have."""
-        fresh = tuple(part_prefix(part) for part in self.fresh_parts)
-        kept = {key: value for key, value in self.state_dict().items() if key.startswith(fresh)}
-        return super().load_state_dict({**kept, **state_dict}, strict, assign)
 
     def forward(
         self,
