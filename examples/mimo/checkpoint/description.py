@@ -94,19 +94,53 @@ def check_same_model(
 ) -> None:
     """ValueError, one line, when `folder` holds the weights of another model than `config`.
 
-    `fresh_parts`, such as `sensors` or `sensors.projector`, start afresh and are not compared.
+    `fresh_parts`, such as `sensors.projector`, are not loaded: they may differ or be absent.
     """
     if not (folder / FILE_NAME).is_file() or not (folder / TRACKER).is_file():
         return
-    saved = weight_fields(open_checkpoint(folder, flag).config)
-    expected = weight_fields(config)
-    fresh = tuple(f"modalities.{part}." for part in fresh_parts)
+    checkpoint_config = open_checkpoint(folder, flag).config
+    check_parts(flag, folder, checkpoint_config, config, fresh_parts)
+    fresh_paths = paths_of_fresh(checkpoint_config, config, fresh_parts)
+    saved, expected = weight_fields(checkpoint_config), weight_fields(config)
     for path in sorted(saved.keys() | expected.keys()):
-        if saved.get(path) != expected.get(path) and not path.startswith(fresh):
+        if saved.get(path) != expected.get(path) and not path.startswith(fresh_paths):
             raise ValueError(
                 f"{flag} {folder}: this folder's model has {path} {saved.get(path)}, but this "
                 f"run's has {expected.get(path)}; change the run or name another folder"
             )
+
+
+def check_parts(
+    flag: str,
+    folder: Path,
+    checkpoint_config: MimoConfig,
+    config: MimoConfig,
+    fresh_parts: Collection[str],
+) -> None:
+    """ValueError, one line, when `config` has a part that the checkpoint lacks and is not fresh."""
+    for name in [name for name in config.modalities if name not in checkpoint_config.modalities]:
+        missing = [
+            part for part in (f"{name}.encoder", f"{name}.projector") if part not in fresh_parts
+        ]
+        if missing:
+            remedy = {
+                "--save": "name another folder",
+                "--load": f"add --finetune --fresh {name} to start with random weights there",
+            }
+            default = f"add --fresh {name} to start with random weights there"
+            raise ValueError(
+                f"{flag} {folder}: this checkpoint has no {' and no '.join(missing)}; "
+                f"{remedy.get(flag, default)}"
+            )
+
+
+def paths_of_fresh(
+    checkpoint_config: MimoConfig, config: MimoConfig, fresh_parts: Collection[str]
+) -> tuple[str, ...]:
+    """What paths of fields begin with whose values need not be the checkpoint's."""
+    added = [name for name in config.modalities if name not in checkpoint_config.modalities]
+    paths = [part if part == "language" else f"modalities.{part}" for part in fresh_parts]
+    return tuple(f"{path}." for path in [*paths, *(f"modalities.{name}" for name in added)])
 
 
 def weight_fields(value: Any, path: str = "") -> dict[str, Any]:
