@@ -9,7 +9,7 @@ def record(answer, **fields):
 
 
 @pytest.mark.parametrize(
-    ("asked", "text", "right"),
+    ("sample", "text", "right"),
     [
         (record("A frog."), "A frog.", True),
         (record("A frog."), "A frog", False),
@@ -17,8 +17,8 @@ def record(answer, **fields):
         (record("I see. They agree.", ending="They agree."), "They agree. No.", False),
     ],
 )
-def test_an_answer_is_the_samples_or_ends_like_it(asked, text, right):
-    assert is_right(asked, text) is right
+def test_an_answer_is_the_samples_or_ends_like_it(sample, text, right):
+    assert is_right(sample, text) is right
 
 
 def test_the_interval_is_the_binomials_when_samples_are_independent():

@@ -1,10 +1,11 @@
-"""python examples/mimo/evaluate.py --ckpt DIR --data DIR
+"""Score a checkpoint on held-out samples by exact match of greedy answers.
 
-Asks the model every held-out question and writes how many answers match as `eval.json`.
+python examples/mimo/evaluate.py --ckpt DIR --data DIR
 
-An answer is right when it is the sample's, word for word; when the sample has an `ending`, the
-answer must end with that instead. `chance` is what guessing would reach. Samples of one `group`
-are no independent trials, so the interval is a bootstrap over groups.
+Writes `eval.json` beside the weights. An answer is right when it equals the sample's word for word;
+when the sample has an `ending`, the answer must end with that instead. `chance` is the score of
+guessing. Samples of one `group` are no independent trials, so the interval is a bootstrap over
+groups.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BOOTSTRAP_DRAWS = 2_000
 
 
 def main() -> None:
-    """Parse, load, score, write."""
+    """Score the checkpoint that the command line names, and write and print the scores."""
     args = _parser().parse_args()
     command.prepare_environment()
     command.single_process_unless_launched()
@@ -43,7 +44,10 @@ def main() -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Exact match per split, and on the first split with each modality blanked."""
+    """Exact match per split, and of the first split with each modality's content blanked.
+
+    How much the score falls without a modality says how much the model relies on it.
+    """
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.data.datasets import read_records
     from examples.mimo.generation.api import Mimo
@@ -51,6 +55,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(args.ckpt)
     if not args.data.is_dir():
         raise ValueError(f"--data {args.data}: no such folder; prepare_data.py makes one")
+    if args.samples is not None and args.samples < 1:
+        raise ValueError(f"--samples {args.samples}: at least 1")
     records = {s: read_records(args.data / f"{s}.jsonl")[: args.samples] for s in args.splits}
     answerer = Mimo(checkpoint, args.tp, args.pp)
     scores: dict[str, Any] = {"checkpoint": str(checkpoint.weights), "scores": {}}
@@ -100,7 +106,7 @@ def _score(
 
 
 def is_right(record: dict[str, Any], text: str) -> bool:
-    """Whether `text` ends as the record asks, or is its answer word for word."""
+    """Whether `text` has the record's `ending`, or is its answer word for word."""
     if "ending" in record:
         return text.endswith(record["ending"])
     answer = record["conversations"][-1]
@@ -108,10 +114,10 @@ def is_right(record: dict[str, Any], text: str) -> bool:
 
 
 def _by_kind(records: list[dict[str, Any]], hits: list[bool]) -> dict[str, float]:
-    found: dict[str, list[bool]] = defaultdict(list)
+    by_kind: dict[str, list[bool]] = defaultdict(list)
     for record, hit in zip(records, hits, strict=True):
-        found[record.get("kind") or "all"].append(hit)
-    return {kind: sum(all_hits) / len(all_hits) for kind, all_hits in sorted(found.items())}
+        by_kind[record.get("kind") or "all"].append(hit)
+    return {kind: sum(of_kind) / len(of_kind) for kind, of_kind in sorted(by_kind.items())}
 
 
 def bootstrap(hits: list[bool], groups: list[Any]) -> tuple[float, float]:
@@ -119,31 +125,31 @@ def bootstrap(hits: list[bool], groups: list[Any]) -> tuple[float, float]:
     by_group: dict[Any, list[bool]] = defaultdict(list)
     for hit, group in zip(hits, groups, strict=True):
         by_group[group].append(hit)
-    right = np.array([sum(found) for found in by_group.values()])
-    asked = np.array([len(found) for found in by_group.values()])
+    right = np.array([sum(group) for group in by_group.values()])
+    sizes = np.array([len(group) for group in by_group.values()])
     generator = np.random.default_rng(0)
-    chosen = generator.integers(len(right), size=(BOOTSTRAP_DRAWS, len(right)))
-    means = right[chosen].sum(axis=1) / asked[chosen].sum(axis=1)
+    drawn = generator.integers(len(right), size=(BOOTSTRAP_DRAWS, len(right)))
+    means = right[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
 
 def _table(scores: dict[str, Any]) -> str:
-    rows = [("held out", "samples", "right", "95 % interval", "chance")]
+    lines = [("held out", "samples", "right", "95 % interval", "chance")]
     for name, score in scores["scores"].items():
         low, high = score["interval_95"]
         chance = f"{score['chance']:.3f}" if "chance" in score else ""
         interval = f"{low:.3f} to {high:.3f}"
-        rows.append(
+        lines.append(
             (name, f"{score['samples']:,}", f"{score['exact_match']:.3f}", interval, chance)
         )
-    columns = range(5 if any(row[4] for row in rows[1:]) else 4)
-    widths = [max(len(row[i]) for row in rows) for i in columns]
-    lines = [
-        "  ".join(f"{row[i]:>{widths[i]}}" if i else f"{row[i]:<{widths[i]}}" for i in columns)
-        for row in rows
-    ]
-    return "\n".join(lines)
+    columns = range(5 if any(cells[4] for cells in lines[1:]) else 4)
+    widths = [max(len(cells[i]) for cells in lines) for i in columns]
+    # Names start left, numbers end right.
+    return "\n".join(
+        "  ".join(f"{cells[i]:>{widths[i]}}" if i else f"{cells[i]:<{widths[i]}}" for i in columns)
+        for cells in lines
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,15 +1,16 @@
 """`mimo.json`: what travels with the weights, and which runs share a model."""
 
 import dataclasses
-import json
 
 import pytest
 
 from examples.mimo.checkpoint.description import (
     FILE_NAME,
     TRACKER,
+    check_parts,
     check_same_model,
     open_checkpoint,
+    paths_of_fresh,
     save_description,
     weight_fields,
 )
@@ -73,13 +74,19 @@ def test_other_weights_are_another_model(folder, tiny, assignment, place):
 def test_a_part_that_starts_afresh_is_not_compared(folder, tiny):
     other = with_fields(tiny, ["images.projector.ffn_hidden_size=8"])
     check_same_model("--load", folder, other, fresh_parts=["images.projector"])
-    check_same_model("--load", folder, other, fresh_parts=["images"])
     with pytest.raises(ValueError, match=r"images\.projector\.ffn_hidden_size"):
-        check_same_model("--load", folder, other, fresh_parts=["images.encoder", "audios"])
-    without = dataclasses.replace(tiny, modalities={"images": tiny.modalities["images"]})
-    save_description(folder, without, None)
-    saved = json.loads((folder / FILE_NAME).read_text())
-    assert set(saved["config"]["modalities"]) == {"images"}
+        check_same_model("--load", folder, other, fresh_parts=["images.encoder"])
+
+
+def test_a_modality_that_the_checkpoint_lacks_must_start_afresh(folder, tiny):
+    checkpoint_config = dataclasses.replace(tiny, modalities={"images": tiny.modalities["images"]})
+    fresh = ["audios.encoder", "audios.projector"]
+    check_parts("--load", folder, checkpoint_config, tiny, fresh)
+    with pytest.raises(ValueError, match=r"this checkpoint has no audios\.projector; add "):
+        check_parts("--load", folder, checkpoint_config, tiny, fresh[:1])
+    paths = paths_of_fresh(checkpoint_config, tiny, fresh)
+    assert "modalities.audios.token_id".startswith(paths)
+    assert not "modalities.images.token_id".startswith(paths)
 
 
 def test_fields_say_themselves_whether_weights_depend_on_them():

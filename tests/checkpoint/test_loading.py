@@ -2,18 +2,25 @@
 
 import dataclasses
 import functools
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from examples.mimo.checkpoint.loading import check_layout, language_transformer_config
+from examples.mimo.checkpoint.description import Checkpoint
+from examples.mimo.checkpoint.loading import (
+    check_layout,
+    language_transformer_config,
+    load_weights,
+)
 from examples.mimo.cli.arguments import parse_arguments
 from examples.mimo.cli.overrides import with_fields
-from examples.mimo.configs import MODEL_PROVIDERS
+from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from tests.conftest import ROOT
 
 # How to train: answering leaves these at Megatron's defaults.
@@ -36,11 +43,13 @@ def plain(value):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", MODEL_PROVIDERS)
 def test_the_transformer_config_is_that_of_training(name, bf16, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    layout = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+    language = get_model_config(name).language
+    tp = math.gcd(2, language.num_attention_heads, language.num_query_groups)
+    monkeypatch.setenv("WORLD_SIZE", str(2 * tp))
+    layout = ("--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", "2")
     args, config = parse_arguments(["--model-provider", name, *layout, *(["--bf16"] * bf16)])
     trained = core_transformer_config_from_args(args)
-    loaded = language_transformer_config(config.language, 2, 2, args.params_dtype)
+    loaded = language_transformer_config(config.language, tp, 2, args.params_dtype)
     different = {
         field.name: (plain(getattr(trained, field.name)), plain(getattr(loaded, field.name)))
         for field in dataclasses.fields(TransformerConfig)
@@ -49,7 +58,7 @@ def test_the_transformer_config_is_that_of_training(name, bf16, monkeypatch):
     assert set(different) <= TRAINING_FIELDS, different
     assert loaded.variable_seq_lengths
     assert not language_transformer_config(
-        config.language, 4, 1, torch.float32
+        config.language, 1, 1, torch.float32
     ).variable_seq_lengths
 
 
@@ -88,3 +97,26 @@ def test_answering_loads_neither_training_nor_the_planner():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_parts_that_start_afresh_may_be_absent(tiny, build_model, tmp_path):
+    weights = tmp_path / "iter_0000001"
+    weights.mkdir()
+    saved, loaded = build_model(tiny), build_model(tiny)
+    for parameter in saved.parameters():
+        torch.nn.init.constant_(parameter, 0.5)
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state = saved.sharded_state_dict(metadata=metadata)
+    lacking = {key: value for key, value in state.items() if ".audios." not in key}
+    dist_checkpointing.save({"model": lacking}, str(weights))
+    checkpoint = Checkpoint(tmp_path, weights, tiny, {})
+    with pytest.raises(ValueError, match=r"the checkpoint lacks \d+ tensors, such as .*audios"):
+        load_weights(loaded, checkpoint)
+    before = {name: value.clone() for name, value in loaded.named_parameters()}
+    load_weights(loaded, checkpoint, fresh_parts=["audios.encoder", "audios.projector"])
+    for name, value in loaded.named_parameters():
+        expected = before[name] if ".audios." in name else torch.full_like(value, 0.5)
+        assert torch.equal(value, expected), name
+    smaller = build_model(dataclasses.replace(tiny, modalities={}))
+    with pytest.raises(ValueError, match="holds, unknown to the model"):
+        load_weights(smaller, checkpoint)

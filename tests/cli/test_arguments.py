@@ -204,6 +204,7 @@ def test_wrong_flags_are_named(parse, processes, flags, message):
         ("avlm_inference.py", ("--ckpt", "/nonexistent"), "--ckpt /nonexistent: no such folder"),
         ("avlm_inference.py", ("--ckpt", "tests"), "mimo.json is missing"),
         ("evaluate.py", ("--ckpt", "tests", "--data", "tests"), "mimo.json is missing"),
+        ("train.py", ("--model-provider", "tiny_avlm", "--set", "images.x=1"), "no field 'x'"),
     ],
 )
 def test_commands_end_with_one_line_and_status_2(script, flags, message):

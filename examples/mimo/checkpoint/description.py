@@ -101,8 +101,7 @@ def check_same_model(
     checkpoint_config = open_checkpoint(folder, flag).config
     check_parts(flag, folder, checkpoint_config, config, fresh_parts)
     fresh_paths = paths_of_fresh(checkpoint_config, config, fresh_parts)
-    saved = weight_fields(checkpoint_config)
-    expected = weight_fields(config)
+    saved, expected = weight_fields(checkpoint_config), weight_fields(config)
     for path in sorted(saved.keys() | expected.keys()):
         if saved.get(path) != expected.get(path) and not path.startswith(fresh_paths):
             raise ValueError(
