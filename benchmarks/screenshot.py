@@ -1,6 +1,6 @@
-"""Pictures of the server's page with an answer: desktop, dark and narrow.
+r"""Pictures of the server's page with an answer: desktop, dark and narrow.
 
-    python -m benchmarks.screenshot --ckpt demo/checkpoint --files digit.png question.wav \\
+    python -m benchmarks.screenshot --ckpt demo/checkpoint --files digit.png question.wav \
         --prompt "" --output docs/page
 
 writes docs/page-desktop.png, -dark.png and -narrow.png, and prints the answer. Needs the package

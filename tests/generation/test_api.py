@@ -112,7 +112,7 @@ def test_whatever_reading_raises_is_the_users_error(model, media, monkeypatch):
         raise RuntimeError("a decoder that fails")
 
     monkeypatch.setattr(encoder, "read", broken)
-    with pytest.raises(ValueError, match="sample prompt.*a decoder that fails"):
+    with pytest.raises(ValueError, match=r"sample prompt.*a decoder that fails"):
         model.generate("x", images=[media / "white.png"])
 
 
