@@ -52,7 +52,7 @@ pretrained-demo: $(VENV)/weights
 	PATH="$(abspath $(BIN)):$$PATH" bash demos/animals/run.sh
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -rs --durations=10
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

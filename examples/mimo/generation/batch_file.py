@@ -141,6 +141,8 @@ def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
     A bad line is an answer here and not the end of the run, and a file may exceed the memory, so
     this is not `read_records`.
     """
+    # k2: json_lines(source, MAX_LINE_BYTES) of data/datasets.py replaces this function, and the
+    # JSON errors in `_question`.
     with source.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
