@@ -23,7 +23,7 @@ import torch
 from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_description
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.hf import io
-from examples.mimo.hf.from_hf import initialize_single_process, part_entries
+from examples.mimo.hf.from_hf import initialize_single_process, sharded_state
 from examples.mimo.model.mimo import part_names
 
 NUM_SENTENCES, SENTENCE_LENGTH = 8, 12
@@ -41,7 +41,7 @@ def write_checkpoint(config: MimoConfig, data: Path, folder: Path) -> None:
     embedding, output = _vocabulary(config, data / "tokenizer.model")
     chunks, objects = [], []
     for part in part_names(config):
-        tensors, others = part_entries(config, part, "cpu")
+        tensors, others = sharded_state(config, part, "cpu")
         objects += others
         for key, pieces in tensors.items():
             for piece in pieces:
@@ -56,7 +56,7 @@ def write_checkpoint(config: MimoConfig, data: Path, folder: Path) -> None:
                 where = key, tuple(piece.global_offset), shape, tuple(piece.global_shape)
                 chunks.append(io.Chunk(*where, weight.dtype, lambda weight=weight: weight))
     (folder / RELEASE).mkdir(parents=True)
-    io.write(folder / RELEASE, chunks, objects)
+    io.write_checkpoint(folder / RELEASE, chunks, objects)
     save_description(folder, config, data)
     (folder / TRACKER).write_text(RELEASE)
 
