@@ -173,7 +173,7 @@ def _copy_picture(source: Path, root: Path, name: str, number: int) -> str:
 def _copy_sound(source: Path, root: Path, name: str) -> str:
     import soundfile
 
-    from examples.mimo.modalities.audio import read_audio
+    from examples.mimo.modalities.files import read_audio
 
     sound = read_audio(source, SAMPLE_RATE_HZ, MAX_SECONDS, truncate=True)
     file = f"audios/{_file_name(name)}.flac"

@@ -67,7 +67,7 @@ def convert_from_hf(args: argparse.Namespace, rest: list[str]) -> None:
 def _folders_of_parts(config: MimoConfig, root: Path) -> dict[str, Folder]:
     """The folders that to-hf wrote into `root`, by part; ValueError for one of another model."""
     from examples.mimo.hf.io import CONFIG, Folder
-    from examples.mimo.model.mimo import part_names
+    from examples.mimo.model.parts import part_names
 
     if not root.is_dir():
         raise ValueError(f"--folders {root}: no such folder")

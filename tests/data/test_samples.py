@@ -11,7 +11,7 @@ from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from examples.mimo.data.conversation import FilesInside, SampleEncoder
 from examples.mimo.data.datasets import ConversationDataset, read_records
 from examples.mimo.data.tokenizer import load_tokenizer
-from examples.mimo.modalities.base import Blob
+from examples.mimo.modalities.files import Blob
 
 ANSWER = {"from": "gpt", "value": "a"}
 

@@ -20,7 +20,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.generation.api import Mimo
 from examples.mimo.generation.sampling import Options
-from examples.mimo.model.mimo import ENCODER
+from examples.mimo.model.parts import ENCODER
 
 PROMPTS = (
     "What is the capital of France?",

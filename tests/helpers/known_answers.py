@@ -24,7 +24,7 @@ from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_descript
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.hf import io
 from examples.mimo.hf.from_hf import initialize_single_process, sharded_state
-from examples.mimo.model.mimo import part_names
+from examples.mimo.model.parts import part_names
 
 NUM_SENTENCES, SENTENCE_LENGTH = 8, 12
 # Sampling at temperature 1 leaves the sentence now and then, at 2 at almost every token.

@@ -21,7 +21,7 @@ from megatron.core import dist_checkpointing, mpu, tensor_parallel
 
 from examples.mimo.checkpoint.description import open_checkpoint, save_description
 from examples.mimo.checkpoint.loading import load_model
-from examples.mimo.model.mimo import ENCODER
+from examples.mimo.model.parts import ENCODER
 from tests.hf.cases import CASES
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from examples.mimo.modalities.audio import read_audio
+from examples.mimo.modalities.files import read_audio
 
 RATE = 16_000
 

@@ -14,7 +14,8 @@ import torch
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.hf.weights import family_for_export, family_of
-from examples.mimo.modalities.base import Blob, EncoderConfig, first_tokens, sinusoids
+from examples.mimo.modalities.base import EncoderConfig, first_tokens, sinusoids
+from examples.mimo.modalities.files import Blob
 from examples.mimo.modalities.image import VitConfig
 from tests.conftest import ROOT, run_train
 from tests.modalities.linear_projector import linear_sensor_lm
@@ -297,7 +298,7 @@ def test_weights_without_a_hugging_face_family():
 
 
 def test_a_family_of_ones_own_is_named_by_the_config(monkeypatch):
-    monkeypatch.setattr(Letters, "hf_families", "examples.mimo.hf.encoders:WHISPER")
+    monkeypatch.setattr(Letters, "hf_families", "examples.mimo.hf.families:WHISPER")
     assert family_for_export(Letters(**SIZES)).name == "whisper"
 
 

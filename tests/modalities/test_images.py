@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.mimo.modalities.image import read_image
+from examples.mimo.modalities.files import read_image
 
 
 def save(picture, path, **how):

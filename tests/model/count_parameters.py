@@ -17,10 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from examples.mimo.cli.arguments import check_encoder_layout, parse_with_preset
 from examples.mimo.cli.header import part_sizes
 from examples.mimo.configs import get_model_config
-from examples.mimo.model.mimo import (
-    build_mimo_model,
-    parts,
-)
+from examples.mimo.model.mimo import build_mimo_model
+from examples.mimo.model.parts import parts
 from examples.mimo.training.providers import transformer_config
 
 

@@ -8,7 +8,7 @@ from benchmarks.ranks import run as run_ranks
 from benchmarks.training_flops import training_flops
 from examples.mimo.data.batch import collate
 from examples.mimo.data.datasets import MockDataset
-from examples.mimo.model.mimo import freeze_parts
+from examples.mimo.model.parts import freeze_parts
 
 
 @pytest.mark.parametrize(

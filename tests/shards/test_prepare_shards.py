@@ -13,8 +13,7 @@ import time
 
 import pytest
 
-from examples.mimo.shards.manifest import Entry
-from examples.mimo.shards.mixtures import DatasetModel
+from examples.mimo.shards.manifest import DatasetModel, Entry
 from examples.mimo.shards.write import Item, Shard, WriteOptions, prepare_shards, split_of
 from tests.conftest import ROOT, run_command
 from tests.shards import broken

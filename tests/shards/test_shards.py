@@ -12,7 +12,7 @@ import yaml
 
 from examples.mimo.data.batch import collate, collate_packed
 from examples.mimo.data.conversation import SampleEncoder
-from examples.mimo.shards.mixtures import read_mixture
+from examples.mimo.shards.manifest import read_mixture
 from examples.mimo.shards.write import WriteOptions, index_shards, prepare_shards
 from tests.shards import broken
 

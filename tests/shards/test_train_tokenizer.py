@@ -6,7 +6,7 @@ import json
 import pytest
 
 from examples.mimo.data.tokenizer import SentencePieceTokenizer, train_tokenizer
-from examples.mimo.shards.mixtures import DatasetModel
+from examples.mimo.shards.manifest import DatasetModel
 from tests.conftest import run_command
 
 TEXTS = [f"What is {n} times {m}? It is {n * m}." for n in range(30) for m in range(9)]

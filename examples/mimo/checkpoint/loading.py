@@ -25,7 +25,8 @@ from torch.nn import functional
 from examples.mimo.checkpoint.description import Checkpoint, latest_weights
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.model.layers import has_transformer_engine
-from examples.mimo.model.mimo import StageMimoModel, build_mimo_model, part_prefix
+from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
+from examples.mimo.model.parts import part_prefix
 
 SEED = 1234
 TIMEOUT = timedelta(minutes=10)

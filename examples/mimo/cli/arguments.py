@@ -31,7 +31,7 @@ from examples.mimo.cli.overrides import whisper_assignments, with_fields, with_t
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.model.layers import has_transformer_engine
-from examples.mimo.model.mimo import check_freeze, part_names
+from examples.mimo.model.parts import check_freeze, part_names
 from examples.mimo.planner.pipeline import even_split, layout_flag
 from examples.mimo.training.layout import (
     check_world,
@@ -139,7 +139,7 @@ def balance_stages(args: argparse.Namespace, config: MimoConfig) -> None:
     """Split the layers as --balance-stages asks, if it does; reads the first training samples."""
     if not args.balance_stages:
         return
-    from examples.mimo.planner.stages import COUNTED_SAMPLES, balanced_split, workload
+    from examples.mimo.planner.pipeline import COUNTED_SAMPLES, balanced_split, workload
     from examples.mimo.training.providers import first_batches
 
     work = workload(config, first_batches(args, config, COUNTED_SAMPLES))

@@ -13,9 +13,10 @@ from megatron.core import mpu
 
 from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.model.mimo import StageMimoModel, part_names, parts
+from examples.mimo.model.mimo import StageMimoModel
+from examples.mimo.model.parts import part_names, parts
 from examples.mimo.parallel.placement import Placement
-from examples.mimo.planner.stages import (
+from examples.mimo.planner.pipeline import (
     COUNTED_SAMPLES,
     describe_pipeline,
     predicted_split,

@@ -7,7 +7,6 @@ A variant is a function that derives from another config with `dataclasses.repla
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -50,7 +49,7 @@ class LanguageConfig:
     qk_norm: bool = False
 
     # As of `EncoderConfig`.
-    hf_families: ClassVar[str | None] = "examples.mimo.hf.language:FAMILIES"
+    hf_families: ClassVar[str | None] = "examples.mimo.hf.families:LANGUAGE"
 
     @property
     def query_projection_size(self) -> int:
@@ -145,44 +144,3 @@ class MimoConfig:
                         "each its own"
                     )
                 owners[value] = name
-
-
-def to_dict(config: MimoConfig) -> dict[str, Any]:
-    """The config as JSON-ready values."""
-    return dataclasses.asdict(config)
-
-
-def overlay(base: Any, values: Any, where: str = "config") -> Any:
-    """`base` with `values` laid over it; the shape of both must agree.
-
-    The types come from `base`, which the registry made, and only numbers and strings from
-    `values`: a checkpoint's JSON can change a model's sizes and nothing else.
-    """
-    if dataclasses.is_dataclass(base) and not isinstance(base, type):
-        names = {f.name for f in dataclasses.fields(base)}
-        _same_keys(names, values, where)
-        return dataclasses.replace(
-            base, **{n: overlay(getattr(base, n), values[n], f"{where}.{n}") for n in names}
-        )
-    if isinstance(base, dict):
-        _same_keys(set(base), values, where)
-        return {key: overlay(base[key], values[key], f"{where}.{key}") for key in base}
-    if isinstance(base, (list, tuple)):
-        return tuple(values)
-    if base is not None and values is not None and type(base) is not type(values):
-        if isinstance(base, float) and isinstance(values, int):
-            return float(values)
-        raise ValueError(
-            f"{where} is {values!r} in the checkpoint, but this package expects "
-            f"{type(base).__name__} ({base!r})"
-        )
-    return values
-
-
-def _same_keys(names: set[str], values: Any, where: str) -> None:
-    if not isinstance(values, dict) or set(values) != names:
-        found = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(
-            f"{where} has the fields {found} in the checkpoint, but this package expects "
-            f"{sorted(names)}; use the package version that wrote it"
-        )

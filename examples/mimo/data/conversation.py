@@ -21,7 +21,7 @@ import torch
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import Tokenizer, is_ordinary_token
-from examples.mimo.modalities.base import Blob, Source
+from examples.mimo.modalities.files import Blob, Source
 
 HUMAN_ROLES = ("human", "user")
 ANSWER_ROLES = ("gpt", "assistant")

@@ -18,7 +18,7 @@ from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import ANSWER_ROLES, FindFile, Sample, SampleEncoder
 from examples.mimo.data.tokenizer import Tokenizer, load_tokenizer
 from examples.mimo.generation.sampling import DEFAULT_OPTIONS, Options, Sampling
-from examples.mimo.modalities.base import Blob, Source
+from examples.mimo.modalities.files import Blob, Source
 
 if TYPE_CHECKING:
     from examples.mimo.generation.scheduler import Answer, Piece, Scheduler

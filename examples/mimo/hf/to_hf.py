@@ -29,7 +29,7 @@ from examples.mimo.hf.io import (
     draft_folder,
 )
 from examples.mimo.hf.weights import Family, Row, family_for_export, family_of
-from examples.mimo.model.mimo import part_names, part_prefix
+from examples.mimo.model.parts import part_names, part_prefix
 
 SHARD_BYTES = 2 * 2**30
 

@@ -9,14 +9,10 @@ that is no such transformer at all. Nothing here imports Megatron before a modul
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,42 +20,7 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A file's content out of a shard or a request, and the name that messages give it."""
-
-    name: str
-    data: bytes
-
-    def __str__(self) -> str:
-        return self.name
-
-
-Source = Path | Blob
-
-
-@contextlib.contextmanager
-def open_source(source: Source, singular: str) -> Iterator[BinaryIO]:
-    """Open `source` for reading; ValueError, one line, when it is missing or empty."""
-    if isinstance(source, Blob):
-        if not source.data:
-            raise ValueError(f"{source}: the {singular} file is empty")
-        yield io.BytesIO(source.data)
-        return
-    try:
-        stream = source.open("rb") if source.is_file() else None
-    except OSError as error:
-        raise ValueError(
-            f"{source}: the {singular} file cannot be read ({error.strerror})"
-        ) from None
-    if stream is None:
-        raise ValueError(f"{source}: no such {singular} file")
-    with stream:
-        if source.stat().st_size == 0:
-            raise ValueError(f"{source}: the {singular} file is empty")
-        yield stream
+from examples.mimo.modalities.files import Source
 
 
 def free_field(default: Any, choices: tuple[str, ...] | None = None) -> Any:
@@ -303,7 +264,7 @@ class MLPProjectorConfig(ProjectorConfig):
 
     ffn_hidden_size: int
 
-    hf_families: ClassVar[str | None] = "examples.mimo.hf.encoders:PROJECTOR"
+    hf_families: ClassVar[str | None] = "examples.mimo.hf.families:PROJECTOR"
 
     def build(
         self, input_size: int, transformer_config: TransformerConfig, pg_collection: Any

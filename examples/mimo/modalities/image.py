@@ -8,82 +8,22 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional
 
-from examples.mimo.modalities.base import EncoderConfig, Source, free_field, open_source
+from examples.mimo.modalities.base import EncoderConfig, free_field
+from examples.mimo.modalities.files import Source, read_image
 
-MAX_PIXELS = 64_000_000
-# A longer one becomes a huge picture when its short side is scaled to an encoder's.
-MAX_RATIO = 200
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".img")
-# Pillow knows more; some of those formats run programs, and none is common.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 FITS = ("crop", "stretch", "pad")
 
 Colour = tuple[int, ...]
-
-
-def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture to RGB: upright as its EXIF says, 16 bits scaled to 8, black behind alpha.
-
-    Raises ValueError, one line, when the file is missing, empty, truncated, not a picture, or
-    holds more than `max_pixels` or is a mere line (checked before any pixel is decoded).
-    """
-    with warnings.catch_warnings():
-        # The limit below is checked, and named, by this function.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return _open(source, max_pixels)
-
-
-def _open(source: Source, max_pixels: int) -> Image.Image:
-    try:
-        with open_source(source, "image") as stream, Image.open(stream, formats=FORMATS) as picture:
-            width, height = picture.size
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"{source}: {width} x {height} is {width * height:,} pixels, more than "
-                    f"{max_pixels:,}; scale the picture down"
-                )
-            if max(width, height) > MAX_RATIO * min(width, height):
-                raise ValueError(
-                    f"{source}: {width} x {height} is more than {MAX_RATIO} times as long as wide"
-                )
-            picture.load()
-            return _to_rgb(ImageOps.exif_transpose(picture))
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"{source}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
-        ) from None
-    except Image.UnidentifiedImageError:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"{source}: not an image that Pillow can read as {known}") from None
-    except (OSError, SyntaxError, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{source}: damaged image ({error})") from None
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return _wide_to_rgb(np.asarray(picture, dtype=np.float32))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _wide_to_rgb(values: np.ndarray) -> Image.Image:
-    """Grey values of more than 8 bits; Pillow's own conversion would clip them at 255."""
-    if values.max(initial=0) > 255:
-        values = values / 257.0
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
 
 
 def fit_picture(
@@ -228,7 +168,7 @@ class VitConfig(EncoderConfig):
     augment_scale: float = free_field(0.0)
 
     suffixes: ClassVar[tuple[str, ...]] = IMAGE_SUFFIXES
-    hf_families: ClassVar[str | None] = "examples.mimo.hf.encoders:VISION"
+    hf_families: ClassVar[str | None] = "examples.mimo.hf.families:VISION"
 
     def __post_init__(self) -> None:
         super().__post_init__()

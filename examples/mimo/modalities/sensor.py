@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.mimo.modalities.base import EncoderConfig, Source, open_source
+from examples.mimo.modalities.base import EncoderConfig
+from examples.mimo.modalities.files import Source, open_source
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from examples.mimo.modalities.base import Source, free_field, open_source
-from examples.mimo.modalities.image import MAX_PIXELS, VitConfig
+from examples.mimo.modalities.base import free_field
+from examples.mimo.modalities.files import MAX_PIXELS, Source, open_source
+from examples.mimo.modalities.image import VitConfig
 
 if TYPE_CHECKING:
     from av.container import InputContainer

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,7 @@ from examples.mimo.parallel.context import encode_shares, shard_sequence
 
 if TYPE_CHECKING:
     from examples.mimo.parallel.replicas import EncoderReplicas
-
-ENCODER = "encoder"
+from examples.mimo.model.parts import ENCODER, part_prefix
 
 # Input name -> (N, ...): N inputs of one modality's encoder.
 Inputs = dict[str, torch.Tensor]
@@ -361,45 +360,3 @@ def build_part(
     if side == "encoder":
         return modality.encoder.build(transformer_config, pg_collection)
     return modality.projector.build(modality.encoder.output_size, transformer_config, pg_collection)
-
-
-def part_prefix(part: str) -> str:
-    """What the names of a part's weights begin with in a checkpoint."""
-    if part == "language":
-        return "language_model."
-    name, side = part.split(".")
-    inside = "input_projections.0" if side == "projector" else f"encoders.{ENCODER}"
-    return f"modality_submodules.{name}.{inside}."
-
-
-def part_names(config: MimoConfig) -> list[str]:
-    """`images.encoder`, `images.projector`, ..., `language`."""
-    sides = [f"{name}.{side}" for name in config.modalities for side in ("encoder", "projector")]
-    return [*sides, "language"]
-
-
-def check_freeze(names: Iterable[str], config: MimoConfig) -> None:
-    """ValueError for a name that is no part of the model."""
-    known = part_names(config)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--freeze {name}: {config.name} has the parts {', '.join(known)}")
-
-
-def parts(model: StageMimoModel) -> dict[str, torch.nn.Module]:
-    """The parts that this stage holds."""
-    held: dict[str, torch.nn.Module] = {}
-    for name, modality in model.modality_submodules.items():
-        held[f"{name}.encoder"] = modality.encoders[ENCODER]
-        held[f"{name}.projector"] = modality.input_projections[0]
-    if model.language_model is not None:
-        held["language"] = model.language_model
-    return held
-
-
-def freeze_parts(model: StageMimoModel, names: Iterable[str]) -> None:
-    """Stop the named parts from training; gradients still flow through them."""
-    held = parts(model)
-    for name in names:
-        if name in held:
-            held[name].requires_grad_(False)

@@ -41,8 +41,14 @@ from examples.mimo.model.mimo import (
     language_spec,
     modality_spec,
 )
-from examples.mimo.parallel.bridge import Bridges, mark_samples
-from examples.mimo.parallel.placement import LANGUAGE, Placement, create_grids, here
+from examples.mimo.parallel.placement import (
+    LANGUAGE,
+    Bridges,
+    Placement,
+    create_grids,
+    here,
+    mark_samples,
+)
 
 
 class NonColocatedMimoModel(StageMimoModel):

@@ -1,12 +1,22 @@
-"""Which ranks hold which module, where encoders are not colocated with the language model."""
+"""Which ranks hold which module, and the bridges that carry embeddings between them."""
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
+from megatron.core.pipeline_parallel.multimodule_communicator import (
+    MultiModulePipelineCommunicator,
+)
 
 LANGUAGE = MIMO_LANGUAGE_MODULE_KEY
 
@@ -46,3 +56,94 @@ def create_grids(placements: Sequence[Placement]) -> dict[str, HyperCommGrid]:
 def here(placements: Sequence[Placement], rank: int) -> Placement:
     """The module that `rank` holds."""
     return next(placement for placement in placements if rank in placement.ranks)
+
+
+# The axes of what travels between the language model's stages: (S, B, H).
+LANGUAGE_AXES = {"s": 0, "b": 1, "h": 2}
+
+
+class RaggedBridge(BridgeCommunicator):
+    """A bridge whose senders may send different numbers of embeddings.
+
+    Megatron's splits a gradient evenly over the senders. This one remembers how many embeddings of
+    a micro-batch came from each, until their gradients go back: first in, first out. And where
+    Megatron's wants NCCL, it takes the world's backend.
+    """
+
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        self.counts_received: deque[list[int]] = deque()
+        super().__init__(*positional, **named)
+
+    @classmethod
+    def _get_or_create_broadcast_pg(cls, ranks_list: list[list[int]]) -> dist.ProcessGroup:
+        return _subgroup(tuple(tuple(ranks) for ranks in ranks_list))
+
+    @classmethod
+    def _get_or_create_bridge_pg(cls, ranks: list[int]) -> dist.ProcessGroup:
+        return _group(tuple(ranks))
+
+    def _communicate_shapes(self, **options: Any) -> tuple[list, list]:
+        shapes = super()._communicate_shapes(**options)
+        if options.get("recv_prev") and torch.is_grad_enabled():
+            self.counts_received.append([shape[0] for shape in shapes[0]])
+        return shapes
+
+    def send_backward(self, grad_tensor: torch.Tensor) -> None:
+        """The gradient (tokens, H) to the ranks that sent the embeddings."""
+        super().send_backward(self._for_senders(grad_tensor))
+
+    def send_backward_recv_forward(
+        self, grad_tensor: torch.Tensor, forward_shape: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        """The same, and the next micro-batch's embeddings."""
+        return super().send_backward_recv_forward(self._for_senders(grad_tensor), forward_shape)
+
+    def _for_senders(self, gradient: torch.Tensor) -> torch.Tensor:
+        if self.counts_received:
+            setattr(gradient, "_mimo_bridge_split_sizes", self.counts_received.popleft())
+        return gradient
+
+
+@functools.cache
+def _subgroup(ranks_list: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+    """The group of these that this rank is in; bridges to the same ranks share it."""
+    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_list])[0]
+
+
+@functools.cache
+def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    return dist.new_group(list(ranks))
+
+
+class Bridges(MultiModulePipelineCommunicator):
+    """Megatron's communicator of several modules, from every encoder to the language model."""
+
+    def __init__(self, grids: dict[str, HyperCommGrid], config: ModelParallelConfig) -> None:
+        encoders = [name for name in grids if name != LANGUAGE]
+        super().__init__(
+            grids,
+            topology={**{name: [LANGUAGE] for name in encoders}, LANGUAGE: []},
+            config=config,
+            dim_mapping=LANGUAGE_AXES,
+            module_output_ndim=dict.fromkeys(encoders, 2),
+        )
+
+    def _build_bridge_comms(self) -> None:
+        for name, grid in self.module_to_grid_map.items():
+            if name != LANGUAGE:
+                bridge = RaggedBridge(
+                    src_grid=grid,
+                    dest_grid=self.module_to_grid_map[LANGUAGE],
+                    dim_mapping=self.dim_mapping,
+                    comm_dtype=self.config.pipeline_dtype,
+                    src_module_name=name,
+                    dest_module_name=LANGUAGE,
+                    tensor_ndim=2,
+                )
+                self.bridge_comms.append(bridge)
+
+
+def mark_samples(embeddings: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Note how many embeddings each sample has, by which a bridge shares them out."""
+    setattr(embeddings, "_mimo_bridge_split_sizes", list(counts))
+    return embeddings

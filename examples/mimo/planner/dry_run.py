@@ -23,9 +23,9 @@ from examples.mimo.cli.header import (
 )
 from examples.mimo.planner.flops import Workload
 from examples.mimo.planner.memory import StageMemory, place_memory
-from examples.mimo.planner.pipeline import Split
-from examples.mimo.planner.stages import (
+from examples.mimo.planner.pipeline import (
     COUNTED_SAMPLES,
+    Split,
     describe_pipeline,
     predicted_split,
     workload,

@@ -22,13 +22,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from examples.mimo.cli.header import PartSize, part_sizes
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.modalities.base import EncoderConfig
-from examples.mimo.model.mimo import (
-    StageMimoModel,
-    build_mimo_model,
-    freeze_parts,
-    part_names,
-    parts,
-)
+from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
+from examples.mimo.model.parts import freeze_parts, part_names, parts
 from examples.mimo.parallel.noncolocated import (
     build_noncolocated_model,
     initialize_module_parallel,

@@ -22,7 +22,7 @@ from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.generation.sampling import Options, Sampling
 from examples.mimo.generation.scheduler import Answer
-from examples.mimo.modalities.base import Blob, Source
+from examples.mimo.modalities.files import Blob, Source
 
 MAX_MESSAGES, MAX_CHOICES, MAX_TEXT, MAX_FILES = 256, 16, 1_000_000, 64
 DEFAULT_MAX_TOKENS = 256

@@ -36,8 +36,8 @@ from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, join_batches
 from examples.mimo.data.conversation import BadSample, FindFile, Sample, SampleEncoder
-from examples.mimo.modalities.base import Blob
-from examples.mimo.shards.mixtures import Part, read_mixture
+from examples.mimo.modalities.files import Blob
+from examples.mimo.shards.manifest import Part, read_mixture
 
 MAX_RECORD_BYTES = 4 * 2**20
 # So many neighbours in a shard follow one another before another position is drawn: reading from

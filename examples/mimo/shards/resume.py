@@ -29,7 +29,7 @@ from megatron.energon.state import FlexState
 
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import BadSampleCount, SampleEncoder
-from examples.mimo.shards.mixtures import num_samples, read_mixture
+from examples.mimo.shards.manifest import num_samples, read_mixture
 from examples.mimo.shards.read import (
     Collate,
     ConversationEncoder,

@@ -36,9 +36,16 @@ from examples.mimo.data.conversation import (
     to_pieces,
 )
 from examples.mimo.data.tokenizer import copy_tokenizer
-from examples.mimo.modalities.base import Blob, Source
-from examples.mimo.shards.manifest import MAX_FILE_BYTES, Entry, TarParts, read_entries
-from examples.mimo.shards.mixtures import ABOUT, META, DatasetModel
+from examples.mimo.modalities.files import Blob, Source
+from examples.mimo.shards.manifest import (
+    ABOUT,
+    MAX_FILE_BYTES,
+    META,
+    DatasetModel,
+    Entry,
+    TarParts,
+    read_entries,
+)
 from examples.mimo.shards.read import error_reason
 
 SUMMARIES = ".summaries"

@@ -26,7 +26,8 @@ from examples.mimo.data.batch import Batch, collate, collate_packed
 from examples.mimo.data.conversation import BadSampleCount, Sample, SampleEncoder
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
-from examples.mimo.model.mimo import StageMimoModel, build_mimo_model, freeze_parts
+from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
+from examples.mimo.model.parts import freeze_parts
 from examples.mimo.parallel import noncolocated
 from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.parallel.replicas import EncoderReplicas, create_encoder_replicas
