@@ -18,7 +18,7 @@ for module in (
     "megatron.core.tokenizers.text",
     "examples.mimo.planner.dry_run",
     "examples.mimo.cli.observer",
-    "examples.mimo.training.step",
+    "examples.mimo.training.pretrain",
     "examples.mimo.compat.megatron",
     "examples.mimo.cli.observer",
 ):

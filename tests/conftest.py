@@ -87,7 +87,7 @@ def build_model():
 
     from examples.mimo.cli.arguments import parse_with_preset
     from examples.mimo.model.mimo import build_mimo_model
-    from examples.mimo.training.providers import transformer_config
+    from examples.mimo.training.pretrain import transformer_config
 
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -51,10 +51,16 @@ def train(argv: list[str]) -> None:
     from examples.mimo import compat
     from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
     from examples.mimo.cli.arguments import balance_stages, parse_arguments
-    from examples.mimo.cli.inputs import check_inputs
     from examples.mimo.cli.observer import RunObserver
-    from examples.mimo.training import providers
-    from examples.mimo.training.step import forward_step
+    from examples.mimo.training import inputs
+    from examples.mimo.training.layout import prepare_noncolocated
+    from examples.mimo.training.pretrain import (
+        check_data,
+        data_provider,
+        forward_step,
+        model_provider,
+        transformer_config,
+    )
 
     # `config` says what the model is, `args` holds Megatron's flags with its sizes as defaults.
     args, config = parse_arguments(argv)
@@ -62,18 +68,19 @@ def train(argv: list[str]) -> None:
     if not args.show_megatron_output:
         # Megatron lowered the root logger's level when it was imported.
         logging.getLogger().setLevel(logging.WARNING)
-    check_inputs(args, config)
+    inputs.check_inputs(args, config)
+    check_data(args, config)
     set_global_variables(args)
 
     # The description goes to --save before any weights do: from the first checkpoint on, even of a
     # run that breaks, the folder can be answered from and resumed.
     if args.save and args.rank == 0:
-        start = providers.starting_point(args)
+        start = inputs.starting_point(args)
         described = start is not None and (start / FILE_NAME).is_file()
         sources = open_checkpoint(start).sources if start and described else {}
-        for part in providers.fresh_parts(args):
+        for part in inputs.fresh_parts(args):
             sources.pop(part, None)
-        tokenizer = providers.tokenizer_path(args)
+        tokenizer = inputs.tokenizer_path(args)
         save_description(Path(args.save), config, tokenizer, sources)
 
     observer = RunObserver(args, config)
@@ -83,14 +90,16 @@ def train(argv: list[str]) -> None:
     # So far all ranks had the same input and failed alike; from here on one may fail alone.
     command.report_every_rank()
     with observer.explains_errors():
-        separate = providers.prepare_noncolocated(args, compat.install_for_noncolocated)
+        separate = prepare_noncolocated(
+            args, transformer_config(args), compat.install_for_noncolocated
+        )
         # `pretrain` calls these with its own arguments only, so what is ours is bound beforehand.
         pretrain(
             pretrain_cfg_container_from_args(args),
-            functools.partial(providers.data_provider, config, observer.bad_samples),
+            functools.partial(data_provider, config, observer.bad_samples),
             ModelType.encoder_or_decoder,
             functools.partial(forward_step, observer),
-            functools.partial(providers.model_provider, config, separate.grids),
+            functools.partial(model_provider, config, separate.grids),
             p2p_communicator=separate.bridges,
             pg_collection=separate.groups,
         )

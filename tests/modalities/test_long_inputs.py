@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from examples.mimo.configs import get_model_config
-from examples.mimo.data.batch import collate, num_inputs
+from examples.mimo.data.batch import collate
 from examples.mimo.data.conversation import SampleEncoder, Turn
-from examples.mimo.modalities.image import fit_picture, grid_of_tiles
+from examples.mimo.modalities.files import fit_picture, grid_of_tiles
 from examples.mimo.modalities.video import read_frames
+from examples.mimo.planner.pipeline import num_inputs
 from tests.modalities.videos import write_video
 
 RATE = 16_000

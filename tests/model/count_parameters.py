@@ -19,7 +19,7 @@ from examples.mimo.cli.header import part_sizes
 from examples.mimo.configs import get_model_config
 from examples.mimo.model.mimo import build_mimo_model
 from examples.mimo.model.parts import parts
-from examples.mimo.training.providers import transformer_config
+from examples.mimo.training.pretrain import transformer_config
 
 
 def count(name, tp):

@@ -22,7 +22,7 @@ from examples.mimo.configs import get_model_config
 from examples.mimo.data.batch import collate
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.mimo import build_mimo_model
-from examples.mimo.training.providers import transformer_config
+from examples.mimo.training.pretrain import transformer_config
 
 
 def main():

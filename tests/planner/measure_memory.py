@@ -19,10 +19,10 @@ import torch
 from megatron.training import training as megatron_training
 
 from examples.mimo.cli.arguments import balance_stages, parse_arguments
-from examples.mimo.planner.memory import place_memory
+from examples.mimo.planner.dry_run import place_memory
 from examples.mimo.train import train
 from examples.mimo.training.layout import places, run_shape
-from examples.mimo.training.providers import transformer_config
+from examples.mimo.training.pretrain import transformer_config
 
 found = {}
 setup = megatron_training.setup_model_and_optimizer

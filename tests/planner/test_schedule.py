@@ -3,7 +3,8 @@ import itertools
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from examples.mimo.planner.pipeline import Cost, rank_order, simulate
+from examples.mimo.planner.flops import Cost
+from examples.mimo.planner.pipeline import rank_order, simulate
 
 EQUAL = Cost(1.0, 2.0)
 

@@ -140,7 +140,7 @@ def balance_stages(args: argparse.Namespace, config: MimoConfig) -> None:
     if not args.balance_stages:
         return
     from examples.mimo.planner.pipeline import COUNTED_SAMPLES, balanced_split, workload
-    from examples.mimo.training.providers import first_batches
+    from examples.mimo.training.pretrain import first_batches
 
     work = workload(config, first_batches(args, config, COUNTED_SAMPLES))
     split = balanced_split(config, run_shape(args), work)

@@ -22,6 +22,7 @@ from examples.mimo.planner.pipeline import (
     predicted_split,
     workload,
 )
+from examples.mimo.training.inputs import fresh_parts, starting_point
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
     module_of_rank,
@@ -29,7 +30,7 @@ from examples.mimo.training.layout import (
     places,
     run_shape,
 )
-from examples.mimo.training.providers import first_batches, fresh_parts, starting_point
+from examples.mimo.training.pretrain import first_batches
 
 
 @dataclass(frozen=True)

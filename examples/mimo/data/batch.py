@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional
 
 from examples.mimo.data.conversation import BadSample, Sample
 
@@ -65,12 +64,6 @@ class Batch:
             if dot:
                 nested.setdefault(modality, {})[key] = tensor
         return nested
-
-
-def num_inputs(batch: Batch, modality: str) -> int:
-    """How many inputs the encoder of `modality` has to work on."""
-    inputs = batch.modality_inputs.get(modality)
-    return len(next(iter(inputs.values()))) if inputs else 0
 
 
 def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
@@ -139,51 +132,6 @@ def _concatenate(
                 f"{tuple(inputs[0].shape)}; make preprocess return one shape beyond dim 0"
             )
     return torch.cat(list(inputs))
-
-
-def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one, in their order; packed sequences are joined end to end."""
-    if len(batches) == 1:
-        return batches[0]
-    packed = batches[0].cu_seqlens is not None
-    lengths = [batch.seq_length for batch in batches]
-    seq_length = sum(lengths) if packed else max(lengths)
-    tensors: dict[str, torch.Tensor] = {}
-    for name in dict.fromkeys(name for batch in batches for name in batch.tensors):
-        parts = [batch.tensors[name] for batch in batches if name in batch.tensors]
-        if name in TEXT and not packed:
-            parts = [functional.pad(part, (0, seq_length - part.shape[1])) for part in parts]
-        tensors[name] = torch.cat(parts, dim=1 if name in TEXT and packed else 0)
-    cu_seqlens = [0]
-    for batch in batches:
-        cu_seqlens += [cu_seqlens[-1] + end for end in (batch.cu_seqlens or [])[1:]]
-    modalities = dict.fromkeys(name for batch in batches for name in batch.items)
-    return Batch(
-        batch_size=1 if packed else sum(batch.batch_size for batch in batches),
-        seq_length=seq_length,
-        num_tokens=sum(batch.num_tokens for batch in batches),
-        keys=[key for batch in batches for key in batch.keys],
-        items={m: [item for b in batches for item in b.items.get(m, [])] for m in modalities},
-        cu_seqlens=cu_seqlens if packed else None,
-        bad_samples=[bad for batch in batches for bad in batch.bad_samples],
-        tensors=tensors,
-    )
-
-
-def share_of(count: int, number: int, shares: int) -> slice:
-    """Run `number` of `count` items in `shares` runs, which differ by one item at most."""
-    return slice(count * number // shares, count * (number + 1) // shares)
-
-
-def take_share(batch: Batch, number: int, shares: int) -> Batch:
-    """The batch with one share of the encoder inputs of each modality."""
-    tensors = {
-        name: tensor if name in TEXT else tensor[share_of(len(tensor), number, shares)]
-        for name, tensor in batch.tensors.items()
-    }
-    # One share counts what was skipped on the way.
-    bad_samples = batch.bad_samples if number == 0 else []
-    return dataclasses.replace(batch, tensors=tensors, bad_samples=bad_samples)
 
 
 def broadcast_batch(

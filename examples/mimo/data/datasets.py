@@ -6,9 +6,6 @@ Sample `i` is a function of `i` and the seed alone, so a run resumes at any samp
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +20,7 @@ from examples.mimo.data.conversation import (
     SampleEncoder,
     TokenSequence,
 )
-
-
-def json_lines(path: Path, max_bytes: int = 2**30) -> Iterator[tuple[int, Any]]:
-    """The number, from 1, and the value of each line of `path` that is not blank.
-
-    A line that is not JSON, or has more than `max_bytes`, gives the ValueError that says so.
-    """
-    with path.open("rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(max_bytes + 1)
-            if not line:
-                return
-            size = len(line)
-            if size > max_bytes:
-                # The rest is read in pieces, so that memory stays bounded.
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(max_bytes)
-                    size += len(line)
-                yield number, ValueError(f"{size:,} bytes in one line, more than {max_bytes:,}")
-            elif line.strip():
-                try:
-                    yield number, json.loads(line)
-                # Also numbers of too many digits, and half characters.
-                except (ValueError, RecursionError) as error:
-                    yield number, ValueError(f"not JSON ({error})")
+from examples.mimo.modalities.files import json_lines
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from examples.mimo.hf.io import (
 from examples.mimo.hf.weights import Family, Row, families_for, family_of
 from examples.mimo.model.mimo import build_part
 from examples.mimo.model.parts import part_names, part_prefix
-from examples.mimo.training.providers import transformer_config
+from examples.mimo.training.pretrain import transformer_config
 
 # What a user is told while a conversion runs, a line at a time.
 Progress = Callable[[str], None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,21 +9,13 @@ from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
-import soundfile
 import torch
 from torch.nn import functional
 
 from examples.mimo.modalities.base import EncoderConfig, first_tokens, free_field, sinusoids
-from examples.mimo.modalities.files import Source, read_audio
+from examples.mimo.modalities.files import Source, read_audio, to_wav
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
-
-
-def to_wav(samples: np.ndarray, sample_rate_hz: int) -> bytes:
-    """The content of a WAV file of 16 bits."""
-    file = io.BytesIO()
-    soundfile.write(file, samples, sample_rate_hz, format="WAV", subtype="PCM_16")
-    return file.getvalue()
 
 
 SAMPLE_RATE_HZ = 16_000

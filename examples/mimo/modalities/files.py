@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import json
 import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -195,3 +197,91 @@ def _check_header(
             f"{source}: {seconds:.2f} seconds of sound, but {max_seconds:g} fit; cut the file, "
             "raise the encoder's max_windows, or set its overflow to truncate"
         )
+
+
+Colour = tuple[int, ...]
+
+
+def fit_picture(
+    picture: Image.Image, size: tuple[int, int], fit: str, colour: Colour
+) -> Image.Image:
+    """`picture` at (width, height) `size`: its centre, all of it stretched, or padded.
+
+    Scaled bicubically; `colour` fills what a padded picture leaves empty.
+    """
+    if fit == "stretch":
+        return _resize(picture, size)
+    ratios = [target / side for target, side in zip(size, picture.size, strict=True)]
+    scale = max(ratios) if fit == "crop" else min(ratios)
+    scaled = _resize(picture, tuple(max(1, round(side * scale)) for side in picture.size))
+    left, top = ((have - want) // 2 for have, want in zip(scaled.size, size, strict=True))
+    if fit == "crop":
+        return scaled.crop((left, top, left + size[0], top + size[1]))
+    if scaled.size == size:
+        return scaled
+    padded = Image.new("RGB", size, colour)
+    padded.paste(scaled, (-left, -top))
+    return padded
+
+
+def _resize(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
+    if picture.size == size:
+        return picture
+    return picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+
+
+def grid_of_tiles(size: tuple[int, int], side: int, max_tiles: int) -> tuple[int, int]:
+    """(columns, rows) of square tiles for a picture of (width, height) `size`; (0, 0) for none.
+
+    As LLaVA-NeXT chooses: of the grids of at most `max_tiles` the one that keeps the most of the
+    picture's pixels, of several the one with the least left empty.
+    """
+    if max_tiles < 1 or max(size) <= side:
+        return 0, 0
+    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
+
+    def worth(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(side * count / length for count, length in zip(grid, size, strict=True))
+        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return kept, kept - grid[0] * grid[1] * side * side
+
+    return max(grids, key=worth)
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def to_wav(samples: np.ndarray, sample_rate_hz: int) -> bytes:
+    """The content of a WAV file of 16 bits."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, sample_rate_hz, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+def json_lines(path: Path, max_bytes: int = 2**30) -> Iterator[tuple[int, Any]]:
+    """The number, from 1, and the value of each line of `path` that is not blank.
+
+    A line that is not JSON, or has more than `max_bytes`, gives the ValueError that says so.
+    """
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(max_bytes + 1)
+            if not line:
+                return
+            size = len(line)
+            if size > max_bytes:
+                # The rest is read in pieces, so that memory stays bounded.
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(max_bytes)
+                    size += len(line)
+                yield number, ValueError(f"{size:,} bytes in one line, more than {max_bytes:,}")
+            elif line.strip():
+                try:
+                    yield number, json.loads(line)
+                # Also numbers of too many digits, and half characters.
+                except (ValueError, RecursionError) as error:
+                    yield number, ValueError(f"not JSON ({error})")

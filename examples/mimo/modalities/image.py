@@ -6,7 +6,6 @@ entries of `FAMILIES` alone.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,65 +17,10 @@ from PIL import Image
 from torch.nn import functional
 
 from examples.mimo.modalities.base import EncoderConfig, free_field
-from examples.mimo.modalities.files import Source, read_image
+from examples.mimo.modalities.files import Source, fit_picture, grid_of_tiles, read_image, to_png
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".img")
 FITS = ("crop", "stretch", "pad")
-
-Colour = tuple[int, ...]
-
-
-def fit_picture(
-    picture: Image.Image, size: tuple[int, int], fit: str, colour: Colour
-) -> Image.Image:
-    """`picture` at (width, height) `size`: its centre, all of it stretched, or padded.
-
-    Scaled bicubically; `colour` fills what a padded picture leaves empty.
-    """
-    if fit == "stretch":
-        return _resize(picture, size)
-    ratios = [target / side for target, side in zip(size, picture.size, strict=True)]
-    scale = max(ratios) if fit == "crop" else min(ratios)
-    scaled = _resize(picture, tuple(max(1, round(side * scale)) for side in picture.size))
-    left, top = ((have - want) // 2 for have, want in zip(scaled.size, size, strict=True))
-    if fit == "crop":
-        return scaled.crop((left, top, left + size[0], top + size[1]))
-    if scaled.size == size:
-        return scaled
-    padded = Image.new("RGB", size, colour)
-    padded.paste(scaled, (-left, -top))
-    return padded
-
-
-def _resize(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
-    if picture.size == size:
-        return picture
-    return picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-
-
-def grid_of_tiles(size: tuple[int, int], side: int, max_tiles: int) -> tuple[int, int]:
-    """(columns, rows) of square tiles for a picture of (width, height) `size`; (0, 0) for none.
-
-    As LLaVA-NeXT chooses: of the grids of at most `max_tiles` the one that keeps the most of the
-    picture's pixels, of several the one with the least left empty.
-    """
-    if max_tiles < 1 or max(size) <= side:
-        return 0, 0
-    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
-
-    def worth(grid: tuple[int, int]) -> tuple[int, int]:
-        scale = min(side * count / length for count, length in zip(grid, size, strict=True))
-        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
-        return kept, kept - grid[0] * grid[1] * side * side
-
-    return max(grids, key=worth)
-
-
-def to_png(picture: Image.Image) -> bytes:
-    """The content of a PNG file."""
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
 
 
 def tanh_gelu(values: torch.Tensor) -> torch.Tensor:

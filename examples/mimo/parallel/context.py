@@ -13,9 +13,10 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+from megatron.core import mpu
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from examples.mimo.data.batch import share_of
+from examples.mimo.parallel.replicas import share_of
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
@@ -89,3 +90,18 @@ def gather_embeddings(
     whole = gather_from_sequence_parallel_region(padded, sum_gradients, group=group)
     parts = whole.chunk(group.size())
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def parallel_argmax(logits: torch.Tensor) -> torch.Tensor:
+    """(..., V / TP) -> (...): the best token over all tensor-parallel ranks' vocabularies."""
+    values, indices = logits.float().max(dim=-1)
+    indices = indices + mpu.get_tensor_model_parallel_rank() * logits.shape[-1]
+    group = mpu.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return indices
+    all_values = [torch.empty_like(values) for _ in range(group.size())]
+    all_indices = [torch.empty_like(indices) for _ in range(group.size())]
+    dist.all_gather(all_values, values.contiguous(), group=group)
+    dist.all_gather(all_indices, indices.contiguous(), group=group)
+    winner = torch.stack(all_values).argmax(dim=0, keepdim=True)
+    return torch.stack(all_indices).gather(0, winner).squeeze(0)

@@ -8,12 +8,52 @@ appendix B).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.modalities.base import EncoderConfig
-from examples.mimo.planner.pipeline import Cost, ModelCost
 from examples.mimo.training.layout import RunShape
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One micro-batch through something, forward and backward, in any one unit."""
+
+    forward: float
+    backward: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.forward * times, self.backward * times)
+
+    @property
+    def both(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """One micro-batch through a layer of the language model, and through what is not a layer.
+
+    `first` is what the first chunk holds besides layers, `last` what the last one does.
+    `ahead` are non-colocated encoders, which run side by side before the first chunk.
+    """
+
+    layer: Cost
+    first: Cost
+    last: Cost
+    ahead: Mapping[str, Cost] = field(default_factory=dict)
+
+    def chunks(self, layers: tuple[int, ...]) -> list[Cost]:
+        """The cost of each chunk of so many layers, behind the slowest non-colocated encoder."""
+        costs = [self.layer * count for count in layers]
+        costs[0] += self.first
+        costs[-1] += self.last
+        slowest = sorted(self.ahead.values(), key=lambda cost: cost.both)[-1:]
+        return slowest + costs
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron.core.transformer import TransformerConfig
@@ -12,28 +12,9 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, num_inputs
-from examples.mimo.planner.flops import Workload, model_cost
+from examples.mimo.data.batch import Batch
+from examples.mimo.planner.flops import Cost, ModelCost, Workload, model_cost
 from examples.mimo.training.layout import RunShape
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One micro-batch through something, forward and backward, in any one unit."""
-
-    forward: float
-    backward: float
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.forward + other.forward, self.backward + other.backward)
-
-    def __mul__(self, times: float) -> Cost:
-        return Cost(self.forward * times, self.backward * times)
-
-    @property
-    def both(self) -> float:
-        """Forward and backward."""
-        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -139,28 +120,6 @@ def _ready(step: Step, done: dict[tuple[int, int, bool], float], num_chunks: int
 
 # A long run of micro-batches favours the split that its first rounds favour.
 SIMULATED_ROUNDS = 4
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """One micro-batch through a layer of the language model, and through what is not a layer.
-
-    `first` is what the first chunk holds besides layers, `last` what the last one does.
-    `ahead` are non-colocated encoders, which run side by side before the first chunk.
-    """
-
-    layer: Cost
-    first: Cost
-    last: Cost
-    ahead: Mapping[str, Cost] = field(default_factory=dict)
-
-    def chunks(self, layers: tuple[int, ...]) -> list[Cost]:
-        """The cost of each chunk of so many layers, behind the slowest non-colocated encoder."""
-        costs = [self.layer * count for count in layers]
-        costs[0] += self.first
-        costs[-1] += self.last
-        slowest = sorted(self.ahead.values(), key=lambda cost: cost.both)[-1:]
-        return slowest + costs
 
 
 @dataclass(frozen=True)
@@ -297,3 +256,9 @@ def describe_pipeline(split: Split) -> str:
         f"layers by stage {layers}; {count} micro-batch{'es' * (count > 1)}; "
         f"a bubble of {100 * split.timeline.bubble:.0f} % predicted"
     )
+
+
+def num_inputs(batch: Batch, modality: str) -> int:
+    """How many inputs the encoder of `modality` has to work on."""
+    inputs = batch.modality_inputs.get(modality)
+    return len(next(iter(inputs.values()))) if inputs else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,7 @@ import yaml
 from examples.mimo.configs import MODEL_PROVIDERS
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import FilesInside, FindFile
-from examples.mimo.data.datasets import json_lines
-from examples.mimo.modalities.files import Blob
-from examples.mimo.shards.read import MAX_RECORD_BYTES, read_record
+from examples.mimo.modalities.files import Blob, json_lines
 
 MAX_LIST_BYTES = 4 * 2**30
 MAX_FILE_BYTES = 2**30
@@ -320,3 +319,52 @@ def _splits(file: Path) -> dict[str, Any]:
     if not isinstance(known, dict):
         raise ValueError(f"{file}: no split_parts in it; prepare the folder again")
     return known
+
+
+MAX_RECORD_BYTES = 4 * 2**20
+
+
+def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dict[str, Any]:
+    """The record of a sample, from its parts by name; only the JSON part's content is read.
+
+    A record that names no media takes all parts whose names end with a modality's suffixes. A
+    list is taken for the conversation's turns. ValueError without a record that can be read.
+    """
+    if "json" not in parts:
+        raise ValueError(f"sample {key}: no {key}.json in the shard")
+    text = parts["json"]
+    if len(text) > MAX_RECORD_BYTES:
+        raise ValueError(
+            f"sample {key}: {key}.json has {len(text):,} bytes, more than {MAX_RECORD_BYTES:,}"
+        )
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"sample {key}: {key}.json is not JSON ({error})") from None
+    if isinstance(record, list):
+        record = {"conversations": record}
+    if not isinstance(record, dict):
+        raise ValueError(f"sample {key}: {key}.json must hold an object or a list of turns")
+    record.setdefault("key", key)
+    if any(name in record for name in config.modalities):
+        return record
+    for name, modality in config.modalities.items():
+        suffixes = modality.encoder.suffixes
+        files = [part for part in parts if part.lower().endswith(suffixes)]
+        files.sort(key=_numeric_order)
+        # A part may be named by its suffix alone, as KEY.mp4.
+        files += [part for part in parts if f".{part.lower()}" in suffixes]
+        if files:
+            record[name] = files
+    return record
+
+
+def error_reason(error: Exception) -> str:
+    """Why a sample was refused; the class of any error but a ValueError is named too."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{error}"
+
+
+def _numeric_order(part: str) -> list[tuple[int, str]]:
+    """Sorts 2.jpg before 10.jpg."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", part)]

@@ -10,8 +10,6 @@ at any batch. From a sample's parts to a micro-batch, in reading order: `read_re
 from __future__ import annotations
 
 import functools
-import json
-import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +31,12 @@ from megatron.energon.metadataset.loader_interface import DatasetBlendMode, Load
 from megatron.energon.wrappers import ShuffleBufferDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
-from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, join_batches
+from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import BadSample, FindFile, Sample, SampleEncoder
 from examples.mimo.modalities.files import Blob
-from examples.mimo.shards.manifest import Part, read_mixture
+from examples.mimo.parallel.replicas import join_batches
+from examples.mimo.shards.manifest import Part, error_reason, read_mixture, read_record
 
-MAX_RECORD_BYTES = 4 * 2**20
 # So many neighbours in a shard follow one another before another position is drawn: reading from
 # a disk or a network is sequential within them.
 SAMPLES_PER_SEQUENCE = 100
@@ -49,52 +46,6 @@ CHECKPOINT_EVERY_SECONDS = 10.0
 ENERGON_CAUSE = "system exception:"
 
 Collate = Callable[[Sequence[Sample]], Batch]
-
-
-def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dict[str, Any]:
-    """The record of a sample, from its parts by name; only the JSON part's content is read.
-
-    A record that names no media takes all parts whose names end with a modality's suffixes. A
-    list is taken for the conversation's turns. ValueError without a record that can be read.
-    """
-    if "json" not in parts:
-        raise ValueError(f"sample {key}: no {key}.json in the shard")
-    text = parts["json"]
-    if len(text) > MAX_RECORD_BYTES:
-        raise ValueError(
-            f"sample {key}: {key}.json has {len(text):,} bytes, more than {MAX_RECORD_BYTES:,}"
-        )
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"sample {key}: {key}.json is not JSON ({error})") from None
-    if isinstance(record, list):
-        record = {"conversations": record}
-    if not isinstance(record, dict):
-        raise ValueError(f"sample {key}: {key}.json must hold an object or a list of turns")
-    record.setdefault("key", key)
-    if any(name in record for name in config.modalities):
-        return record
-    for name, modality in config.modalities.items():
-        suffixes = modality.encoder.suffixes
-        files = [part for part in parts if part.lower().endswith(suffixes)]
-        files.sort(key=_numeric_order)
-        # A part may be named by its suffix alone, as KEY.mp4.
-        files += [part for part in parts if f".{part.lower()}" in suffixes]
-        if files:
-            record[name] = files
-    return record
-
-
-def _numeric_order(part: str) -> list[tuple[int, str]]:
-    """Sorts 2.jpg before 10.jpg."""
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", part)]
-
-
-def error_reason(error: Exception) -> str:
-    """Why a sample was refused; the class of any error but a ValueError is named too."""
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{kind}{error}"
 
 
 def part_finder(key: str, parts: Mapping[str, bytes]) -> FindFile:

@@ -18,8 +18,7 @@ from typing import Any
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
-from examples.mimo.shards.manifest import TarParts, tar_samples
-from examples.mimo.shards.read import error_reason
+from examples.mimo.shards.manifest import TarParts, error_reason, tar_samples
 from examples.mimo.shards.write import REJECTED, generic_reason
 
 COMMON_SIZES, COMMON_REASONS = 4, 5

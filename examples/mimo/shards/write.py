@@ -44,9 +44,9 @@ from examples.mimo.shards.manifest import (
     DatasetModel,
     Entry,
     TarParts,
+    error_reason,
     read_entries,
 )
-from examples.mimo.shards.read import error_reason
 
 SUMMARIES = ".summaries"
 REJECTED = "rejected.jsonl"

@@ -10,13 +10,17 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core import mpu
 
-from examples.mimo.data.batch import Batch, take_share
+from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import Sample
+from examples.mimo.parallel import noncolocated
 from examples.mimo.parallel.placement import LANGUAGE, Placement, here
+from examples.mimo.parallel.replicas import take_share
 
 
 @dataclass(frozen=True)
@@ -288,3 +292,38 @@ def data_share(language_dp: int) -> DataShare:
     served = language_dp * shares // size
     first = rank // shares * served
     return DataShare(range(first, first + served), rank % shares, shares)
+
+
+def prepare_noncolocated(
+    args: argparse.Namespace,
+    transformer_config: Any,
+    install: Callable[[dict[str, Any], Callable[..., Any]], None],
+) -> noncolocated.NonColocatedRun:
+    """What `pretrain()` is given under --encoder-ranks: process groups and bridges."""
+    if not args.encoder_ranks:
+        return noncolocated.NonColocatedRun()
+    return noncolocated.prepare(
+        placements(args),
+        args.rank,
+        transformer_config,
+        install,
+        local_rank=args.local_rank,
+        process_group={
+            "backend": args.distributed_backend,
+            "rank": args.rank,
+            "world_size": args.world_size,
+            "timeout": timedelta(minutes=args.distributed_timeout_minutes),
+        },
+        parallel_state_options={
+            "create_gloo_process_groups": args.use_gloo_process_groups,
+            "nccl_communicator_config_path": args.nccl_communicator_config_path,
+            "high_priority_stream_groups": args.high_priority_stream_groups,
+            "distributed_timeout_minutes": args.distributed_timeout_minutes,
+        },
+        random_state=(
+            args.seed,
+            args.data_parallel_random_init,
+            args.te_rng_tracker,
+            args.inference_rng_tracker,
+        ),
+    )

@@ -1,41 +1,52 @@
-"""What `pretrain()` asks for: a model, and iterators over batches."""
+"""What `pretrain()` asks for: a model, batches, a forward step and its loss.
+
+`model_provider` and `data_provider` are called once; `forward_step` once a micro-batch, by
+Megatron's schedules.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import functools
-import importlib
+import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
-from examples.mimo.checkpoint.description import TOKENIZER, TRACKER
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, collate, collate_packed
+from examples.mimo.data.batch import Batch, broadcast_batch, collate, collate_packed
 from examples.mimo.data.conversation import BadSampleCount, Sample, SampleEncoder
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
-from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
-from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
+from examples.mimo.data.tokenizer import load_tokenizer
+from examples.mimo.model.layers import device
+from examples.mimo.model.mimo import MediaCountError, StageMimoModel, build_mimo_model
 from examples.mimo.model.parts import freeze_parts
 from examples.mimo.parallel import noncolocated
-from examples.mimo.parallel.placement import LANGUAGE
+from examples.mimo.parallel.context import parallel_argmax, shard_sequence
 from examples.mimo.parallel.replicas import EncoderReplicas, create_encoder_replicas
+from examples.mimo.training.inputs import (
+    SHARDS,
+    fresh_parts,
+    from_shards,
+    shard_options,
+    tokenizer_path,
+)
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
     cp_multiple,
     data_share,
-    module_of_rank,
     padding_multiple,
     placements,
 )
@@ -49,39 +60,6 @@ def transformer_config(args: argparse.Namespace) -> Any:
     # Batches differ in sequence length, which receiving stages must be told.
     config.variable_seq_lengths = args.pipeline_model_parallel_size > 1 or bool(args.encoder_ranks)
     return config
-
-
-def prepare_noncolocated(
-    args: argparse.Namespace, install: Callable[[dict[str, Any], Callable[..., Any]], None]
-) -> noncolocated.NonColocatedRun:
-    """What `pretrain()` is given under --encoder-ranks: process groups and bridges."""
-    if not args.encoder_ranks:
-        return noncolocated.NonColocatedRun()
-    return noncolocated.prepare(
-        placements(args),
-        args.rank,
-        transformer_config(args),
-        install,
-        local_rank=args.local_rank,
-        process_group={
-            "backend": args.distributed_backend,
-            "rank": args.rank,
-            "world_size": args.world_size,
-            "timeout": timedelta(minutes=args.distributed_timeout_minutes),
-        },
-        parallel_state_options={
-            "create_gloo_process_groups": args.use_gloo_process_groups,
-            "nccl_communicator_config_path": args.nccl_communicator_config_path,
-            "high_priority_stream_groups": args.high_priority_stream_groups,
-            "distributed_timeout_minutes": args.distributed_timeout_minutes,
-        },
-        random_state=(
-            args.seed,
-            args.data_parallel_random_init,
-            args.te_rng_tracker,
-            args.inference_rng_tracker,
-        ),
-    )
 
 
 @functools.cache
@@ -139,7 +117,8 @@ def data_provider(
     collate_train = _collate(args)
     collate_valid = functools.partial(collate, multiple=padding_multiple(args))
     if is_sharded(args):
-        shard_iterators, encoder = _shards(args, "shard_iterators"), sample_encoder(args, config)
+        shard_iterators = from_shards(args, "shard_iterators")
+        encoder = sample_encoder(args, config)
         share = data_share(args.data_parallel_size)
         options = shard_options(args, share.replicas)
         collates = share.of(collate_train), share.of(collate_valid)
@@ -182,8 +161,6 @@ def conversation_datasets(
     return train, ConversationDataset(root, split, encoder, num_valid, seed, False, bad)
 
 
-# A function, or a module that energon is needed for and the name of what makes its iterators.
-SHARDS = "examples.mimo.shards.resume"
 DATASETS: dict[str, Any] = {
     "mock": mock_datasets,
     "conversations": conversation_datasets,
@@ -194,51 +171,6 @@ DATASETS: dict[str, Any] = {
     "llava_vlm": SHARDS,
     "video_llava_vlm": SHARDS,
 }
-
-
-def is_sharded(args: argparse.Namespace) -> bool:
-    """Whether samples come out of shards, which megatron-energon reads."""
-    return DATASETS[args.dataset_provider] == SHARDS
-
-
-def _shards(args: argparse.Namespace, function: str) -> Any:
-    """A function of the room that reads shards; the example names it nowhere else."""
-    try:
-        return getattr(importlib.import_module(SHARDS), function)
-    except ImportError as error:
-        raise ValueError(
-            f"--dataset-provider {args.dataset_provider} needs megatron-energon ({error}): "
-            "pip install 'mimo-examples[data]'"
-        ) from None
-
-
-def shard_options(args: argparse.Namespace, replicas: range) -> Any:
-    """The flags about shards as a `ShardOptions`, for a rank that reads for `replicas`."""
-    resumes = args.load and getattr(args, "iteration", 0) and not args.finetune
-    samples = args.eval_iters * (args.eval_global_batch_size or 0) // args.data_parallel_size
-    # Only the language model's first context-parallel rank saves; a dry run has no ranks.
-    running = torch.distributed.is_initialized()
-    saves = running and mpu.get_context_parallel_rank() == 0
-    return _shards(args, "ShardOptions")(
-        data_path=Path(args.data_path[0]),
-        train_split=args.train_split,
-        valid_split=args.valid_split,
-        data_parallel_size=args.data_parallel_size,
-        replicas=replicas,
-        micro_batch_size=args.micro_batch_size,
-        num_workers=args.num_workers,
-        shuffle_buffer_size=args.shuffle_buffer_size,
-        max_bad_samples=args.max_bad_samples,
-        seed=args.seed,
-        augment=args.augment,
-        packing_buffer_size=args.packing_buffer_size or 0,
-        packed_seq_length=args.total_seq_length or 0,
-        sample_multiple=cp_multiple(args),
-        eval_micro_batch_size=args.eval_micro_batch_size,
-        eval_batches=samples // args.eval_micro_batch_size if args.eval_iters else 0,
-        checkpoint=Path(args.load) / f"iter_{args.iteration:07d}" if resumes else None,
-        saves_state=saves and module_of_rank(args) in (None, LANGUAGE),
-    )
 
 
 def sample_encoder(args: argparse.Namespace, config: MimoConfig) -> SampleEncoder:
@@ -254,41 +186,6 @@ def sample_encoder(args: argparse.Namespace, config: MimoConfig) -> SampleEncode
             f"--data-path {root}: no tokenizer.model in it; name one with --tokenizer-model"
         )
     return SampleEncoder(config, load_tokenizer(path), args.seq_length)
-
-
-def tokenizer_path(args: argparse.Namespace) -> Path | None:
-    """`--tokenizer-model`, else the data folder's, else that of the weights, else none."""
-    if args.tokenizer_model:
-        return Path(args.tokenizer_model)
-    if args.data_path and holds_tokenizer(Path(args.data_path[0])):
-        return Path(args.data_path[0])
-    start = starting_point(args)
-    return start / TOKENIZER if start and (start / TOKENIZER).is_dir() else None
-
-
-def starting_point(args: argparse.Namespace) -> Path | None:
-    """The folder of the weights a run begins with, if it does not begin with random ones."""
-    for folder in (args.load, args.pretrained_checkpoint):
-        if folder and (Path(folder) / TRACKER).is_file():
-            return Path(folder)
-    return None
-
-
-def fresh_parts(args: argparse.Namespace) -> tuple[str, ...]:
-    """The parts that keep their random weights when this run loads; none when it resumes."""
-    resumes = args.load and (Path(args.load) / TRACKER).is_file() and not args.finetune
-    return () if resumes else tuple(args.fresh)
-
-
-def check_data(args: argparse.Namespace, config: MimoConfig) -> None:
-    """ValueError for data that is not there, before anything is built."""
-    if not is_sharded(args):
-        DATASETS[args.dataset_provider](args, config, 1, 1)
-        return
-    read_mixture = _shards(args, "read_mixture")
-    sample_encoder(args, config)
-    for split in (args.train_split, args.valid_split)[: 2 if args.eval_iters else 1]:
-        read_mixture(Path(args.data_path[0]), split)
 
 
 def _batches(
@@ -328,11 +225,131 @@ def _collate(args: argparse.Namespace) -> Collate:
     return functools.partial(collate_packed, multiple=multiple, sample_multiple=cp_multiple(args))
 
 
+Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+class Observer(Protocol):
+    """What a run is told of a step; the commands' observer shows it to a person."""
+
+    def enter(self, phase: str) -> None:
+        """From here on this rank does this; `{iteration}` stands for the iteration."""
+
+    def add_batch(self, batch: Batch, wait_seconds: float) -> None:
+        """A micro-batch of training, and how long this rank waited for it."""
+
+
+def forward_step(
+    observer: Observer, data_iterator: Iterator[Batch] | None, model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Reduced]]:
+    """This stage's output for the next micro-batch, and the function that makes it a loss.
+
+    In evaluation the last stage returns logits, from which come the loss and exact match.
+    """
+    stage: StageMimoModel = unwrap_model(model)
+    where = "iteration {iteration}" if model.training else "evaluation after iteration {iteration}"
+    observer.enter(f"{where}, reading a batch")
+    batch = next_batch(observer, data_iterator, stage)
+    observer.enter(f"{where}, computing")
+    try:
+        output = model(
+            input_ids=batch.input_ids,
+            labels=batch.labels if model.training else None,
+            modality_inputs=batch.modality_inputs,
+            cu_seqlens=batch.cu_seqlens,
+        )
+    except MediaCountError as error:
+        raise ValueError(error.explain(batch.items)) from None
+    reduce = training_loss if model.training else functools.partial(evaluation_loss, stage)
+    return output, functools.partial(reduce, batch)
+
+
+def next_batch(
+    observer: Observer, data_iterator: Iterator[Batch] | None, stage: StageMimoModel
+) -> Batch:
+    """What this stage needs of the next micro-batch; labels and loss mask sharded like its output.
+
+    One rank of a tensor-parallel group reads. A middle stage needs nothing but, where sequences
+    are packed, the description with their `cu_seqlens`.
+    """
+    if not stage.needs and not get_args().pack_sequences:
+        return Batch(batch_size=0, seq_length=0, num_tokens=0, keys=[])
+    start = time.perf_counter()
+    group = mpu.get_tensor_model_parallel_group()
+    read = next(data_iterator) if data_iterator is not None and group.rank() == 0 else None
+    batch = broadcast_batch(read, group, device(), stage.needs)
+    if stage.training:
+        observer.add_batch(batch, time.perf_counter() - start)
+    # The model's outputs are shards of the sequence, (B, S / CP).
+    for name in stage.needs & {"labels", "loss_mask"}:
+        batch.tensors[name] = shard_sequence(
+            batch.tensors[name], 1, mpu.get_context_parallel_group(), batch.cu_seqlens
+        )
+    return batch
+
+
+def training_loss(batch: Batch, losses: torch.Tensor) -> Reduced:
+    """(B, S / CP) per-token losses -> their sum over targets, the number of targets, a report.
+
+    Megatron divides the sum over all micro-batches and ranks by the number over all of them.
+    """
+    assert batch.loss_mask is not None
+    mask = batch.loss_mask
+    total = (losses.float() * mask).sum()
+    if not torch.isfinite(total):
+        raise ValueError(
+            f"the loss of iteration {get_args().curr_iteration + 1} is {total.item()}; its "
+            f"samples are {', '.join(batch.keys)}; lower --lr or look at these samples"
+        )
+    count = mask.sum()
+    return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
+
+
+def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -> Reduced:
+    """(B, S / CP, V / TP) logits -> the sum of losses, and exact match.
+
+    A sequence whose every target is the argmax is what greedy decoding would answer.
+    """
+    assert batch.loss_mask is not None
+    assert batch.labels is not None
+    best = parallel_argmax(logits)
+    losses = stage.language_model.compute_language_model_loss(
+        batch.labels, logits.transpose(0, 1).contiguous()
+    )
+    mask = batch.loss_mask
+    total, count = (losses.float() * mask).sum(), mask.sum()
+    # Of a sequence that is sharded along its length all parts must be right.
+    per_sequence = torch.stack([((best != batch.labels) * mask).sum(dim=1), mask.sum(dim=1)])
+    dist.all_reduce(per_sequence, group=mpu.get_context_parallel_group())
+    num_wrong, num_targets = per_sequence
+    is_right = (num_wrong == 0) & (num_targets > 0)
+    report = {
+        "lm loss": torch.stack([total, count]),
+        "exact match": torch.stack([is_right.sum(), (num_targets > 0).sum()]).float(),
+    }
+    return total, count.int(), report
+
+
+def is_sharded(args: argparse.Namespace) -> bool:
+    """Whether samples come out of shards, which megatron-energon reads."""
+    return DATASETS[args.dataset_provider] == SHARDS
+
+
+def check_data(args: argparse.Namespace, config: MimoConfig) -> None:
+    """ValueError for data that is not there, before anything is built."""
+    if not is_sharded(args):
+        DATASETS[args.dataset_provider](args, config, 1, 1)
+        return
+    read_mixture = from_shards(args, "read_mixture")
+    sample_encoder(args, config)
+    for split in (args.train_split, args.valid_split)[: 2 if args.eval_iters else 1]:
+        read_mixture(Path(args.data_path[0]), split)
+
+
 def first_batches(args: argparse.Namespace, config: MimoConfig, num_samples: int) -> list[Batch]:
     """The first samples of the training data in micro-batches, without a process group."""
     size = args.micro_batch_size
     if is_sharded(args):
-        read_first, encoder = _shards(args, "first_shard_batches"), sample_encoder(args, config)
+        read_first, encoder = from_shards(args, "first_shard_batches"), sample_encoder(args, config)
         options = shard_options(args, range(1))
         return read_first(options, encoder, _collate(args), max(1, num_samples // size))
     dataset, _ = DATASETS[args.dataset_provider](args, config, num_samples, 0)

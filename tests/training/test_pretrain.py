@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from examples.mimo.data.batch import Batch
-from examples.mimo.training import step
+from examples.mimo.training import pretrain
 
 
 def batch_with(mask, labels=None):
@@ -21,7 +21,7 @@ def batch_with(mask, labels=None):
 def test_only_target_tokens_count():
     losses = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     batch = batch_with([[0, 1, 1], [1, 0, 0]])
-    total, count, report = step.training_loss(batch, losses)
+    total, count, report = pretrain.training_loss(batch, losses)
     assert total == 14
     assert count == 3
     assert report["lm loss"].tolist() == [14, 3]
@@ -29,16 +29,16 @@ def test_only_target_tokens_count():
 
 def test_padding_may_hold_anything():
     losses = torch.tensor([[1.0, 2.0], [3.0, 1e30]])
-    total, count, _ = step.training_loss(batch_with([[1, 1], [1, 0]]), losses)
+    total, count, _ = pretrain.training_loss(batch_with([[1, 1], [1, 0]]), losses)
     assert (total, count) == (6, 3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_iteration_and_samples(monkeypatch, value):
-    monkeypatch.setattr(step, "get_args", lambda: SimpleNamespace(curr_iteration=41))
+    monkeypatch.setattr(pretrain, "get_args", lambda: SimpleNamespace(curr_iteration=41))
     losses = torch.tensor([[1.0, value], [1.0, 1.0]])
     with pytest.raises(ValueError, match=rf"iteration 42 is {value}; its samples are a, b"):
-        step.training_loss(batch_with([[1, 1], [1, 1]]), losses)
+        pretrain.training_loss(batch_with([[1, 1], [1, 1]]), losses)
 
 
 def test_exact_match_needs_every_target_of_a_sequence(tiny, build_model):
@@ -50,7 +50,7 @@ def test_exact_match_needs_every_target_of_a_sequence(tiny, build_model):
     logits[1, 2] = 0
     logits[1, 2, 9] = 10
     batch = batch_with([[0, 1, 1], [0, 1, 1], [0, 0, 0]], labels)
-    _, count, report = step.evaluation_loss(stage, batch, logits)
+    _, count, report = pretrain.evaluation_loss(stage, batch, logits)
     assert count == 4
     assert report["exact match"].tolist() == [1, 2]
     exact = torch.nn.functional.cross_entropy(

@@ -1,0 +1,112 @@
+"""What a training run starts from and reads: checkpoint, fresh parts, tokenizer, shards."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+
+from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
+from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_states
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.tokenizer import holds_tokenizer
+from examples.mimo.parallel.placement import LANGUAGE
+from examples.mimo.training.layout import (
+    cp_multiple,
+    module_of_rank,
+)
+
+
+def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
+    """ValueError for a folder that is not there, before anything is built."""
+    start = args.pretrained_checkpoint
+    resumes = args.load and (Path(args.load) / TRACKER).is_file()
+    if args.load and not resumes and args.load != args.save and not start:
+        raise ValueError(f"--load {args.load}: no checkpoint in this folder")
+    if start and not resumes and not (Path(start) / TRACKER).is_file():
+        raise ValueError(f"--pretrained-checkpoint {start}: no checkpoint in this folder")
+    for flag in ("load", "pretrained_checkpoint", "save"):
+        folder = getattr(args, flag)
+        if folder:
+            # A run that resumes, or saves into what is there, has all parts of the checkpoint.
+            fresh = flag == "pretrained_checkpoint" or (flag == "load" and args.finetune)
+            fresh_parts = args.fresh if fresh else ()
+            check_same_model(f"--{flag.replace('_', '-')}", Path(folder), config, fresh_parts)
+    if resumes and not args.finetune and not args.no_load_optim:
+        check_same_optimizer(Path(args.load), args.use_distributed_optimizer)
+    if resumes and args.encoder_ranks:
+        sizes = args.encoder_tensor_model_parallel_size
+        if not has_random_states(Path(args.load), sizes):
+            args.no_load_rng = True
+
+
+# The room that reads shards; it needs energon, and the example names it nowhere else.
+SHARDS = "examples.mimo.shards.resume"
+
+
+def from_shards(args: argparse.Namespace, function: str) -> Any:
+    """A function or class of the room that reads shards."""
+    try:
+        return getattr(importlib.import_module(SHARDS), function)
+    except ImportError as error:
+        raise ValueError(
+            f"--dataset-provider {args.dataset_provider} needs megatron-energon ({error}): "
+            "pip install 'mimo-examples[data]'"
+        ) from None
+
+
+def shard_options(args: argparse.Namespace, replicas: range) -> Any:
+    """The flags about shards as a `ShardOptions`, for a rank that reads for `replicas`."""
+    resumes = args.load and getattr(args, "iteration", 0) and not args.finetune
+    samples = args.eval_iters * (args.eval_global_batch_size or 0) // args.data_parallel_size
+    # Only the language model's first context-parallel rank saves; a dry run has no ranks.
+    running = torch.distributed.is_initialized()
+    saves = running and mpu.get_context_parallel_rank() == 0
+    return from_shards(args, "ShardOptions")(
+        data_path=Path(args.data_path[0]),
+        train_split=args.train_split,
+        valid_split=args.valid_split,
+        data_parallel_size=args.data_parallel_size,
+        replicas=replicas,
+        micro_batch_size=args.micro_batch_size,
+        num_workers=args.num_workers,
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        max_bad_samples=args.max_bad_samples,
+        seed=args.seed,
+        augment=args.augment,
+        packing_buffer_size=args.packing_buffer_size or 0,
+        packed_seq_length=args.total_seq_length or 0,
+        sample_multiple=cp_multiple(args),
+        eval_micro_batch_size=args.eval_micro_batch_size,
+        eval_batches=samples // args.eval_micro_batch_size if args.eval_iters else 0,
+        checkpoint=Path(args.load) / f"iter_{args.iteration:07d}" if resumes else None,
+        saves_state=saves and module_of_rank(args) in (None, LANGUAGE),
+    )
+
+
+def tokenizer_path(args: argparse.Namespace) -> Path | None:
+    """`--tokenizer-model`, else the data folder's, else that of the weights, else none."""
+    if args.tokenizer_model:
+        return Path(args.tokenizer_model)
+    if args.data_path and holds_tokenizer(Path(args.data_path[0])):
+        return Path(args.data_path[0])
+    start = starting_point(args)
+    return start / TOKENIZER if start and (start / TOKENIZER).is_dir() else None
+
+
+def starting_point(args: argparse.Namespace) -> Path | None:
+    """The folder of the weights a run begins with, if it does not begin with random ones."""
+    for folder in (args.load, args.pretrained_checkpoint):
+        if folder and (Path(folder) / TRACKER).is_file():
+            return Path(folder)
+    return None
+
+
+def fresh_parts(args: argparse.Namespace) -> tuple[str, ...]:
+    """The parts that keep their random weights when this run loads; none when it resumes."""
+    resumes = args.load and (Path(args.load) / TRACKER).is_file() and not args.finetune
+    return () if resumes else tuple(args.fresh)
