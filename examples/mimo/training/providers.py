@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
 from examples.mimo.checkpoint.resuming import check_same_optimizer, has_random_states
 from examples.mimo.cli.flags import SHARDED
-from examples.mimo.cli.observer import BAD_SAMPLES
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, collate_packed, take_share
 from examples.mimo.data.conversation import Sample, SampleReader
@@ -149,6 +148,9 @@ def data_provider(
     args = get_args()
     multiple = padding_multiple(args)
     if is_sharded(args):
+        # The observer's module imports this one.
+        from examples.mimo.cli.observer import BAD_SAMPLES
+
         module, reader = _shards(args, mimo)
         collate_valid = functools.partial(collate, multiple=multiple)
         # A replica of a non-colocated encoder reads for one replica of the language model, for
