@@ -374,12 +374,8 @@ def _add_webdataset(tasks: Any) -> None:
     shards.set_defaults(prepare=webdataset)
     shards.add_argument("--manifest", type=Path, required=True, metavar="PATH")
     shards.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    shards.add_argument(
-        "--media",
-        type=Path,
-        metavar="DIR",
-        help="where the files lie (default: the manifest's)",
-    )
+    where = "where the files lie (default: the manifest's)"
+    shards.add_argument("--media", type=Path, metavar="DIR", help=where)
     _add_model(shards, f"the one that the manifest's folder was made for, else {DEFAULT_MODEL}")
     shards.add_argument(
         "--splits",
@@ -413,9 +409,7 @@ def _add_show(tasks: Any) -> None:
     show_task.set_defaults(prepare=show)
     show_task.add_argument("folder", type=Path, metavar="DIR")
     show_task.add_argument("--html", type=Path, metavar="FILE", help="the page (default DIR.html)")
-    show_task.add_argument(
-        "--samples", type=int, default=24, metavar="N", help="on it (%(default)s)"
-    )
+    show_task.add_argument("--samples", type=int, default=24, metavar="N", help="on it (24)")
     show_task.add_argument(
         "--limit", type=int, default=1_000, metavar="N", help="of each shard, count so many (1000)"
     )
