@@ -181,7 +181,7 @@ def change_tensors(folders, change, part="depths.encoder", file="model.safetenso
 
 
 def lose_a_tensor(folders):
-    change_tensors(folders, lambda tensors: tensors.pop("conv1.weight"))
+    change_tensors(folders, lambda tensors: tensors.pop("stem.conv1.weight"))
 
 
 def add_a_tensor(folders):
@@ -189,7 +189,7 @@ def add_a_tensor(folders):
 
 
 def change_a_shape(folders):
-    change_tensors(folders, lambda tensors: tensors.update({"conv1.weight": torch.ones(1)}))
+    change_tensors(folders, lambda tensors: tensors.update({"stem.conv1.weight": torch.ones(1)}))
 
 
 def point_outside(folders):
@@ -212,9 +212,9 @@ def leave_nothing(folders):
     ("damage", "message"),
     [
         (change_config, f"patch_size is 16, but {PROVIDER}'s depths.encoder has 8"),
-        (lose_a_tensor, "tensor conv1.weight is missing"),
+        (lose_a_tensor, "tensor stem.conv1.weight is missing"),
         (add_a_tensor, f"tensor odd has no place in {PROVIDER}'s depths.encoder"),
-        (change_a_shape, "conv1.weight has shape (1,), but (128, 3, 8, 8) is needed"),
+        (change_a_shape, "stem.conv1.weight has shape (1,), but (128, 3, 8, 8) is needed"),
         (point_outside, "linear_qkv.bias does not fit this part"),
         (add_a_part, f"{PROVIDER} has no part smells.encoder"),
         (leave_nothing, "no folder of a part in it"),
