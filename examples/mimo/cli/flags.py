@@ -202,21 +202,21 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--pack-sequences",
         action="store_true",
-        help="put the samples of a micro-batch into one row without padding; each attends to "
+        help="pack the samples of a micro-batch into one sequence without padding; each attends to "
         "itself alone",
     )
     group.add_argument(
         "--packing-buffer-size",
         type=int,
         metavar="N",
-        help="fill rows of --total-seq-length from N samples of the shards at a time, none split; "
-        "a micro-batch is then one row, and batch sizes count rows",
+        help="pack sequences of --total-seq-length from N samples of the shards at a time, none "
+        "split; a micro-batch is then one sequence, and batch sizes count sequences",
     )
     group.add_argument(
         "--total-seq-length",
         type=int,
         metavar="TOKENS",
-        help="the length of such a row (default --seq-length)",
+        help="the length of a packed sequence (default --seq-length)",
     )
     group.add_argument(
         "--shuffle-buffer-size",
@@ -230,7 +230,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=int,
         default=100,
         metavar="N",
-        help="end the run when more than N samples of the shards could not be read "
+        help="end the run when more than N samples could not be read "
         "(default %(default)s); bad_samples.jsonl in --save names them",
     )
     group.add_argument(
@@ -266,15 +266,15 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--encoder-tensor-model-parallel-size",
         nargs="+",
         metavar="N",
-        help="split encoders and projectors over N ranks. On shared ranks those are N of each "
-        "tensor-parallel group, whose copies of an encoder share the media out (default: as the "
+        help="split encoders and projectors over N ranks. Colocated, those are N of each "
+        "tensor-parallel group, whose encoder replicas share the media (default: as the "
         "language model). With --encoder-ranks: a number, or images=N audios=N (default 1)",
     )
     group.add_argument(
         "--encoder-data-parallel-size",
         type=int,
         metavar="N",
-        help="copies of the encoders that see different media; follows from the other sizes, and "
+        help="data-parallel replicas of the encoders; follows from the other sizes, and "
         "is checked against them",
     )
     group.add_argument(
