@@ -1,4 +1,4 @@
-"""What a model is: plain values, complete when built, without a GPU or Megatron in sight.
+"""Model configs: dataclasses that describe a whole model, without importing Megatron.
 
 A `MimoConfig` holds a language model and a dict of modalities. A modality is an encoder, a
 projector (see `modalities/base.py` for both) and the placeholder that stands for it in text.

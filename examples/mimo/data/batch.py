@@ -1,4 +1,4 @@
-"""A batch: collated from samples, and brought to the ranks that need it.
+"""Batches: collated from samples, and broadcast over tensor-parallel ranks.
 
 A `Batch` is flat, so that it travels as it is: plain values that describe it, and tensors by name.
 """

@@ -1,10 +1,9 @@
-"""A conversation with its media becomes a sample: token ids, labels, loss mask, encoder inputs.
+"""Turns conversations with media into samples: token ids, labels, loss mask, encoder inputs.
 
-`SampleEncoder.encode` is the whole way, and the only one: training, evaluation and inference all
-call it. A conversation is laid out as pieces: text that carries loss, text that carries none, and
-the places of media items. Labels come from the pieces; nothing ever searches for an answer in the
-ids. Only the template and the pieces make control tokens and placeholders: what a person typed
-never does.
+`SampleEncoder.encode` is the only path: training, evaluation and inference all call it. A
+conversation is cut into pieces: text with loss, text without, and media items. Labels come from the
+pieces; nothing searches for an answer in the ids. Only the template and the pieces make control
+tokens and placeholders: what a person typed never does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Audio: decoding files of unknown origin, and Whisper's encoder (arXiv:2212.04356)."""
+"""Audio modality: log-mel features, and Whisper's encoder (arXiv:2212.04356)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base classes of encoders and projectors: what a new modality must say, and what it may.
+"""Base classes of encoder and projector configs: what a modality must define, and defaults.
 
 A modality is one file with a subclass of `EncoderConfig`. Required are `suffixes`, `max_tokens`,
 `input_size`, `read` and `patches`; everything else has a default that suits a transformer over

@@ -1,4 +1,4 @@
-"""Images: decoding files of unknown origin, and the vision transformer (arXiv:2010.11929).
+"""Image modality: preprocessing, and the vision transformer (arXiv:2010.11929).
 
 CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343) and DINOv2 (arXiv:2304.07193) differ by the
 entries of `FAMILIES` alone.

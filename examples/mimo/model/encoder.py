@@ -1,4 +1,4 @@
-"""`TransformerEncoder`: Megatron's transformer layers between a plain torch stem and its tokens."""
+"""`TransformerEncoder`: a plain torch stem, Megatron's transformer layers, token selection."""
 
 from __future__ import annotations
 

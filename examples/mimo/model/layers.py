@@ -1,7 +1,7 @@
-"""What transformer layers are made of: norms, LayerScale, core attention and layer specs.
+"""Layer specs for Megatron's transformer block, with core attention and LayerScale.
 
 With Transformer Engine its fused layers are used. Without it, on GPUs and CPUs alike, Megatron's
-own parallel linear layers are, with the norms and the attention of this file: Megatron's local
+own parallel linear layers are, with the norms of norms.py and this file's attention: its local
 ones refuse sequence parallelism, packed sequences and context parallelism.
 """
 

@@ -1,4 +1,4 @@
-"""`StageMimoModel`: a pipeline stage of encoders, projectors and a language model; its parts.
+"""`StageMimoModel`: one pipeline stage of the encoders, projectors and language model.
 
 The first stage holds the encoders, the projectors and the token embedding, the last one the head;
 every stage has its layers of the language model. A batch comes in through `forward`: `encode` runs
@@ -11,8 +11,8 @@ parallel/context.py), so each rank holds a part of an encoder's gradient.
 - Over context-parallel ranks Megatron's DDP sums it; its group includes them. Before that
   `gather_embeddings` sums the embeddings' gradients, as every rank's loss depends on every item.
 - Over replicas `EncoderReplicas.finalizer` (parallel/replicas.py) sums it, once an iteration.
-- Non-colocated encoders get their embeddings' gradients over a bridge (parallel/bridge.py), summed
-  over the context-parallel ranks by `NonColocatedMimoModel.encode`.
+- Non-colocated encoders get their embeddings' gradients over a bridge (parallel/placement.py),
+  summed over the context-parallel ranks by `NonColocatedMimoModel.encode`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Context parallelism: which part of a sequence, and which media items, a rank works on.
+"""Context parallelism: sharding of sequences, and of media items, over ranks.
 
 Sequences are cut in the order that Megatron balances: rank r of c holds the chunks r and
 2c - 1 - r of 2c, so that causal attention costs every rank the same (arXiv:2407.21783, section

@@ -1,4 +1,4 @@
-"""Which ranks hold which module, and the bridges that carry embeddings between them."""
+"""Placement of modules on ranks, and the bridges that carry embeddings between them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from megatron.core.pipeline_parallel.multimodule_communicator import (
 )
 
 LANGUAGE = MIMO_LANGUAGE_MODULE_KEY
+# The axes of what travels between the language model's stages: (S, B, H).
+LANGUAGE_AXES = {"s": 0, "b": 1, "h": 2}
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,6 @@ def create_grids(placements: Sequence[Placement]) -> dict[str, HyperCommGrid]:
 def here(placements: Sequence[Placement], rank: int) -> Placement:
     """The module that `rank` holds."""
     return next(placement for placement in placements if rank in placement.ranks)
-
-
-# The axes of what travels between the language model's stages: (S, B, H).
-LANGUAGE_AXES = {"s": 0, "b": 1, "h": 2}
 
 
 class RaggedBridge(BridgeCommunicator):
@@ -106,7 +104,7 @@ class RaggedBridge(BridgeCommunicator):
 
 @functools.cache
 def _subgroup(ranks_list: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
-    """The group of these that this rank is in; bridges to the same ranks share it."""
+    """This rank's group of `ranks_list`; cached, so that bridges to the same ranks share it."""
     return dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_list])[0]
 
 
@@ -116,7 +114,7 @@ def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
 
 
 class Bridges(MultiModulePipelineCommunicator):
-    """Megatron's communicator of several modules, from every encoder to the language model."""
+    """Megatron's multi-module communicator: a bridge from each encoder to the language model."""
 
     def __init__(self, grids: dict[str, HyperCommGrid], config: ModelParallelConfig) -> None:
         encoders = [name for name in grids if name != LANGUAGE]
@@ -144,6 +142,6 @@ class Bridges(MultiModulePipelineCommunicator):
 
 
 def mark_samples(embeddings: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Note how many embeddings each sample has, by which a bridge shares them out."""
+    """Attach each sample's number of embeddings, by which a bridge splits them over ranks."""
     setattr(embeddings, "_mimo_bridge_split_sizes", list(counts))
     return embeddings

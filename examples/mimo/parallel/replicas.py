@@ -1,8 +1,8 @@
-"""Colocated encoders that are split over fewer ranks than the language model.
+"""Colocated encoders with a smaller TP: data-parallel encoder replicas inside a TP group.
 
 A tensor-parallel group of T ranks then holds T / E data-parallel replicas of an encoder that is
-split over E of them. The replicas share a micro-batch's media out among themselves, so the ranks
-that the encoders do not use for tensor parallelism they use for data parallelism.
+split over E of them. Each replica encodes its share of a micro-batch's media items, so the ranks
+that encoders do not use for tensor parallelism are used for data parallelism.
 
 Megatron's `ColocatedBridgeCommunicator` has the same purpose, for one pipeline stage, no context
 parallelism and as many media tokens in every sample; none of these need hold here.

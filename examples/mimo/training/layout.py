@@ -1,4 +1,4 @@
-"""How a run is laid out over ranks, from its arguments: stages, replicas, non-colocated encoders.
+"""Parallel layout of a run, from its arguments: stages, replicas, non-colocated encoders.
 
 `RunShape` holds the same as plain values, for code that does not know Megatron's arguments.
 """
@@ -170,7 +170,7 @@ def padding_multiple(args: argparse.Namespace) -> int:
     return args.tensor_model_parallel_size * cp_multiple(args)
 
 
-def places(args: argparse.Namespace) -> list[RankGroup]:
+def rank_groups(args: argparse.Namespace) -> list[RankGroup]:
     """The groups of ranks that hold different parts, in the order of the model."""
     stages = args.pipeline_model_parallel_size
     placed = placements(args)

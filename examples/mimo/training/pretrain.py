@@ -1,4 +1,4 @@
-"""What `pretrain()` asks for: a model, batches, a forward step and its loss.
+"""Model provider, data provider, forward step and loss for Megatron's `pretrain()`.
 
 `model_provider` and `data_provider` are called once; `forward_step` once a micro-batch, by
 Megatron's schedules.
