@@ -67,7 +67,7 @@ balance: $(VENV)/installed
 	$(BIN)/python -m benchmarks.balance --output benchmarks/balance.md
 
 gpu-check: $(VENV)/installed
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean:
 	rm -rf .venv .venv-newest demo pretrained-demo *.egg-info

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import ranks
+from tests.helpers import ranks
 
 TRAIN = "examples/mimo/train.py"
 NUM_LAYERS, ENCODER_LAYERS = 8, 20

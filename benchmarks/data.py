@@ -29,7 +29,6 @@ import soundfile
 import torch
 from PIL import Image
 
-from benchmarks import spoken_shapes
 from examples.mimo.configs import get_model_config
 from examples.mimo.data.conversation import (
     FilesInside,
@@ -41,6 +40,7 @@ from examples.mimo.data.conversation import (
 from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.modalities.audio import AUDIO_SUFFIXES
 from examples.mimo.shards.read import pack
+from tests.helpers import spoken_shapes
 
 SAMPLES, ROUNDS = 200, 5
 ROW, BUFFER = 4096, 200

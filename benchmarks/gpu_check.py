@@ -1,8 +1,8 @@
-"""python benchmarks/gpu_check.py: the `gpu` tests, training and generation on a machine with CUDA.
+"""python -m benchmarks.gpu_check: the `gpu` tests, training and generation on a machine with CUDA.
 
 Trains two models for twenty bf16 iterations on mock data and generates with what was trained.
 Tokens per second count real tokens, not padding. Model FLOP utilisation (MFU) is
-models/flops.py's count, frozen parts at what they cost, over the device's dense bf16 peak.
+planner/flops.py's count, frozen parts at what they cost, over the device's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def train(case: Case, folder: Path) -> list[dict]:
 
 def iteration_flops(case: Case, iterations: int) -> list[int]:
     """What each iteration of `train` costs, from the batches it drew."""
-    from benchmarks.training_flops import training_flops
     from examples.mimo.configs import get_model_config
     from examples.mimo.data.batch import collate
     from examples.mimo.data.datasets import MockDataset
+    from tests.helpers.training_flops import training_flops
 
     config, size = get_model_config(case.model), case.micro_batch_size
     dataset = MockDataset(config, config.language.seq_length, iterations * size, seed=1)
@@ -147,7 +147,7 @@ def iteration_flops(case: Case, iterations: int) -> list[int]:
 
 def generate_in_new_process(checkpoint: Path) -> dict[str, float]:
     """`generate`, apart: Megatron's state is one a process."""
-    done = _run([sys.executable, __file__, "--generate", str(checkpoint)])
+    done = _run([sys.executable, "-m", "benchmarks.gpu_check", "--generate", str(checkpoint)])
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -4,21 +4,21 @@ r"""Pictures of the server's page with an answer: desktop, dark and narrow.
         --prompt "" --output docs/page
 
 writes docs/page-desktop.png, -dark.png and -narrow.png, and prints the answer. Needs the package
-playwright and a Chromium (`find_chromium` says where it looks).
+playwright and a Chromium (tests/helpers/chromium.py says where it is looked for).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
-from benchmarks import ranks
+from tests.helpers import ranks
+from tests.helpers.chromium import find_chromium
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS, ANSWER_MILLISECONDS = 300, 120_000
@@ -29,21 +29,9 @@ SCREENS = {
 }
 
 
-def find_chromium() -> str | None:
-    """Debian's Chromium, a Chrome on the PATH, or the one that playwright installed."""
-    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
-        if path := shutil.which(name):
-            return path
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-        return path if Path(path).exists() else None
-
-
 def serve(ckpt: Path) -> tuple[subprocess.Popen, str]:
     """A server of a checkpoint, once it answers, and its address."""
-    port = ranks._free_port()
+    port = ranks.free_port()
     command = [sys.executable, str(ROOT / "examples/mimo/serve.py"), "--ckpt", str(ckpt)]
     process = subprocess.Popen([*command, "--port", str(port)], env=dict(os.environ))
     address = f"http://127.0.0.1:{port}"

@@ -1,12 +1,7 @@
-"""Shared by all tests: the host layer, a small data folder, a process group of one."""
+"""Fixtures of all tests: the host layer, a small data folder, a process group of one."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from examples.mimo.cli import command
@@ -17,41 +12,7 @@ from examples.mimo import compat
 
 compat.install()
 
-from benchmarks import ranks
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
-    """A command of the package as a user types it, under torchrun when `processes` is given."""
-    launch = [sys.executable]
-    if processes:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        launch += [str(processes)]
-    return subprocess.run(
-        [*launch, str(ROOT / "examples/mimo" / script), *flags],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def run_train(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """`train.py` on ranks that need not import Megatron first; comparisons of runs use it."""
-    return ranks.run("examples/mimo/train.py", *flags, processes=processes)
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and its ranks, whose helpers must end by themselves."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    ranks_of_it = [member for member in below if member.ppid() == process.pid]
-    for member in [process, *ranks_of_it]:
-        os.kill(member.pid, signal.SIGKILL)
-    process.wait()
-    assert len(below) > len(ranks_of_it)
-    assert not psutil.wait_procs(below, timeout=120)[1]
+from tests.helpers.commands import run_command
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_without_cuda_it_says_so_and_ends_with_status_2():
-    script = str(ROOT / "benchmarks/gpu_check.py")
-    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.gpu_check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "gpu_check.py: no CUDA device here; run it on a machine with one\n"
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from examples.mimo.configs import MODEL_PROVIDERS
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 
 PACKAGE = ROOT / "examples/mimo"
 # Below these, sizes and layouts are parameters: no code there knows a command line.

@@ -21,7 +21,7 @@ from examples.mimo.checkpoint.loading import (
 from examples.mimo.cli.arguments import parse_arguments
 from examples.mimo.cli.overrides import with_fields
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 
 # How to train: answering leaves these at Megatron's defaults.
 TRAINING_FIELDS = {

@@ -3,11 +3,11 @@ import sys
 
 import pytest
 
-from benchmarks import ranks
 from examples.mimo.cli.arguments import balance_stages, parse_arguments
 from examples.mimo.cli.flags import NEEDS, help_parser
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
-from tests.conftest import ROOT
+from tests.helpers import ranks
+from tests.helpers.commands import PP2, ROOT, TP2
 
 COMMANDS = sorted(
     path.name
@@ -25,8 +25,6 @@ def parse(monkeypatch):
     return parse_on
 
 
-TP2 = ("--tensor-model-parallel-size", "2")
-PP2 = ("--pipeline-model-parallel-size", "2")
 OWN = ("--encoder-ranks",)
 BATCHES_OF_2 = ("--micro-batch-size", "2", "--global-batch-size")
 ENCODER_TP = ("--encoder-tensor-model-parallel-size",)

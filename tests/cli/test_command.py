@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from examples.mimo.cli import command
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 
 FAIL = """
 from examples.mimo.cli import command

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import ranks
 from examples.mimo import compat
 from examples.mimo.compat.megatron import GroupStepAdam
-from tests.conftest import ROOT
+from tests.helpers import ranks
+from tests.helpers.commands import ROOT
 
 
 def run_code(code):

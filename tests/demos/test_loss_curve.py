@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.loss_curve import draw, nice_ticks, read_curves, smooth
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -10,7 +10,7 @@ import soundfile
 
 from demos.digits.questions import HELD_OUT_PAIRS, KINDS, best_blind_guess, question_pairs
 from demos.digits.speech import Synthesiser
-from tests.conftest import ROOT, run_command
+from tests.helpers.commands import ROOT, run_command
 
 
 def records(folder, split):

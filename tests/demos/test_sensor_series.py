@@ -11,7 +11,7 @@ from demos.sensors.series import COUNTS, MOTIONS, draw_series, write_series
 from examples.mimo.configs import MODEL_PROVIDERS
 from examples.mimo.data.datasets import read_records
 from examples.mimo.data.tokenizer import load_tokenizer
-from tests.conftest import run_command
+from tests.helpers.commands import run_command
 
 
 @pytest.fixture(scope="module")

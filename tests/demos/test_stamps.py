@@ -11,7 +11,7 @@ from PIL import Image
 
 from demos.animals.stamps import AGREE, DIFFER
 from demos.animals.tuxpaint import INSTALLED, open_stamps, read_animals
-from tests.conftest import run_command
+from tests.helpers.commands import run_command
 
 ANIMALS = ("ant", "bear", "cat", "dog", "eel", "fox")
 

@@ -9,7 +9,7 @@ from demos.animals.weights import package_file
 from demos.animals.weights.ctranslate2 import read_variables, write_whisper
 from demos.animals.weights.onnx_vit import resize_positions
 from examples.mimo.hf.io import Folder
-from tests.conftest import run_command
+from tests.helpers.commands import run_command
 
 WIDTH, INNER, MELS, FRAMES = 16, 32, 8, 12
 

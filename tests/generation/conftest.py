@@ -8,9 +8,9 @@ import soundfile
 from PIL import Image
 
 from examples.mimo import avlm_inference
-from tests.conftest import run_train
-from tests.generation.served import Served
 from tests.helpers import known_answers
+from tests.helpers.commands import run_train
+from tests.helpers.served import Served
 
 
 @pytest.fixture(scope="session")

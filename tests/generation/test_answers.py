@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import soundfile
 
-from benchmarks import ranks
 from examples.mimo.generation.api import forbidden_tokens
-from tests.conftest import run_command, run_train
+from tests.helpers import ranks
+from tests.helpers.commands import run_command, run_train
 
 SAMPLES = 20
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))

@@ -8,9 +8,7 @@ import pytest
 
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.generation import Mimo
-from tests.conftest import ROOT
-
-QUESTION = "Digit eight. Which digit is this?"
+from tests.helpers.commands import QUESTION, ROOT
 
 IMPORT_ONLY = """
 import sys

@@ -11,11 +11,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import ranks
 from examples.mimo.data.datasets import read_records
-from tests.conftest import ROOT
+from tests.helpers import ranks
+from tests.helpers.commands import QUESTION, ROOT
 
-QUESTION = "Digit eight. Which digit is this?"
 AVLM = "examples/mimo/avlm_inference.py"
 
 

@@ -7,8 +7,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from benchmarks.screenshot import find_chromium
-from tests.generation.served import KEY, QUESTION, answer_of, user
+from tests.helpers.chromium import find_chromium
+from tests.helpers.commands import QUESTION
+from tests.helpers.served import KEY, answer_of, user
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="the page's test needs playwright: pip install playwright"

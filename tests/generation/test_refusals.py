@@ -7,9 +7,9 @@ import io
 import pytest
 from PIL import Image
 
-from benchmarks import ranks
-from tests.conftest import run_command
-from tests.generation.served import KEY, QUESTION, Served, answer_of, says, user
+from tests.helpers import ranks
+from tests.helpers.commands import QUESTION, run_command
+from tests.helpers.served import KEY, Served, answer_of, says, user
 
 pytest.importorskip("starlette")
 

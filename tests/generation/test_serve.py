@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from tests.generation.served import KEY, QUESTION, Served, answer_of, says, until, user
+from tests.helpers.commands import QUESTION
+from tests.helpers.served import KEY, Served, answer_of, says, until, user
 
 pytest.importorskip("openai")
 pytest.importorskip("starlette")

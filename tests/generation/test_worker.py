@@ -6,7 +6,7 @@ import pytest
 
 from examples.mimo.generation.scheduler import Answer, Piece
 from examples.mimo.serving.worker import QueueFullError, Worker
-from tests.generation.served import until
+from tests.helpers.served import until
 
 
 class Counting:

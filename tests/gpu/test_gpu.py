@@ -7,7 +7,7 @@ import torch
 
 from examples.mimo.data.batch import collate, to_device
 from examples.mimo.data.datasets import MockDataset
-from tests.conftest import run_command
+from tests.helpers.commands import run_command
 
 pytestmark = [
     pytest.mark.gpu,

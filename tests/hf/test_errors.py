@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import Folder
-from tests.conftest import run_command
+from tests.helpers.commands import run_command
 from tests.hf.cases import CASES
 
 CASE = CASES["llama"]

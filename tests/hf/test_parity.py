@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import ranks
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import Folder
 from examples.mimo.hf.to_hf import to_hf
+from tests.helpers import ranks
 from tests.hf.cases import CASES
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))

@@ -15,7 +15,7 @@ from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import CheckpointReader, Folder
 from examples.mimo.hf.to_hf import to_hf
 from examples.mimo.model.parts import part_names, part_prefix
-from tests.conftest import run_command, run_train
+from tests.helpers.commands import run_command, run_train
 from tests.helpers.models import with_depth
 from tests.hf.cases import CASES, OUR_VOCABULARY, VOCABULARY, WIDTH
 

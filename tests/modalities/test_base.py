@@ -17,8 +17,8 @@ from examples.mimo.hf.weights import family_for_export, family_of
 from examples.mimo.modalities.base import EncoderConfig, first_tokens, sinusoids
 from examples.mimo.modalities.files import Blob
 from examples.mimo.modalities.image import VitConfig
-from tests.conftest import ROOT, run_train
-from tests.modalities.linear_projector import linear_sensor_lm
+from tests.helpers.commands import ROOT, run_train
+from tests.helpers.linear_projector import linear_sensor_lm
 
 SIZES = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 16}
 
@@ -274,7 +274,7 @@ def losses(metrics):
     ],
 )
 def test_a_projector_of_ones_own_is_one_file_and_right_at_tp_2(flags, tmp_path):
-    provider = ("--model-provider", "tests.modalities.linear_projector:linear_sensor_lm")
+    provider = ("--model-provider", "tests.helpers.linear_projector:linear_sensor_lm")
     common = (*provider, "--dataset-provider", "mock", "--train-iters", "3")
     for name, layout in (("one", ()), ("two", flags)):
         metrics = ("--metrics-file", str(tmp_path / name))

@@ -14,7 +14,7 @@ from examples.mimo.data.conversation import SampleEncoder, Turn
 from examples.mimo.modalities.files import fit_picture, grid_of_tiles
 from examples.mimo.modalities.video import read_frames
 from examples.mimo.planner.pipeline import num_inputs
-from tests.modalities.videos import write_video
+from tests.helpers.videos import write_video
 
 RATE = 16_000
 av = pytest.importorskip("av")

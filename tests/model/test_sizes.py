@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 
 # Parameters of a part in millions, from the papers and model cards where there are any.
 MILLIONS = {

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import layouts
 from examples.mimo.data.datasets import MockDataset
+from tests.helpers import layouts
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import layouts
 from examples.mimo.data.batch import collate, collate_packed
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.parallel.noncolocated import count_by_sample
 from examples.mimo.parallel.placement import Placement
 from examples.mimo.parallel.replicas import share_of, take_share
 from examples.mimo.training import layout
-from tests.conftest import run_train
+from tests.helpers import layouts
+from tests.helpers.commands import run_train
 
 EVALUATE = ("--train-iters", "1", "--lr", "0", "--eval-interval", "1", "--eval-iters", "3")
 LAYOUTS = {

@@ -5,11 +5,9 @@ import re
 
 import pytest
 
-from benchmarks import ranks
-from tests.conftest import run_train
+from tests.helpers import ranks
+from tests.helpers.commands import PP2, TP2, run_train
 
-TP2 = ("--tensor-model-parallel-size", "2")
-PP2 = ("--pipeline-model-parallel-size", "2")
 SHARDED = ("--use-distributed-optimizer",)
 LAYOUTS = {
     "one process": (1, ()),

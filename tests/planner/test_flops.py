@@ -4,11 +4,11 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.ranks import run as run_ranks
-from benchmarks.training_flops import training_flops
 from examples.mimo.data.batch import collate
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.parts import freeze_parts
+from tests.helpers.ranks import run as run_ranks
+from tests.helpers.training_flops import training_flops
 
 
 @pytest.mark.parametrize(

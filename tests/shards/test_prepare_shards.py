@@ -15,9 +15,9 @@ import pytest
 
 from examples.mimo.shards.manifest import DatasetModel, Entry
 from examples.mimo.shards.write import Item, Shard, WriteOptions, prepare_shards, split_of
-from tests.conftest import ROOT, run_command
-from tests.shards import broken
-from tests.shards.megatron_example import write_megatron_example
+from tests.helpers import broken
+from tests.helpers.commands import ROOT, run_command
+from tests.helpers.megatron_example import write_megatron_example
 
 pytest.importorskip("megatron.energon")
 

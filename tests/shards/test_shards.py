@@ -14,7 +14,7 @@ from examples.mimo.data.batch import collate, collate_packed
 from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.shards.manifest import read_mixture
 from examples.mimo.shards.write import WriteOptions, index_shards, prepare_shards
-from tests.shards import broken
+from tests.helpers import broken
 
 pytest.importorskip("megatron.energon")
 

@@ -9,7 +9,7 @@ import pytest
 from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.shards.show import ShownSample, Statistics, inspect_shards, render_page
 from examples.mimo.shards.write import WriteOptions, prepare_shards
-from tests.conftest import run_command
+from tests.helpers.commands import run_command
 
 pytest.importorskip("megatron.energon")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

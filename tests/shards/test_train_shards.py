@@ -17,15 +17,13 @@ import soundfile
 from PIL import Image
 
 from examples.mimo.shards.write import index_shards
-from tests.conftest import ROOT, kill_all, run_command, run_train
-from tests.modalities.videos import write_video
-from tests.shards import broken
-from tests.shards.megatron_example import write_megatron_example
+from tests.helpers import broken
+from tests.helpers.commands import PP2, ROOT, TP2, kill_all, run_command, run_train
+from tests.helpers.megatron_example import write_megatron_example
+from tests.helpers.videos import write_video
 
 pytest.importorskip("megatron.energon")
 
-TP2 = ("--tensor-model-parallel-size", "2")
-PP2 = ("--pipeline-model-parallel-size", "2")
 LAYOUTS = {"TP 2": TP2, "DP 2": ()}
 ITERATIONS, EVERY, KILLS = 50, 4, 5
 
@@ -46,7 +44,7 @@ def spoken(data_folder, tmp_path_factory):
 def shapes(tmp_path_factory):
     """5,000 spoken and written questions about easy-VQA's shapes."""
     pytest.importorskip("easy_vqa")
-    from benchmarks import spoken_shapes
+    from tests.helpers import spoken_shapes
 
     folder = tmp_path_factory.mktemp("shapes")
     manifest = spoken_shapes.write(folder, 5_000)

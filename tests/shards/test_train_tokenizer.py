@@ -7,7 +7,7 @@ import pytest
 
 from examples.mimo.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from examples.mimo.shards.manifest import DatasetModel
-from tests.conftest import run_command
+from tests.helpers.commands import run_command
 
 TEXTS = [f"What is {n} times {m}? It is {n * m}." for n in range(30) for m in range(9)]
 

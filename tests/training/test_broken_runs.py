@@ -10,11 +10,10 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import ROOT, run_command
+from tests.helpers.commands import PP2, ROOT, run_command
 
 # Far below the ten minutes after which a rank that waits for another gives up.
 PATIENCE_SECONDS = 120
-PP2 = ("--pipeline-model-parallel-size", "2")
 # Ranks that are between two iterations exchange what the terminal shows.
 WHERE = r"in: (iteration \d+, (computing|reading a batch)|after iteration \d+)"
 # Processes and flags; rank 1 is killed.

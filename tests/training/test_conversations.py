@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from examples.mimo.data.tokenizer import copy_tokenizer
-from tests.conftest import run_train
+from tests.helpers.commands import run_train
 
 ITERATIONS = 6
 NUM_SAMPLES = 12

@@ -6,8 +6,8 @@ import pytest
 from megatron.core.dist_checkpointing import load_common_state_dict
 from torch.distributed.checkpoint import FileSystemReader
 
-from benchmarks import layouts
-from tests.conftest import run_train
+from tests.helpers import layouts
+from tests.helpers.commands import run_train
 
 SAVED_AFTER, ITERATIONS = 3, 6
 WHOLE = ("--train-iters", str(ITERATIONS))

@@ -6,7 +6,7 @@ import torch
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.hf.io import CheckpointReader
 from examples.mimo.model.parts import part_names, part_prefix
-from tests.conftest import run_train
+from tests.helpers.commands import run_train
 
 SHORT = ("--micro-batch-size", "1", "--global-batch-size", "2", "--eval-iters", "0")
 SHORT += ("--eval-interval", "1")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, run_command, run_train
+from tests.helpers.commands import ROOT, run_command, run_train
 
 LAUNCH = ROOT / "examples/mimo/launch"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ranks
 from examples.mimo.data.datasets import MockDataset
-from tests.conftest import run_train
+from tests.helpers import ranks
+from tests.helpers.commands import TP2, run_train
 
 TRAIN = "examples/mimo/train.py"
 ITERATIONS = 4
@@ -24,7 +24,6 @@ COMMON = (
 )
 # A set of the names of two modalities has one order under the first and the other under the second.
 HASH_SEEDS = (0, 1)
-TP2 = ("--tensor-model-parallel-size", "2")
 OVERLAP = ("--overlap-grad-reduce",)
 OVERLAP_ALL = ("--use-distributed-optimizer", *OVERLAP, "--overlap-param-gather")
 BOUND = 1e-5

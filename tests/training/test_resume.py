@@ -9,11 +9,9 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT, kill_all, run_command, run_train
+from tests.helpers.commands import PP2, ROOT, TP2, kill_all, run_command, run_train
 
 ITERATIONS, EVERY = 14, 4
-TP2 = ("--tensor-model-parallel-size", "2")
-PP2 = ("--pipeline-model-parallel-size", "2")
 
 
 def flags(data_folder, work, layout):

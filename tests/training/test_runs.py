@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
-from tests.conftest import run_command, run_train
+from tests.helpers.commands import run_command, run_train
 
 # LLaVA's width and depth are for clusters; its shapes otherwise stay.
 SMALL = (

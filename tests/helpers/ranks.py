@@ -21,8 +21,8 @@ from pathlib import Path
 import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-ROOT = Path(__file__).resolve().parent.parent
-WARM = "benchmarks.warm"
+ROOT = Path(__file__).resolve().parents[2]
+WARM = "tests.helpers.warm"
 # Ranks that wait for one another for ever are ended after so many seconds.
 PATIENCE_SECONDS = 240
 
@@ -38,7 +38,7 @@ def run(script: str, *flags: str, processes: int = 1) -> subprocess.CompletedPro
         try:
             torch.multiprocessing.start_processes(
                 _rank,
-                (processes, _free_port(), script, flags, printed),
+                (processes, free_port(), script, flags, printed),
                 nprocs=processes,
                 start_method="forkserver",
             )
@@ -57,7 +57,7 @@ def run_apart(
 
     The first code that is not 0 is the returned one; the ranks' output stands rank after rank.
     """
-    port, started = _free_port(), []
+    port, started = free_port(), []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank, seed in enumerate(hash_seeds):
@@ -119,7 +119,8 @@ def _rank(
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

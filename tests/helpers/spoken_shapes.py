@@ -1,4 +1,4 @@
-"""python -m benchmarks.spoken_shapes DIR: a manifest of spoken questions about drawn shapes.
+"""python -m tests.helpers.spoken_shapes DIR: a manifest of spoken questions about drawn shapes.
 
 Pictures and questions are easy-VQA's, the voices eSpeak NG's. Samples have one to three turns, and
 a question is spoken or written, so that they differ in length.

@@ -10,10 +10,9 @@ import subprocess
 import sys
 import time
 
-from benchmarks import ranks
-from tests.conftest import ROOT
+from tests.helpers import ranks
+from tests.helpers.commands import ROOT
 
-QUESTION = "Digit eight. Which digit is this?"
 KEY = "let me in"
 
 
@@ -21,7 +20,7 @@ class Served:
     """A server process."""
 
     def __init__(self, checkpoint, *flags, processes=0, key=KEY):
-        self.port = ranks._free_port()
+        self.port = ranks.free_port()
         launch = [sys.executable]
         if processes:
             launch += ["-m", "torch.distributed.run", "--standalone"]

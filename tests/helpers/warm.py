@@ -20,6 +20,5 @@ for module in (
     "examples.mimo.cli.observer",
     "examples.mimo.training.pretrain",
     "examples.mimo.compat.megatron",
-    "examples.mimo.cli.observer",
 ):
     importlib.import_module(module)

@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 
-from tests.shards import broken
+from tests.helpers import broken
 
 
 def write_megatron_example(folder, name="shard_0.tar", count=12):

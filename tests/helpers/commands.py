@@ -1,0 +1,49 @@
+"""The package's commands as tests run them, and flags and texts that many tests use."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from tests.helpers import ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TP2 = ("--tensor-model-parallel-size", "2")
+PP2 = ("--pipeline-model-parallel-size", "2")
+QUESTION = "Digit eight. Which digit is this?"
+
+
+def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
+    """A command of the package as a user types it, under torchrun when `processes` is given."""
+    launch = [sys.executable]
+    if processes:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        launch += [str(processes)]
+    return subprocess.run(
+        [*launch, str(ROOT / "examples/mimo" / script), *flags],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def run_train(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """`train.py` on ranks that need not import Megatron first; comparisons of runs use it."""
+    return ranks.run("examples/mimo/train.py", *flags, processes=processes)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and its ranks, whose helpers must end by themselves."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    ranks_of_it = [member for member in below if member.ppid() == process.pid]
+    for member in [process, *ranks_of_it]:
+        os.kill(member.pid, signal.SIGKILL)
+    process.wait()
+    assert len(below) > len(ranks_of_it)
+    assert not psutil.wait_procs(below, timeout=120)[1]

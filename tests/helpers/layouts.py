@@ -1,0 +1,305 @@
+"""Parallel layouts, and the comparison of what each computes with one process.
+
+Each layout trains ten iterations from the same checkpoint on the same mock batches, which mix
+samples with pictures, recordings, both and neither. A parameter's first gradient is read from
+the first moment of Adam that is saved after one iteration: (1 - beta1) times the gradient,
+which the checkpoint holds whole whatever the layout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tests.helpers import ranks
+from tests.helpers.commands import PP2, TP2
+
+ITERATIONS = 10
+FIRST_LOSS_BOUND, GRADIENT_BOUND, TEN_LOSSES_BOUND = 1e-6, 1e-5, 1e-5
+BF16_BOUND = 2e-2
+
+COMMON = (
+    *("--model-provider", "tiny_avlm", "--dataset-provider", "mock", "--seed", "11"),
+    *("--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-3", "--clip-grad", "0"),
+)
+PACKED = ("--pack-sequences",)
+ENCODERS_TP1 = ("--encoder-tensor-model-parallel-size", "1")
+CP2 = ("--context-parallel-size", "2")
+SP = ("--sequence-parallel",)
+PP4 = ("--pipeline-model-parallel-size", "4")
+NO_LAYER_FIRST = ("--pipeline-model-parallel-layout", "E|ttttL")
+BALANCED = ("--balance-stages",)
+VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
+UNEVEN = ("--decoder-first-pipeline-num-layers", "1")
+FULL_RECOMPUTE = (
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+)
+DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+BF16 = ("--bf16",)
+OWN = ("--encoder-ranks", "images=0", "audios=1")
+OWN_TP2 = (
+    *("--encoder-ranks", "images=0-1", "audios=2"),
+    *("--encoder-tensor-model-parallel-size", "images=2"),
+)
+OWN_DP2 = ("--encoder-ranks", "images=0-1", "audios=2-3")
+IMAGES_FROZEN = ("--freeze", "images.encoder", "images.projector")
+PROJECTORS_ONLY = ("--freeze", "images.encoder", "audios.encoder", "language")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A name, a number of processes, and the flags that spread the model over them.
+
+    `shared` are flags that change what is computed: one process with them is the reference.
+    """
+
+    name: str
+    processes: int
+    flags: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it computes in 16 bits, whose rounding depends on the layout."""
+        return "--bf16" in self.shared
+
+
+ONE = Layout("one process", 1)
+LAYOUTS = (
+    Layout("TP 2", 2, TP2),
+    Layout("TP 2, sequence parallel", 2, TP2 + SP),
+    Layout("PP 2", 2, PP2),
+    Layout("PP 4", 4, PP4),
+    Layout("PP 2, 2 virtual stages", 2, PP2 + VPP2),
+    Layout("DP 2", 2),
+    Layout("DP 2, distributed optimizer", 2, DISTRIBUTED_OPTIMIZER),
+    Layout("DP 2, distributed optimizer, overlap", 2, DISTRIBUTED_OPTIMIZER + OVERLAP),
+    Layout("CP 2", 2, CP2),
+    Layout("TP 2 x PP 2", 4, TP2 + PP2),
+    Layout("TP 2 x PP 2, sequence parallel", 4, TP2 + PP2 + SP),
+    Layout("TP 2 x PP 2, 2 virtual stages", 4, TP2 + PP2 + VPP2),
+    Layout("TP 2 x DP 2, distributed optimizer", 4, TP2 + DISTRIBUTED_OPTIMIZER),
+    Layout("PP 2 x DP 2, overlap", 4, PP2 + DISTRIBUTED_OPTIMIZER + OVERLAP),
+    Layout("TP 2 x PP 2 x DP 2", 8, TP2 + PP2),
+    Layout(
+        "TP 2 x PP 2 x DP 2, sequence parallel, 2 virtual stages, distributed optimizer",
+        8,
+        TP2 + PP2 + SP + VPP2 + DISTRIBUTED_OPTIMIZER,
+    ),
+    Layout("CP 2 x PP 2", 4, CP2 + PP2),
+    Layout("CP 2 x PP 2, 2 virtual stages", 4, CP2 + PP2 + VPP2),
+    Layout("TP 2 x CP 2, sequence parallel", 4, TP2 + CP2 + SP),
+    Layout("CP 2 x DP 2, distributed optimizer, overlap", 4, CP2 + DISTRIBUTED_OPTIMIZER + OVERLAP),
+    Layout("TP 2 x CP 2 x PP 2, sequence parallel", 8, TP2 + CP2 + PP2 + SP),
+    Layout("TP 2, encoders TP 1", 2, TP2 + ENCODERS_TP1),
+    Layout("TP 2 x PP 2, encoders TP 1", 4, TP2 + PP2 + ENCODERS_TP1),
+    Layout("TP 2 x CP 2, encoders TP 1, sequence parallel", 4, TP2 + CP2 + SP + ENCODERS_TP1),
+    Layout(
+        "TP 2 x DP 2, encoders TP 1, distributed optimizer, overlap",
+        4,
+        TP2 + ENCODERS_TP1 + DISTRIBUTED_OPTIMIZER + OVERLAP,
+    ),
+    Layout("packed, TP 2, encoders TP 1", 2, PACKED + TP2 + ENCODERS_TP1),
+    Layout("own ranks: encoders 1 + 1, language 1", 3, OWN),
+    Layout("own ranks: encoders 1 + 1, language PP 2", 4, OWN + PP2),
+    Layout("own ranks: images TP 2, audios 1, language TP 2", 5, OWN_TP2 + TP2),
+    Layout("own ranks: encoders 1 + 1, language DP 2", 4, OWN),
+    Layout("own ranks: encoders DP 2, language 1", 5, OWN_DP2),
+    Layout(
+        "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
+        6,
+        OWN_DP2 + DISTRIBUTED_OPTIMIZER + OVERLAP,
+    ),
+    Layout(
+        "own ranks: images TP 2, audios 1, language TP 2 x PP 2, sequence parallel",
+        7,
+        OWN_TP2 + TP2 + PP2 + SP,
+    ),
+    Layout("own ranks: encoders DP 2, language TP 2 x PP 2", 8, OWN_DP2 + TP2 + PP2),
+    Layout("own ranks: encoders 1 + 1, language CP 2", 4, OWN + CP2),
+    Layout("own ranks: encoders DP 2, language PP 2, packed", 6, OWN_DP2 + PP2 + PACKED),
+    Layout("own ranks: encoders 1 + 1, language DP 2, packed", 4, OWN + PACKED),
+    Layout(
+        "own ranks: language PP 2 first, encoders last",
+        4,
+        (*("--encoder-ranks", "images=3", "audios=2"), *PP2),
+    ),
+    Layout("own ranks, full recompute: language PP 2", 4, OWN + PP2 + FULL_RECOMPUTE),
+    Layout("own ranks, uneven: language PP 2", 4, OWN + PP2 + UNEVEN),
+    Layout("own ranks, projectors only: language PP 2", 4, OWN + PP2, PROJECTORS_ONLY),
+    Layout("own ranks, images frozen: language TP 2", 4, OWN + TP2, IMAGES_FROZEN),
+    Layout("own ranks, bf16: language PP 2", 4, OWN + PP2, BF16),
+    Layout("PP 2, uneven: 1 and 3 layers", 2, PP2 + UNEVEN),
+    Layout("PP 2, no layer beside the encoders", 2, PP2 + NO_LAYER_FIRST),
+    Layout("PP 4, balanced stages", 4, PP4 + BALANCED),
+    Layout("full recompute", 1, FULL_RECOMPUTE),
+    Layout("selective recompute", 1, ("--recompute-granularity", "selective")),
+    Layout("TP 2 x PP 2, full recompute", 4, TP2 + PP2 + FULL_RECOMPUTE),
+    Layout("packed", 1, PACKED),
+    Layout("packed, PP 2", 2, PACKED + PP2),
+    Layout("packed, CP 2", 2, PACKED + CP2),
+    Layout("packed, CP 2 x PP 2", 4, PACKED + CP2 + PP2),
+    Layout("packed, TP 2, sequence parallel", 2, PACKED + TP2 + SP),
+    Layout("packed, TP 2 x CP 2, sequence parallel", 4, PACKED + TP2 + CP2 + SP),
+    Layout("projectors only, TP 2", 2, TP2, PROJECTORS_ONLY),
+    Layout("projectors only, PP 2", 2, PP2, PROJECTORS_ONLY),
+    Layout("projectors only, PP 4", 4, PP4, PROJECTORS_ONLY),
+    Layout("projectors only, TP 2 x PP 2", 4, TP2 + PP2, PROJECTORS_ONLY),
+    Layout("projectors only, CP 2 x PP 2", 4, CP2 + PP2, PROJECTORS_ONLY),
+    Layout(
+        "projectors only, TP 2 x DP 2, distributed optimizer, overlap",
+        4,
+        TP2 + DISTRIBUTED_OPTIMIZER + OVERLAP,
+        PROJECTORS_ONLY,
+    ),
+    Layout("bf16, TP 2, sequence parallel", 2, TP2 + SP, BF16),
+    Layout("bf16, PP 2", 2, PP2, BF16),
+    Layout("bf16, CP 2", 2, CP2, BF16),
+    Layout("bf16, DP 2, distributed optimizer, overlap", 2, DISTRIBUTED_OPTIMIZER + OVERLAP, BF16),
+    Layout("bf16, TP 2 x PP 2", 4, TP2 + PP2, BF16),
+)
+
+
+VIRTUAL = PP2 + VPP2
+# What cannot run, and is refused before anything is built.
+REFUSED = (
+    Layout("own ranks, 2 virtual stages", 4, OWN + VIRTUAL),
+    Layout(
+        "own ranks: 3 copies of an encoder, 2 of the language model",
+        6,
+        ("--encoder-ranks", "images=0-2", "audios=3"),
+    ),
+    Layout("own ranks: one for both encoders", 2, ("--encoder-ranks", "images=0", "audios=0")),
+    Layout("shared ranks, encoders TP 2, language TP 1", 2, (ENCODERS_TP1[0], "2")),
+    Layout(
+        "2 virtual stages, 3 micro-batches",
+        2,
+        (*VIRTUAL, "--micro-batch-size", "2", "--global-batch-size", "6"),
+    ),
+    Layout("TP 2, communication overlap", 2, (*TP2, *SP, "--tp-comm-overlap")),
+    Layout("Megatron FSDP", 2, ("--use-megatron-fsdp",)),
+    Layout("torch FSDP 2", 2, ("--use-torch-fsdp2",)),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one layout computed: losses per iteration, and each parameter's first gradient."""
+
+    losses: list[float]
+    gradients: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences of a layout from one process."""
+
+    first_loss: float
+    gradient: float
+    worst_parameter: str
+    ten_losses: float
+
+    def within_bounds(self, bf16: bool) -> bool:
+        """Whether the layout computes the same, as far as its numbers reach."""
+        if bf16:
+            return max(self.first_loss, self.gradient, self.ten_losses) <= BF16_BOUND
+        return (
+            self.first_loss <= FIRST_LOSS_BOUND
+            and self.gradient <= GRADIENT_BOUND
+            and self.ten_losses <= TEN_LOSSES_BOUND
+        )
+
+
+def train(layout: Layout, *flags: str, script: str = "examples/mimo/train.py") -> None:
+    """One training run; CalledProcessError when it fails, after what it printed."""
+    given = (*COMMON, *layout.flags, *layout.shared, *flags)
+    done = ranks.run(script, *given, processes=layout.processes)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
+
+
+def start_checkpoint(folder: Path) -> Path:
+    """Two iterations on one process: weights that are not at a special point."""
+    train(ONE, "--train-iters", "2", "--save", str(folder), "--save-interval", "2")
+    return folder
+
+
+def measure(layout: Layout, start: Path, work: Path) -> Run:
+    """Ten iterations of a layout from `start`; files go under `work`."""
+    saved, metrics = work / "saved", work / "metrics.jsonl"
+    load = ("--load", str(start), "--finetune", "--train-iters", str(ITERATIONS))
+    save = ("--save", str(saved), "--save-interval", "1", "--metrics-file", str(metrics))
+    train(layout, *load, *save, script="tests/helpers/save_first.py")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return Run([row["loss"] for row in rows], first_gradients(saved / "iter_0000001"))
+
+
+def first_gradients(weights: Path) -> dict[str, torch.Tensor]:
+    """Parameter name -> whole gradient of the first iteration, up to Adam's constant."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    metadata = FileSystemReader(weights).read_metadata().state_dict_metadata
+    prefix = "optimizer.state.exp_avg."
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if name.startswith(prefix)
+    }
+    _load_state_dict(state, FileSystemReader(weights), no_dist=True)
+    whole = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return {name: tensor for key in whole for name, tensor in _by_layer(key, whole[key])}
+
+
+def _by_layer(key: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Megatron saves a weight of all layers as one tensor, the layer its first dimension."""
+    if ".layers." not in key:
+        return [(key, tensor)]
+    return [(key.replace(".layers.", f".layers.{i}."), part) for i, part in enumerate(tensor)]
+
+
+def compare(run: Run, reference: Run) -> Difference:
+    """Relative differences; a gradient's is the norm of the difference over its own norm."""
+    assert run.gradients.keys() == reference.gradients.keys(), "the layouts train other parameters"
+    losses = [abs(a - b) / abs(b) for a, b in zip(run.losses, reference.losses, strict=True)]
+    gradients = {
+        name: float((run.gradients[name] - wanted).norm() / wanted.norm().clamp(min=1e-30))
+        for name, wanted in reference.gradients.items()
+    }
+    worst = max(gradients, key=lambda name: gradients[name])
+    return Difference(losses[0], gradients[worst], worst, max(losses))
+
+
+class References:
+    """What one process computes from `start`, for each set of flags a layout shares with it."""
+
+    def __init__(self, start: Path, work: Path) -> None:
+        self.start = start
+        self.work = work
+        self.runs: dict[tuple[str, ...], Run] = {}
+
+    def difference(self, layout: Layout, work: Path) -> Difference:
+        """How far a layout is from its reference; files go under `work`."""
+        return compare(measure(layout, self.start, work), self.run(layout.shared))
+
+    def run(self, shared: tuple[str, ...] = ()) -> Run:
+        """One process with these flags, run once."""
+        if shared not in self.runs:
+            alone = replace(ONE, shared=shared)
+            self.runs[shared] = measure(alone, self.start, self.work / str(len(self.runs)))
+        return self.runs[shared]
+
+
+def refusal(layout: Layout) -> str:
+    """The line that `train.py` ends with; AssertionError if it accepts the layout."""
+    plan = ("--dry-run", str(layout.processes), *layout.flags)
+    done = ranks.run("examples/mimo/train.py", *plan)
+    assert done.returncode == 2, f"{layout.name} is not refused: {done.stdout}"
+    return done.stderr.strip().removeprefix("train.py: error: ")
