@@ -78,6 +78,8 @@ def main():
     command.single_process_unless_launched()
     table = [entry for entries in compat.replacements().values() for entry in entries]
     listed = {entry.name for entry in table}
+    import examples.mimo.cli.observer
+    import examples.mimo.training.pretrain  # noqa: F401
 
     for module in their_modules():
         # Modules of settings refuse attributes of other names.
