@@ -1,17 +1,32 @@
 """A language model that sees and hears, from Megatron-Core's parallel blocks.
 
-The map of the package; imports point downwards only:
+The example is these files, in reading order:
 
-    train.py  avlm_inference.py  serve.py                what a user types
-    evaluate.py  convert.py  prepare_data.py
-    host/         lets the same commands run where CUDA is absent
-    training/     flags, providers, forward step, loss, progress; encoders on ranks of their own
-    planning/     what a layout costs: balanced stages, the pipeline as a timeline
-    serving/      answers over HTTP
-    inference/    prompt -> answer: an engine of rows, sampling, text, conversations
-    checkpoint/   what a model is, written beside its weights; strict loading;
-                  Hugging Face weights in and out
-    models/       the parallel blocks: ViT, Whisper, projector, language model, MimoModel
-    data/         files -> samples -> batches
-    configs/      what a model is: schema.py, one file per model, a registry of names
+    configs/schema.py         what a model is: language model, and a dict of modalities
+    configs/tiny_avlm.py      the demo's model
+    modalities/base.py        base classes of encoder and projector configs
+    modalities/image.py       images: preprocessing and ViT
+    modalities/audio.py       audio: log-mel features and Whisper's encoder
+    model/layers.py           layer specs, core attention
+    model/encoder.py          the transformer that encoders share
+    model/mimo.py             the model on one pipeline stage
+    data/conversation.py      conversation -> token ids, labels, loss mask, encoder inputs
+    data/datasets.py          samples from files, and mock samples
+    data/batch.py             collation and broadcast
+    training/pretrain.py      model and data providers, forward step, loss
+    train.py                  the command that trains
+    avlm_inference.py         the command that answers
+
+Around it:
+
+    cli/          flags, checks of them, run header, progress table
+    parallel/     context parallelism, encoder replicas, non-colocated encoders
+    planner/      dry run: FLOPs, memory, pipeline timeline, balanced stages
+    checkpoint/   the model's description beside its weights; strict loading
+    hf/           Hugging Face weights in and out
+    shards/       WebDataset shards with megatron-energon: write, read, show
+    generation/   engine, sampling, prefix cache; the Python interface `Mimo`
+    serving/      HTTP server with OpenAI's chat completions
+    compat/       everything that is replaced in torch and Megatron, in one table
+    evaluate.py  convert.py  prepare_data.py  serve.py
 """

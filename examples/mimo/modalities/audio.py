@@ -16,8 +16,6 @@ from examples.mimo.modalities.base import EncoderConfig, first_tokens, free_fiel
 from examples.mimo.modalities.files import Source, read_audio, to_wav
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
-
-
 SAMPLE_RATE_HZ = 16_000
 FFT_SAMPLES = 400
 
@@ -107,10 +105,6 @@ class WhisperConfig(EncoderConfig):
     def preview(self, raw: np.ndarray) -> list[tuple[str, bytes]]:
         """A WAV at the sample rate of the encoder."""
         return [("audio/wav", to_wav(raw[: self.max_samples], SAMPLE_RATE_HZ))]
-
-    def blank(self, raw: np.ndarray) -> np.ndarray:
-        """Silence of the same length."""
-        return np.zeros_like(raw)
 
     def preprocess(self, raw: np.ndarray) -> dict[str, torch.Tensor]:
         """`input_features` (N, M, 2F) of N windows, `num_frames` (N,) that hold sound."""

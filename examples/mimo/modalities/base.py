@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from examples.mimo.modalities.files import Source
+
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
-from examples.mimo.modalities.files import Source
 
 
 def free_field(default: Any, choices: tuple[str, ...] | None = None) -> Any:

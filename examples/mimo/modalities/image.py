@@ -178,6 +178,10 @@ class VitConfig(EncoderConfig):
             fillcolor=raw.getpixel((0, 0)),
         )
 
+    def blank(self, raw: Image.Image) -> Image.Image:
+        """A black picture of the same size."""
+        return Image.new("RGB", raw.size)
+
     def describe(self, raw: Image.Image) -> str:
         """Width x height in pixels."""
         return f"{raw.width} x {raw.height}"
@@ -189,10 +193,6 @@ class VitConfig(EncoderConfig):
         pixels = self.preprocess(raw)["pixel_values"] * std + mean
         bytes_ = (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         return [("image/png", to_png(Image.fromarray(picture))) for picture in bytes_]
-
-    def blank(self, raw: Image.Image) -> Image.Image:
-        """A black picture of the same size."""
-        return Image.new("RGB", raw.size)
 
     def preprocess(self, raw: Image.Image) -> dict[str, torch.Tensor]:
         """`pixel_values` (T, 3, image_size, image_size): the fitted picture, then its tiles."""

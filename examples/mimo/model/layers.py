@@ -1,8 +1,8 @@
 """Layer specs for Megatron's transformer block, with core attention and LayerScale.
 
 With Transformer Engine its fused layers are used. Without it, on GPUs and CPUs alike, Megatron's
-own parallel linear layers are, with the norms of norms.py and this file's attention: its local
-ones refuse sequence parallelism, packed sequences and context parallelism.
+own parallel linear layers are, with the attention of this file and the norms of norms.py:
+Megatron's local ones refuse sequence parallelism, packed sequences and context parallelism.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.core.utils import divide
 from torch.nn.functional import scaled_dot_product_attention
 
 from examples.mimo.model.norms import Norm
@@ -93,7 +92,6 @@ class SdpaCoreAttention(MegatronModule):
         self.tp_group = pg_collection.tp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.heads = divide(config.num_attention_heads, pg_collection.tp.size())
 
     def forward(
         self,
@@ -169,23 +167,22 @@ class SdpaCoreAttention(MegatronModule):
             visible = places <= places[-query.shape[2] :, None]
             mask = visible if mask is None else mask & visible
             causal = False
-        context = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Under tensor parallelism each rank drops its own heads' weights independently."""
-        fork = self.dropout > 0 and self.training and not self.config.sequence_parallel
+        dropout = self.dropout if self.training else 0.0
+        # As in Megatron's DotProductAttention: each tensor-parallel rank drops weights of its own
+        # heads. Under sequence parallelism the default generators of the ranks differ already.
+        fork = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if fork else nullcontext():
-            return super().__call__(*args, **kwargs)
+            context = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=self.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)
 
 
 def has_transformer_engine() -> bool:

@@ -12,7 +12,8 @@ parallel/context.py), so each rank holds a part of an encoder's gradient.
   `gather_embeddings` sums the embeddings' gradients, as every rank's loss depends on every item.
 - Over replicas `EncoderReplicas.finalizer` (parallel/replicas.py) sums it, once an iteration.
 - Non-colocated encoders get their embeddings' gradients over a bridge (parallel/placement.py),
-  summed over the context-parallel ranks by `NonColocatedMimoModel.encode`.
+  summed over the context-parallel ranks by `NonColocatedMimoModel.encode`. DDP sums the weights'
+  over an encoder's own replicas, `finalize_noncolocated` divides by the tokens of all of them.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.model.encoder import split_over
 from examples.mimo.model.layers import block_submodules, device
+from examples.mimo.model.parts import ENCODER, part_prefix
 from examples.mimo.parallel.context import encode_shares, shard_sequence
 
 if TYPE_CHECKING:
     from examples.mimo.parallel.replicas import EncoderReplicas
-from examples.mimo.model.parts import ENCODER, part_prefix
 
 # Input name -> (N, ...): N inputs of one modality's encoder.
 Inputs = dict[str, torch.Tensor]

@@ -16,8 +16,6 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from examples.mimo.parallel.replicas import share_of
-
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
     """The numbers of a rank's two chunks, of 2 * size."""
@@ -49,6 +47,11 @@ def gather_sequence(
         parts += [front for front, _ in halves]
         parts += [back for _, back in reversed(halves)]
     return torch.cat(parts)
+
+
+def share_of(count: int, number: int, shares: int) -> slice:
+    """Run `number` of `count` items in `shares` runs, which differ by one item at most."""
+    return slice(count * number // shares, count * (number + 1) // shares)
 
 
 def encode_shares(

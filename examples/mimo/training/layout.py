@@ -19,8 +19,7 @@ from megatron.core import mpu
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import Sample
 from examples.mimo.parallel import noncolocated
-from examples.mimo.parallel.placement import LANGUAGE, Placement, here
-from examples.mimo.parallel.replicas import take_share
+from examples.mimo.parallel.placement import LANGUAGE, Placement, here, take_share
 
 
 @dataclass(frozen=True)
