@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 # Megatron's word for the text embeddings, and the fields of a data record.
 RESERVED_NAMES = ("language", "text", "key", "conversations")
 
-
 # Metadata of fields that two runs of one model may choose differently: no weight depends on them.
 FREE = {"shapes_weights": False}
 
@@ -112,7 +111,9 @@ class MimoConfig:
 
     name: str = field(metadata=FREE)
     language: LanguageConfig
-    modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+    modalities: dict[str, ModalityConfig] = field(
+        default_factory=dict
+    )  # encoders run in this order
     chat: ChatTemplate = ChatTemplate()
     prompt: str = field(default="", metadata=FREE)
     add_bos: bool = True

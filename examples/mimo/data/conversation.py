@@ -309,7 +309,7 @@ def tokenise(
     successor, so its label is padding without loss.
     """
     placeholder_ids = {modality.token_id for modality in config.modalities.values()}
-    ids = [tokenizer.bos_id] if config.add_bos and tokenizer.bos_id >= 0 else []
+    ids = [tokenizer.bos_id] if config.add_bos and tokenizer.bos_id >= 0 else []  # -1: it has none
     is_target = [0] * len(ids)
     for piece in pieces:
         if isinstance(piece, MediaPiece):
@@ -333,7 +333,7 @@ class FilesInside:
     root: Path
 
     def __call__(self, name: str) -> Path:
-        path = (self.root / name).resolve()
+        path = (self.root / name).resolve()  # a link may lead out of the folder
         if not path.is_relative_to(self.root.resolve()):
             raise ValueError(f"{path} lies outside the data folder {self.root}")
         return path

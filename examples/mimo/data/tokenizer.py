@@ -184,7 +184,7 @@ def train_tokenizer(
         reason = " ".join(str(error).rpartition("] ")[2].split())
         raise ValueError(f"no tokenizer of {size} tokens from this text: {reason}") from None
     trained = ModelProto.FromString(model.getvalue())
-    # The trainer numbers symbols from 4 on; merges go by score, so that pieces can change places.
+    # The trainer numbers symbols from 4 on; merges go by score, so that pieces can be reordered.
     pieces = [piece for piece in trained.pieces if piece.piece not in placeholders]
     symbols = {piece.piece: piece for piece in trained.pieces if piece.piece in placeholders}
     for placeholder, token_id in sorted(placeholders.items(), key=lambda item: item[1]):

@@ -174,7 +174,7 @@ class EncoderConfig(ABC):
 
     @property
     def layer_scale(self) -> bool:
-        """Whether what a layer adds is scaled by a learned factor per feature."""
+        """Whether what a layer adds is scaled by a trained factor per feature."""
         return False
 
     def transformer_fields(self) -> dict[str, Any]:
@@ -278,7 +278,7 @@ class MLPProjectorConfig(ProjectorConfig):
 
         config = encoder_transformer_config(
             transformer_config,
-            num_layers=1,
+            num_layers=1,  # TransformerConfig wants layers and heads; a projector has none
             hidden_size=transformer_config.hidden_size,
             num_attention_heads=transformer_config.num_attention_heads,
             ffn_hidden_size=self.ffn_hidden_size,

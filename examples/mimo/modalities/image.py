@@ -169,7 +169,7 @@ class VitConfig(EncoderConfig):
         x, y = raw.width / 2, raw.height / 2
         upper = (cos, sin, x - cos * (x + dx) - sin * (y + dy))
         lower = (-sin, cos, y + sin * (x + dx) - cos * (y + dy))
-        matrix = (*upper, *lower)
+        matrix = (*upper, *lower)  # from output to input pixels, as Pillow takes it
         return raw.transform(
             raw.size,
             Image.Transform.AFFINE,
@@ -200,7 +200,7 @@ class VitConfig(EncoderConfig):
         mean_colour = tuple(round(255 * part) for part in family.mean)
         pictures = [fit_picture(raw, (size, size), self.fit, mean_colour)]
         columns, rows = grid_of_tiles(raw.size, size, self.max_tiles)
-        if columns * rows:
+        if columns * rows:  # none where the picture is no larger than the input
             whole = fit_picture(raw, (columns * size, rows * size), "pad", mean_colour)
             corners = [(size * x, size * y) for y in range(rows) for x in range(columns)]
             pictures += [whole.crop((x, y, x + size, y + size)) for x, y in corners]
@@ -267,7 +267,7 @@ class VitConfig(EncoderConfig):
     def select(self, hidden: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """(N, S, H) -> (N * P, k * k * H): squares of k by k patches, row by row."""
         patches = hidden[:, FAMILIES[self.family].class_token :]
-        side = (self.patches_per_side // self.token_side, self.token_side)
+        side = (self.patches_per_side // self.token_side, self.token_side)  # tokens, patches of one
         squares = patches.unflatten(1, (*side, *side)).transpose(2, 3)
         return squares.flatten(3).flatten(0, 2)
 

@@ -50,7 +50,7 @@ def device() -> torch.device:
 def with_layer_scale(linear: type) -> type:
     """A row-parallel linear layer class with LayerScale (arXiv:2103.17239).
 
-    Its output, bias included, is scaled by a learned factor per feature.
+    Its output, bias included, is scaled by a trained factor per feature.
     """
 
     class ScaledLinear(linear):  # type: ignore[misc, valid-type]
@@ -147,7 +147,9 @@ class SdpaCoreAttention(MegatronModule):
         if not self.cp_group:
             yield query, end
             return
-        numbers = chunks_of(self.cp_group.rank(), self.cp_size)
+        numbers = chunks_of(
+            self.cp_group.rank(), self.cp_size
+        )  # an early and a late one, for balance
         for queries, number in zip(query.chunk(2), numbers, strict=True):
             yield queries, start + (number + 1) * len(queries)
 
@@ -160,11 +162,11 @@ class SdpaCoreAttention(MegatronModule):
         causal: bool,
     ) -> torch.Tensor:
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        mask = None if attention_mask is None else ~attention_mask
+        mask = None if attention_mask is None else ~attention_mask  # torch's True shows a key
         if causal and (mask is not None or key.shape[2] != query.shape[2]):
             # torch aligns its own causal mask with the first key, but queries are the last ones.
-            places = torch.arange(key.shape[2], device=query.device)
-            visible = places <= places[-query.shape[2] :, None]
+            positions = torch.arange(key.shape[2], device=query.device)
+            visible = positions <= positions[-query.shape[2] :, None]
             mask = visible if mask is None else mask & visible
             causal = False
         dropout = self.dropout if self.training else 0.0
@@ -202,7 +204,7 @@ def block_submodules(
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-        layer.submodules.self_attention.params["attn_mask_type"] = mask
+        layer.submodules.self_attention.params["attn_mask_type"] = mask  # Megatron's spec is causal
         if layer_scale:
             raise ValueError(
                 "an encoder with LayerScale runs on local layers; pass --transformer-impl local"

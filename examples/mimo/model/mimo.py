@@ -196,9 +196,9 @@ class StageMimoModel(MimoModel):
                 tp_group = self.pg_collection.tp
                 embeddings = scatter_to_sequence_parallel_region(embeddings, group=tp_group)
         return self.language_model(
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,
+            input_ids=None,  # embedded above, with the media
+            position_ids=None,  # rotary positions follow from the sequence
+            attention_mask=None,  # the layer spec is causal
             decoder_input=embeddings,
             labels=labels,
             packed_seq_params=packed_params(cu_seqlens) if cu_seqlens else None,
@@ -253,7 +253,7 @@ class StageMimoModel(MimoModel):
         if inputs and len(next(iter(inputs.values()))):
             return encoder(encoder_inputs={ENCODER: inputs})
         dummy = {key: tensor.to(device()) for key, tensor in self.dummy_inputs[name].items()}
-        return encoder(encoder_inputs={ENCODER: dummy})[:0]
+        return encoder(encoder_inputs={ENCODER: dummy})[:0]  # empty, but in the graph
 
 
 def packed_params(cu_seqlens: list[int]) -> PackedSeqParams:
@@ -282,7 +282,7 @@ def build_mimo_model(
 
     `transformer_config` is Megatron's, of the language model; encoders take from it how to compute.
     """
-    modalities = config.modalities if pre_process else {}
+    modalities = config.modalities if pre_process else {}  # encoders live on the first stage
     encoder_groups = encoder_replicas.layers if encoder_replicas else pg_collection
     encoder_config = split_over(transformer_config, encoder_groups.tp.size())
     mimo_config = MimoModelConfig(

@@ -25,7 +25,7 @@ def chunks_of(rank: int, size: int) -> tuple[int, int]:
 def shard_sequence(
     whole: torch.Tensor, dim: int, group: dist.ProcessGroup, cu_seqlens: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """This rank's S / c of the S places along `dim`; every sample's length is divisible by 2c."""
+    """This rank's S / c of the S positions along `dim`; sample lengths are divisible by 2c."""
     if group.size() == 1:
         return whole
     parts = []

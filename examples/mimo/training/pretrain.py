@@ -131,7 +131,7 @@ def data_provider(
     """
     args = get_args()
     collate_train = collate_function(args)
-    collate_valid = functools.partial(collate, multiple=padding_multiple(args))
+    collate_valid = functools.partial(collate, multiple=padding_multiple(args))  # not packed
     if is_sharded(args):
         shard_iterators = from_shards(args, "shard_iterators")
         encoder = sample_encoder(args, config)
@@ -221,7 +221,7 @@ def _batches(
     sampler = MegatronPretrainingSampler(
         total_samples=len(dataset),  # type: ignore[arg-type]
         consumed_samples=consumed,
-        micro_batch_size=micro_batch_size * served,
+        micro_batch_size=micro_batch_size * served,  # an encoder replica may serve several
         data_parallel_rank=share.replicas.start // served,
         data_parallel_size=get_args().data_parallel_size // served,
     )
@@ -282,7 +282,7 @@ def forward_step(
     try:
         output = model(
             input_ids=batch.input_ids,
-            labels=batch.labels if model.training else None,
+            labels=batch.labels if model.training else None,  # without labels it returns logits
             modality_inputs=batch.modality_inputs,
             cu_seqlens=batch.cu_seqlens,
         )
