@@ -147,9 +147,8 @@ class SdpaCoreAttention(MegatronModule):
         if not self.cp_group:
             yield query, end
             return
-        numbers = chunks_of(
-            self.cp_group.rank(), self.cp_size
-        )  # an early and a late one, for balance
+        # An early and a late one: under a causal mask late chunks cost more.
+        numbers = chunks_of(self.cp_group.rank(), self.cp_size)
         for queries, number in zip(query.chunk(2), numbers, strict=True):
             yield queries, start + (number + 1) * len(queries)
 
