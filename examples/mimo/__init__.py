@@ -1,34 +1,34 @@
 """A language model that sees pictures and hears sound, from Megatron-Core's parallel blocks.
 
-The example is these files. Read them in this order; everything else can wait:
+The example is these files, in reading order:
 
-    configs/schema.py         what a model is: sizes, modalities, special tokens
-    configs/tiny_avlm.py      one model: images, audios and a language model
-    modalities/base.py        what an encoder and a projector have to say, and their defaults
-    modalities/image.py       pictures: reading, patches, the vision encoder
-    modalities/audio.py       recordings: reading, mel features, the audio encoder
-    model/layers.py           layer specs, core attention, norms
+    configs/schema.py         what a model is: language model, and a dict of modalities
+    configs/tiny_avlm.py      the demo's model
+    modalities/base.py        base classes of encoder and projector configs
+    modalities/image.py       images: preprocessing and ViT
+    modalities/audio.py       audio: log-mel features and Whisper's encoder
+    model/layers.py           layer specs, core attention
     model/encoder.py          the transformer that encoders share
-    model/mimo.py             the model on its pipeline stages; media among the text
-    data/conversation.py      a conversation becomes tokens and a loss mask
-    data/datasets.py          samples from files, and mock ones
-    data/batch.py             samples become a batch, which is broadcast
-    training/pretrain.py      what Megatron's `pretrain` is given: model, data, forward step, loss
+    model/mimo.py             the model on one pipeline stage
+    data/conversation.py      conversation -> token ids, labels, loss mask, encoder inputs
+    data/datasets.py          samples from files, and mock samples
+    data/batch.py             collation and broadcast
+    training/pretrain.py      model and data providers, forward step, loss
     train.py                  the command that trains
     avlm_inference.py         the command that answers
 
-Around it, each room by itself:
+Around it:
 
-    cli/          flags, refusals in one line, header, progress
-    parallel/     non-colocated encoders, context parallelism, encoders with a TP size of their own
-    planner/      what a layout costs, before it runs: FLOPs, memory, the pipeline's timeline
+    cli/          flags, checks of them, run header, progress table
+    parallel/     context parallelism, encoder replicas, non-colocated encoders
+    planner/      dry run: FLOPs, memory, pipeline timeline, balanced stages
     checkpoint/   the model's description beside its weights; strict loading
     hf/           Hugging Face weights in and out
-    shards/       megatron-energon: write, read, show
-    generation/   engine, sampling, prefix cache, conversations, the class `Mimo`
-    serving/      an OpenAI-compatible server and its page
-    compat/       the one table of what is replaced in torch and Megatron, with the reasons
-    evaluate.py, convert.py, prepare_data.py, serve.py    the other commands
+    shards/       WebDataset shards with megatron-energon: write, read, show
+    generation/   engine, sampling, prefix cache; the Python interface `Mimo`
+    serving/      HTTP server with OpenAI's chat completions
+    compat/       everything that is replaced in torch and Megatron, in one table
+    evaluate.py  convert.py  prepare_data.py  serve.py
 
 `from examples.mimo import Mimo` is the Python interface. Importing it replaces nothing; on a
 machine without CUDA `Mimo.load` replaces what Megatron needs of torch.cuda, for the whole process

@@ -38,7 +38,7 @@ def main() -> None:
     from examples.mimo import compat
 
     compat.install()
-    stdout = sys.stdout
+    stdout = sys.stdout  # for answers alone; what libraries print goes nowhere
     with command.stdout_to(os.devnull):
         answer(ckpt, parser, stdout)
 

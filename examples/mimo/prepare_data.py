@@ -1,4 +1,4 @@
-"""Prepares data: data sets of the demos, tokenizers, shards, and a look into shards.
+"""Prepares data: the demos' data sets, tokenizers, shards, and statistics of shards.
 
 python examples/mimo/prepare_data.py spoken-questions --output demo/data
 

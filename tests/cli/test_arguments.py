@@ -112,8 +112,16 @@ def test_longer_rows_need_no_second_flag(parse):
             (*TP2, "--packing-buffer-size=8", "--dataset-provider=energon", "--total-seq-length=9"),
             "--total-seq-length 9 is not divisible by 2",
         ),
-        (2, (*TP2, *ENCODER_TP, "4"), "4 does not divide --tensor-model-parallel-size 2"),
-        (2, (*TP2, *ENCODER_TP, "0"), "0 does not divide --tensor-model-parallel-size 2"),
+        (
+            2,
+            (*TP2, *ENCODER_TP, "4"),
+            "size 2 is not divisible by --encoder-tensor-model-parallel-size 4",
+        ),
+        (
+            2,
+            (*TP2, *ENCODER_TP, "0"),
+            "size 2 is not divisible by --encoder-tensor-model-parallel-size 0",
+        ),
         (
             4,
             (*TP2, *ENCODER_TP, "1", "--encoder-data-parallel-size", "2"),

@@ -54,7 +54,7 @@ def make(folder):
     where = {}
     for first in range(0, LANGUAGE.num_layers, 7):
         shard = {}
-        for mapping in family.table(LANGUAGE, theirs):
+        for mapping in family.mappings(LANGUAGE, theirs):
             shape = next(s for name, s in shapes.items() if name in mapping.ours)
             layers = range(first, first + 7) if mapping.layered else [None] * (first == 0)
             for layer in layers:

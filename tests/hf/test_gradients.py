@@ -39,7 +39,7 @@ def test_gradients_are_transformers(name, tmp_path, build_model):
     names = {n: f for n, f in folder.names(family).items() if f in named}
     mine = gradients_by_key(parts(model)[case.part], part_prefix(case.part))
     compared = 0
-    for mapping in family.table(ours, folder.hf_config(family)):
+    for mapping in family.mappings(ours, folder.hf_config(family)):
         gradient = mine[part_prefix(case.part) + mapping.ours]
         for layer, piece in enumerate(gradient) if mapping.layered else [(None, gradient)]:
             for their_name, mine_back in zip(

@@ -21,7 +21,7 @@ def attention():
     torch.nn.Module.__init__(module)
     module.config, module.attn_mask_type = config, AttnMaskType.causal
     module.cp_group = None
-    module.tp_group, module.dropout, module.scale, module.heads = groups.tp, 0.0, 8**-0.5, 4
+    module.tp_group, module.dropout, module.scale = groups.tp, 0.0, 8**-0.5
     return module
 
 

@@ -7,9 +7,9 @@ import torch
 
 from examples.mimo.data.batch import collate, collate_packed
 from examples.mimo.data.datasets import MockDataset
+from examples.mimo.parallel.context import share_of
 from examples.mimo.parallel.noncolocated import count_by_sample
-from examples.mimo.parallel.placement import Placement
-from examples.mimo.parallel.replicas import share_of, take_share
+from examples.mimo.parallel.placement import Placement, take_share
 from examples.mimo.training import layout
 from tests.helpers import layouts
 from tests.helpers.commands import run_train

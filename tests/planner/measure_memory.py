@@ -19,9 +19,9 @@ import torch
 from megatron.training import training as megatron_training
 
 from examples.mimo.cli.arguments import balance_stages, parse_arguments
-from examples.mimo.planner.dry_run import place_memory
+from examples.mimo.planner.dry_run import group_memory
 from examples.mimo.train import train
-from examples.mimo.training.layout import places, run_shape
+from examples.mimo.training.layout import rank_groups, run_shape
 from examples.mimo.training.pretrain import transformer_config
 
 found = {}
@@ -58,8 +58,8 @@ def predicted(flags):
     args, config = parse_arguments(flags)
     balance_stages(args, config)
     args.perform_initialization = False
-    place = next(place for place in places(args) if args.rank in place.ranks)
-    return place_memory(config, run_shape(args), transformer_config(args), place)
+    group = next(group for group in rank_groups(args) if args.rank in group.ranks)
+    return group_memory(config, run_shape(args), transformer_config(args), group)
 
 
 def measured():

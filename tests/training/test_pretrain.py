@@ -7,6 +7,13 @@ from examples.mimo.data.batch import Batch
 from examples.mimo.training import pretrain
 
 
+@pytest.fixture(autouse=True)
+def args(monkeypatch):
+    args = SimpleNamespace(curr_iteration=41, check_for_nan_in_loss_and_grad=True)
+    monkeypatch.setattr(pretrain, "get_args", lambda: args)
+    return args
+
+
 def batch_with(mask, labels=None):
     mask = torch.tensor(mask, dtype=torch.float32)
     return Batch(
@@ -34,11 +41,18 @@ def test_padding_may_hold_anything():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_iteration_and_samples(monkeypatch, value):
-    monkeypatch.setattr(pretrain, "get_args", lambda: SimpleNamespace(curr_iteration=41))
+def test_a_loss_that_is_not_finite_names_iteration_and_samples(value):
     losses = torch.tensor([[1.0, value], [1.0, 1.0]])
     with pytest.raises(ValueError, match=rf"iteration 42 is {value}; its samples are a, b"):
         pretrain.training_loss(batch_with([[1, 1], [1, 1]]), losses)
+
+
+def test_megatrons_flag_lets_a_loss_be_nan(args):
+    args.check_for_nan_in_loss_and_grad = False
+    losses = torch.tensor([[1.0, float("nan")]])
+    total, count, _ = pretrain.training_loss(batch_with([[1, 1]]), losses)
+    assert total.isnan()
+    assert count == 2
 
 
 def test_exact_match_needs_every_target_of_a_sequence(tiny, build_model):

@@ -1,4 +1,4 @@
-"""Real weights out of ordinary Python packages, as Hugging Face folders for convert.py.
+"""Pretrained weights from Python packages, as Hugging Face folders for convert.py.
 
 | package | licence | what it carries | read by |
 | --- | --- | --- | --- |

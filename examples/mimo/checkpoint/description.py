@@ -18,7 +18,7 @@ from examples.mimo.data.tokenizer import copy_tokenizer
 FILE_NAME = "mimo.json"
 FORMAT = 1
 TRACKER = "latest_checkpointed_iteration.txt"
-# What Megatron calls weights that are of no iteration, such as converted ones.
+# Megatron's name for weights of no iteration, such as converted ones.
 RELEASE = "release"
 TOKENIZER = "tokenizer"
 
@@ -137,7 +137,7 @@ def check_parts(
 def paths_of_fresh(
     checkpoint_config: MimoConfig, config: MimoConfig, fresh_parts: Collection[str]
 ) -> tuple[str, ...]:
-    """What paths of fields begin with whose values need not be the checkpoint's."""
+    """Prefixes of the field paths whose values may differ from the checkpoint's."""
     added = [name for name in config.modalities if name not in checkpoint_config.modalities]
     paths = [part if part == "language" else f"modalities.{part}" for part in fresh_parts]
     return tuple(f"{path}." for path in [*paths, *(f"modalities.{name}" for name in added)])

@@ -1,4 +1,4 @@
-"""Load a checkpoint's weights, strictly: into a model for answering, or to go on training.
+"""Strict loading of checkpoint weights: for inference, and to start or resume training.
 
 `load_model` sets up torch.distributed and Megatron's parallel state by itself, so answering needs
 neither the training loop nor its arguments.
@@ -125,7 +125,7 @@ def start_parallel(tp: int, pp: int) -> None:
 def language_transformer_config(
     language: LanguageConfig, tp: int, pp: int, params_dtype: torch.dtype
 ) -> TransformerConfig:
-    """The TransformerConfig that training gets of Megatron's arguments for the same model.
+    """The TransformerConfig that training derives from Megatron's arguments for this model.
 
     Only fields that say how to train differ; a test names them.
     """
@@ -166,7 +166,7 @@ def language_transformer_config(
         cp_comm_type="p2p",
     )
     # Prompts differ in length, so stages tell each other how long a tensor is. Set afterwards:
-    # the constructor takes it for a matter of experts, which this model has none of.
+    # the constructor checks it against expert routing, which this model has none of.
     config.variable_seq_lengths = pp > 1
     return config
 

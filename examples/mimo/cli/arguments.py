@@ -312,8 +312,8 @@ def _check_colocated(args: argparse.Namespace, encoder_tp: int) -> None:
     tp = args.tensor_model_parallel_size
     if encoder_tp < 1 or tp % encoder_tp:
         raise ValueError(
-            f"--encoder-tensor-model-parallel-size {encoder_tp} does not divide "
-            f"--tensor-model-parallel-size {tp}; choose a divisor of it"
+            f"--tensor-model-parallel-size {tp} is not divisible by "
+            f"--encoder-tensor-model-parallel-size {encoder_tp}; choose a divisor of it"
         )
     replicas = args.world_size // (args.pipeline_model_parallel_size * encoder_tp)
     if args.encoder_data_parallel_size not in (None, replicas):

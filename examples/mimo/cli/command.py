@@ -39,7 +39,7 @@ def run(command: str, main: Callable[[], None]) -> None:
         main()
         leave_process_group()
     except SystemExit:
-        # Megatron ends so on --exit-interval and on signals.
+        # Megatron exits this way on --exit-interval and on signals.
         leave_process_group()
         raise
     except ValueError as error:

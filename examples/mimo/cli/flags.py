@@ -1,4 +1,4 @@
-"""The package's own flags, and which of all flags would do nothing in a run.
+"""The package's command-line flags, and the refusal of flags that a run would ignore.
 
 Apart from `cli/arguments.py`, so that `--help` imports neither torch nor Megatron.
 """
@@ -62,7 +62,7 @@ REFUSED_FLAGS = {
     "freeze_all_layers": "use --freeze",
 }
 
-# Flags with the values that say what is the case anyway, as Megatron's own example passes them.
+# Flags with the values that restate what always holds, as Megatron's own example passes them.
 ONLY_VALUES = {
     "dataloader_type": (("external",), "the order of samples is --seed's"),
     "position_embedding_type": (("rope",), "the language model uses rotary positions"),

@@ -1,4 +1,4 @@
-"""The header of a run: layout, data, and the size and place of each part of the model."""
+"""Header of a run: layout, data, and for each part its size and the ranks that hold it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from examples.mimo.training.layout import (
     colocated_encoder_tp,
     module_of_rank,
     placements,
-    places,
+    rank_groups,
     run_shape,
 )
 from examples.mimo.training.pretrain import first_batches
@@ -85,17 +85,17 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
     of_ranks: list[Any] = [None] * dist.get_world_size()
     stage = mpu.get_pipeline_model_parallel_rank()
     dist.all_gather_object(of_ranks, (module_of_rank(args), stage, sizes_here))
-    # Ranks of one place hold the same.
+    # Ranks of one group hold the same.
     held = {(module, stage): sizes for module, stage, sizes in of_ranks}
-    by_place = {place.label: held[place.module, place.stage] for place in places(args)}
+    by_group = {group.label: held[group.module, group.stage] for group in rank_groups(args)}
     lines = [
         f"{config.name}: {layout_name(args)} on {_device()}, {numerics(args)}",
         f"data: {describe_data(args)}; {args.global_batch_size} samples an iteration in "
         f"micro-batches of {args.micro_batch_size}; {args.train_iters} iterations",
-        *parts_table(config, by_place, is_split(args)),
+        *parts_table(config, by_group, is_split(args)),
         *describe_fresh(args),
     ]
-    if len(by_place) > 1 and args.rank == 0:
+    if len(by_group) > 1 and args.rank == 0:
         work = workload(config, first_batches(args, config, COUNTED_SAMPLES))
         split = predicted_split(config, run_shape(args), chunks[0].config, work)
         lines.append(f"pipeline: {describe_pipeline(split)}")
@@ -187,14 +187,14 @@ def describe_data(args: argparse.Namespace) -> str:
 
 
 def parts_table(
-    config: MimoConfig, places: Mapping[str, dict[str, list[PartSize]]], tp: bool
+    config: MimoConfig, groups: Mapping[str, dict[str, list[PartSize]]], tp: bool
 ) -> list[str]:
-    """One line per part: parameters, whether it trains, and bytes on a rank of each place."""
+    """One line per part: parameters, whether it trains, and bytes on a rank of each group."""
     headings = ["part", "trains", "parameters"]
     headings += ["split by TP", "copied"] if tp else []
-    headings += [f"{label} rank" for label in places] if len(places) > 1 else ["per rank"]
+    headings += [f"{label} rank" for label in groups] if len(groups) > 1 else ["per rank"]
     rows = [headings]
-    stages = list(places.values())
+    stages = list(groups.values())
     by_part = {name: [stage.get(name, []) for stage in stages] for name in part_names(config)}
     for name, by_stage in by_part.items():
         trains = any(size.trains for sizes in by_stage for size in sizes)

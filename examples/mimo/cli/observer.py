@@ -1,4 +1,4 @@
-"""The observer of a run: what each rank is doing, the progress table, metrics, bad samples."""
+"""Run observer: phase of each rank, progress table, metrics, bad samples, lost ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,17 @@ from examples.mimo.data.conversation import BadSample, BadSampleCount
 from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.training.layout import module_of_rank
 
-# Name and width of each column.
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
+# What gloo and NCCL say when the other side of a connection is gone.
+LOST_RANK_MESSAGES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "remote process exited",
+)
+
+# Name and width of each column of the progress table.
 COLUMNS = (
     ("iteration", 15),
     ("loss", 9),
@@ -133,17 +143,6 @@ class ProgressTable:
         print(" ".join(padded), file=sys.stderr, flush=True)
 
 
-BAD_SAMPLES_FILE = "bad_samples.jsonl"
-# What gloo and NCCL say when the other side of a connection is gone.
-LOST_RANK_MESSAGES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "remote process exited",
-)
-
-
 @dataclass
 class BatchCounts:
     """What the micro-batches of the current iteration held on this rank."""
@@ -156,7 +155,10 @@ class BatchCounts:
 
 
 class RunObserver:
-    """One run on this rank. `bad_samples` is what a checkpoint of shards saves and restores."""
+    """Follows one run on this rank: prints the header and the table, explains errors.
+
+    `bad_samples` is the count that checkpoints of shards save and restore.
+    """
 
     def __init__(self, args: argparse.Namespace, config: MimoConfig) -> None:
         self.args, self.config = args, config

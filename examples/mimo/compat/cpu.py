@@ -1,4 +1,4 @@
-"""What Megatron asks of CUDA, answered by the CPU.
+"""CPU stand-ins for the CUDA functions that Megatron calls.
 
 Every entry names the code in Megatron that needs it and is an object of its own: torch's compiler
 refuses an object that it finds under two names with different rules (torch._dynamo.trace_rules).

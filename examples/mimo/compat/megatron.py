@@ -1,8 +1,8 @@
-"""What is replaced in Megatron on every machine, and what training replaces on top.
+"""Replacements in Megatron: those of every machine, and those for training.
 
 `wheel_replacements` are for every command. The others are for training: hooks that let an
 observer follow `pretrain()`, which has no callbacks; an Adam whose checkpoints reload; the queue
-of checkpoint writers; and what encoders on ranks of their own need.
+of checkpoint writers; and what non-colocated encoders need.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The registry of models: `--model-provider` names, and the functions that they stand for."""
+"""Model registry: `--model-provider` names, and the functions that return their configs."""
 
 from __future__ import annotations
 

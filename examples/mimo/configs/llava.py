@@ -1,4 +1,4 @@
-"""LLaVA-1.5-7B for images, videos, and images with audio; and a model of a billion parameters."""
+"""LLaVA-1.5-7B for images, videos, and images with audio; and a one-billion-parameter model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3-8B with SigLIP and Whisper large-v3: the parts one would choose today."""
+"""Qwen3-8B with SigLIP and Whisper large-v3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is: plain values, complete when built, without a GPU or Megatron in sight.
+"""Model configs: dataclasses that describe a whole model, without importing Megatron.
 
 A `MimoConfig` holds a language model and a dict of modalities. A modality is an encoder, a
 projector (see `modalities/base.py` for both) and the placeholder that stands for it in text.
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 # Names that mean something else where modalities are told apart by name: a part of the model,
 # Megatron's word for the text embeddings, and the fields of a data record.
 RESERVED_NAMES = ("language", "text", "key", "conversations")
-
 
 # Metadata of fields that two runs of one model may choose differently: no weight depends on them.
 FREE = {"shapes_weights": False}
@@ -112,7 +111,9 @@ class MimoConfig:
 
     name: str = field(metadata=FREE)
     language: LanguageConfig
-    modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+    modalities: dict[str, ModalityConfig] = field(
+        default_factory=dict
+    )  # encoders run in this order
     chat: ChatTemplate = ChatTemplate()
     prompt: str = field(default="", metadata=FREE)
     add_bos: bool = True

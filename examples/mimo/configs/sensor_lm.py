@@ -1,4 +1,4 @@
-"""A tiny language model that reads sensor series: the worked example of a modality of one's own."""
+"""A tiny language model for sensor series: the worked example of adding a modality."""
 
 from __future__ import annotations
 

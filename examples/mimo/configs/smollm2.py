@@ -1,4 +1,4 @@
-"""SmolLM2 with DINOv2 and Whisper: real weights that Python packages carry, for a CPU."""
+"""SmolLM2 with DINOv2 and Whisper: pretrained weights from Python packages, for a CPU."""
 
 from __future__ import annotations
 

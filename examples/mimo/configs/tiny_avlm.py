@@ -27,20 +27,20 @@ def tiny_avlm() -> MimoConfig:
         language=LanguageConfig(
             num_layers=4,
             hidden_size=128,
-            ffn_hidden_size=352,
+            ffn_hidden_size=352,  # SwiGLU has a third matrix, so 8/3 of the width instead of 4
             num_attention_heads=4,
             num_query_groups=2,
-            vocab_size=512,
+            vocab_size=512,  # room for the tokenizer that the demo trains
             seq_length=128,
         ),
         modalities={
             "images": ModalityConfig(
                 singular="image",
                 placeholder="<image>",
-                token_id=4,
+                token_id=4,  # 0 to 3 are padding, unknown, begin and end of text
                 encoder=VitConfig(
                     image_size=32,
-                    patch_size=8,
+                    patch_size=8,  # 4 x 4 patches, a token each
                     num_layers=2,
                     hidden_size=128,
                     num_attention_heads=4,
@@ -58,12 +58,12 @@ def tiny_avlm() -> MimoConfig:
                 encoder=WhisperConfig(
                     num_mel_bins=40,
                     hop_samples=320,
-                    window_seconds=2.4,
+                    window_seconds=2.4,  # 60 encoder frames
                     num_layers=2,
                     hidden_size=128,
                     num_attention_heads=4,
                     ffn_hidden_size=512,
-                    frames_per_token=3,
+                    frames_per_token=3,  # so 20 tokens a window
                     augment_noise=0.01,
                     augment_shift_seconds=0.2,
                 ),

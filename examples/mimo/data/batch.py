@@ -1,4 +1,4 @@
-"""A batch: collated from samples, and brought to the ranks that need it.
+"""Batches: collated from samples, and broadcast over tensor-parallel ranks.
 
 A `Batch` is flat, so that it travels as it is: plain values that describe it, and tensors by name.
 """
@@ -81,7 +81,7 @@ def collate_packed(samples: Sequence[Sample], multiple: int = 1, sample_multiple
     """All samples in one sequence, padded each to `sample_multiple`, together to `multiple`."""
     lengths = [-(-len(s.tokens.ids) // sample_multiple) * sample_multiple for s in samples]
     ends = list(accumulate(lengths))
-    ends[-1] = -(-ends[-1] // multiple) * multiple
+    ends[-1] = -(-ends[-1] // multiple) * multiple  # the last sample takes the padding
     cu_seqlens = [0, *ends]
     return _collate(samples, cu_seqlens[:-1], (1, ends[-1]), cu_seqlens)
 
@@ -92,7 +92,7 @@ def _collate(
     shape: tuple[int, int],
     cu_seqlens: list[int] | None = None,
 ) -> Batch:
-    """`starts` are the samples' places in the flattened (B, S) = `shape`."""
+    """`starts` are the samples' offsets in the flattened (B, S) = `shape`."""
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, dtype in TEXT.items()}
     media: dict[str, list[torch.Tensor]] = {}
     items: dict[str, list[tuple[str, str]]] = {}
@@ -146,11 +146,11 @@ def broadcast_batch(
     if batch is not None:
         chosen = {n: t for n, t in batch.tensors.items() if n.partition(".")[0] in needs}
         layout = [(name, tensor.shape, tensor.dtype) for name, tensor in chosen.items()]
-        message = [(dataclasses.replace(batch, tensors={}), layout)]
+        message = [(dataclasses.replace(batch, tensors={}), layout)]  # pickled, so small
     if group.size() > 1:
         dist.broadcast_object_list(message, group_src=0, group=group, device=device)
     received, layout = message[0]
-    for dtype in dict.fromkeys(dtype for _, _, dtype in layout):
+    for dtype in dict.fromkeys(dtype for _, _, dtype in layout):  # ordered alike on every rank
         parts = [(name, shape) for name, shape, kind in layout if kind == dtype]
         sizes = [math.prod(shape) for _, shape in parts]
         if batch is not None:

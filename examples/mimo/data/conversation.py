@@ -1,10 +1,9 @@
-"""A conversation with its media becomes a sample: token ids, labels, loss mask, encoder inputs.
+"""Turns conversations with media into samples: token ids, labels, loss mask, encoder inputs.
 
-`SampleEncoder.encode` is the whole way, and the only one: training, evaluation and inference all
-call it. A conversation is laid out as pieces: text that carries loss, text that carries none, and
-the places of media items. Labels come from the pieces; nothing ever searches for an answer in the
-ids. Only the template and the pieces make control tokens and placeholders: what a person typed
-never does.
+`SampleEncoder.encode` is the only path: training, evaluation and inference all call it. A
+conversation is cut into pieces: text with loss, text without, and media items. Labels come from the
+pieces; nothing searches for an answer in the ids. Only the template and the pieces make control
+tokens and placeholders: what a person typed never does.
 """
 
 from __future__ import annotations
@@ -310,7 +309,7 @@ def tokenise(
     successor, so its label is padding without loss.
     """
     placeholder_ids = {modality.token_id for modality in config.modalities.values()}
-    ids = [tokenizer.bos_id] if config.add_bos and tokenizer.bos_id >= 0 else []
+    ids = [tokenizer.bos_id] if config.add_bos and tokenizer.bos_id >= 0 else []  # -1: it has none
     is_target = [0] * len(ids)
     for piece in pieces:
         if isinstance(piece, MediaPiece):
@@ -334,7 +333,7 @@ class FilesInside:
     root: Path
 
     def __call__(self, name: str) -> Path:
-        path = (self.root / name).resolve()
+        path = (self.root / name).resolve()  # a link may lead out of the folder
         if not path.is_relative_to(self.root.resolve()):
             raise ValueError(f"{path} lies outside the data folder {self.root}")
         return path

@@ -74,7 +74,7 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        generator = np.random.default_rng([self.seed, index])
+        generator = np.random.default_rng([self.seed, index])  # augments alike when resumed
         skipped: list[BadSample] = []
         while True:
             line = self.line(index, offset=len(skipped))
@@ -83,6 +83,7 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
                 sample = self.encoder.encode(record, self.find_file, generator, name)
             except ValueError as error:
                 skipped.append(BadSample(str(record.get("key", name)), str(error)))
+                # A file without a good sample must not be read in circles.
                 if len(skipped) > min(self.max_bad_samples, len(self.records) - 1):
                     raise ValueError(
                         f"{error}; with it {len(skipped)} samples of {self.file} in a row could "
@@ -95,7 +96,7 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
         """Where sample `index` stands in the file, or the sample `offset` after it in its epoch."""
         epoch, position = divmod(index, len(self.records))
         if self.shuffle and epoch != self._epoch:
-            order = np.random.default_rng([self.seed, epoch, 1])
+            order = np.random.default_rng([self.seed, epoch, 1])  # 1: no sample's seed
             self._epoch, self._order = epoch, order.permutation(len(self.records))
         return int(self._order[(position + offset) % len(self.records)])
 
@@ -103,8 +104,8 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
 class MockDataset(torch.utils.data.Dataset[Sample]):
     """Random conversations of any size without files.
 
-    A sample holds zero, one or two items of each modality as far as they fit, at random places
-    between random text; the second half of its text carries loss.
+    A sample holds zero, one or two items of each modality as far as they fit, at random positions
+    in random text; the second half of its text carries loss.
     """
 
     def __init__(self, config: MimoConfig, seq_length: int, num_samples: int, seed: int) -> None:
@@ -124,7 +125,7 @@ class MockDataset(torch.utils.data.Dataset[Sample]):
         length = int(numbers.integers(self.seq_length // 2, self.seq_length + 1))
         media: dict[str, list[dict[str, torch.Tensor]]] = {}
         spans: list[list[int]] = []
-        room = length // 2
+        room = length // 2  # for media; the other half is text
         for name, modality in self.config.modalities.items():
             for _ in range(numbers.integers(3)):
                 item = modality.encoder.mock_inputs(noise)

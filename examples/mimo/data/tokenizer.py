@@ -1,4 +1,4 @@
-"""Text to ids and back: a SentencePiece model, or a Hugging Face tokenizer folder."""
+"""Tokenizers: SentencePiece models and Hugging Face tokenizer folders."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SentencePieceTokenizer:
         self.size = self.model.vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; no begin or end token. ValueError for half a character."""
+        """Ids of `text`; no begin or end token. ValueError for an unpaired surrogate."""
         _check_whole(text)
         return self.model.encode(text)
 
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer:
         self.size = len(self.model)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; no begin or end token. ValueError for half a character."""
+        """Ids of `text`; no begin or end token. ValueError for an unpaired surrogate."""
         _check_whole(text)
         return self.model.encode(text, add_special_tokens=False)
 
@@ -74,7 +74,7 @@ class HuggingFaceTokenizer:
 
 
 def _check_whole(text: str) -> None:
-    """JSON can say one half of a surrogate pair, which is no text."""
+    """ValueError for an unpaired surrogate, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -184,7 +184,7 @@ def train_tokenizer(
         reason = " ".join(str(error).rpartition("] ")[2].split())
         raise ValueError(f"no tokenizer of {size} tokens from this text: {reason}") from None
     trained = ModelProto.FromString(model.getvalue())
-    # The trainer numbers symbols from 4 on; merges go by score, so that pieces can change places.
+    # The trainer numbers symbols from 4 on; merges go by score, so that pieces can be reordered.
     pieces = [piece for piece in trained.pieces if piece.piece not in placeholders]
     symbols = {piece.piece: piece for piece in trained.pieces if piece.piece in placeholders}
     for placeholder, token_id in sorted(placeholders.items(), key=lambda item: item[1]):

@@ -1,4 +1,4 @@
-"""Conversation at the terminal; earlier turns and their media stay in the prefix cache."""
+"""Terminal chat: a conversation whose earlier turns and media stay in the prefix cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engine with continuous batching: sequences join when they are requested and leave when done.
+"""Generation engine with continuous batching: sequences join and leave between tokens.
 
 It runs on every tensor- and pipeline-parallel layout. Each stage caches the keys and values of its
 own layers, hidden states travel down the stages, and the last stage broadcasts the tokens. Every

@@ -1,4 +1,4 @@
-"""Turns the engine's tokens into text and answers: whole characters, stop strings, cancelling."""
+"""Scheduler: the engine's tokens become text and answers, with stop strings and cancelling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weight tables of the known Hugging Face families: language, encoders, projectors."""
+"""Weight mappings of the supported Hugging Face families: language models, encoders, projectors."""
 
 from __future__ import annotations
 
@@ -10,55 +10,71 @@ from examples.mimo.hf.weights import (
     GateUp,
     Qkv,
     QkvWithoutKeyBias,
-    Row,
     View,
     Vocabulary,
-    rows,
+    WeightMapping,
+    renamed,
 )
 from examples.mimo.modalities.audio import WhisperConfig
 from examples.mimo.modalities.base import EncoderConfig, MLPProjectorConfig, sinusoids
 from examples.mimo.modalities.image import VitConfig
 
+# Megatron keys, of the language model as of encoders; Llama's names; classes for config.json.
 LANGUAGE_LAYER = "decoder.layers."
+ATTENTION = f"{LANGUAGE_LAYER}self_attention."
+MLP = f"{LANGUAGE_LAYER}mlp."
 LLAMA_LAYER = "model.layers.{i}."
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
-def language_table(language: LanguageConfig, config: Any) -> list[Row]:
-    """The weight table of a language model whose config.json is `config`."""
+def language_mappings(language: LanguageConfig, config: Any) -> list[WeightMapping]:
+    """The weight mappings of a language model whose config.json is `config`."""
     qkv = Qkv(language.num_attention_heads, language.num_query_groups)
     vocabulary = Vocabulary(config.vocab_size, language.vocab_size)
     ours, theirs = f"{LANGUAGE_LAYER}self_attention.", f"{LLAMA_LAYER}self_attn."
     projections = [f"{theirs}{name}_proj" for name in "qkv"]
-    weights = [
-        Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
-        Row(f"{ours}linear_qkv.layer_norm_weight", (f"{LLAMA_LAYER}input_layernorm.weight",)),
-        Row(f"{ours}linear_qkv.weight", tuple(f"{p}.weight" for p in projections), qkv),
-        Row(f"{ours}linear_proj.weight", (f"{theirs}o_proj.weight",)),
-        Row(
+    mappings = [
+        WeightMapping(
+            "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary
+        ),
+        WeightMapping(
+            f"{ours}linear_qkv.layer_norm_weight", (f"{LLAMA_LAYER}input_layernorm.weight",)
+        ),
+        WeightMapping(f"{ours}linear_qkv.weight", tuple(f"{p}.weight" for p in projections), qkv),
+        WeightMapping(f"{ours}linear_proj.weight", (f"{theirs}o_proj.weight",)),
+        WeightMapping(
             f"{LANGUAGE_LAYER}mlp.linear_fc1.layer_norm_weight",
             (f"{LLAMA_LAYER}post_attention_layernorm.weight",),
         ),
-        Row(
+        WeightMapping(
             f"{LANGUAGE_LAYER}mlp.linear_fc1.weight",
             (f"{LLAMA_LAYER}mlp.gate_proj.weight", f"{LLAMA_LAYER}mlp.up_proj.weight"),
             GateUp(),
         ),
-        Row(f"{LANGUAGE_LAYER}mlp.linear_fc2.weight", (f"{LLAMA_LAYER}mlp.down_proj.weight",)),
-        Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+        WeightMapping(
+            f"{LANGUAGE_LAYER}mlp.linear_fc2.weight", (f"{LLAMA_LAYER}mlp.down_proj.weight",)
+        ),
+        WeightMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
     ]
     if language.qkv_bias:
         biases = tuple(f"{p}.bias" for p in projections)
-        weights.append(Row(f"{ours}linear_qkv.bias", biases, qkv))
+        mappings.append(WeightMapping(f"{ours}linear_qkv.bias", biases, qkv))
     if language.qk_norm:
-        weights += [
-            Row(f"{ours}{side}_layernorm.weight", (f"{theirs}{side}_norm.weight",)) for side in "qk"
+        mappings += [
+            WeightMapping(f"{ours}{side}_layernorm.weight", (f"{theirs}{side}_norm.weight",))
+            for side in "qk"
         ]
     if not language.tie_embeddings:
-        weights.append(Row("output_layer.weight", ("lm_head.weight",), vocabulary))
-    return weights
+        mappings.append(WeightMapping("output_layer.weight", ("lm_head.weight",), vocabulary))
+    return mappings
 
 
-def fields(config: Any) -> dict[str, Any]:
+def language_fields(config: Any) -> dict[str, Any]:
     """LanguageConfig's fields from a transformers config."""
     rope = config.rope_parameters
     head_dim = getattr(config, "head_dim", None)
@@ -78,19 +94,19 @@ def fields(config: Any) -> dict[str, Any]:
 
 
 def _rope_scaling(rope: dict[str, Any]) -> float | None:
-    """Llama 3's factor; Megatron computes it with these bounds alone."""
+    """Llama 3's scaling factor; the other values are fixed in Megatron."""
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
-    bounds = [rope.get(k) for k in ("low_freq_factor", "high_freq_factor")]
-    if kind != "llama3" or bounds != [1.0, 4.0]:
+    frequency_factors = [rope.get(k) for k in ("low_freq_factor", "high_freq_factor")]
+    if kind != "llama3" or frequency_factors != [1.0, 4.0]:
         raise ValueError(f"rope_parameters {rope}: rope type 'default' or Llama 3's is needed")
     if rope.get("original_max_position_embeddings") != 8192:
         raise ValueError(f"rope_parameters {rope}: original_max_position_embeddings must be 8192")
     return float(rope["factor"])
 
 
-def config_for(model_type: str) -> Any:
+def language_config(model_type: str) -> Any:
     """A function from our config to a transformers config of `model_type`."""
 
     def write(language: LanguageConfig) -> Any:
@@ -120,80 +136,68 @@ def config_for(model_type: str) -> Any:
     return write
 
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-
-def family(
+def language_family(
     model_type: str, qkv_bias: bool = False, qk_norm: bool = False, **required: Any
 ) -> Family:
-    """The family of one `model_type`."""
+    """The language-model family of a `model_type`; its members differ in biases and norms."""
     return Family(
         name=model_type,
         sections={model_type: "", "llava": "text_config"},
         roots=("", "language_model."),
         anchor="model.embed_tokens.weight",
         required={"hidden_act": "silu", **required},
-        fields=fields,
+        fields=language_fields,
         num_layers=lambda language: language.num_layers,
-        table=language_table,
+        mappings=language_mappings,
         unused=(r".*rotary_emb\.inv_freq", r"lm_head\.weight"),
-        config=config_for(model_type),
+        config=language_config(model_type),
         describes=lambda our: (our.qkv_bias, our.qk_norm) == (qkv_bias, qk_norm),
     )
 
 
 LANGUAGE = (
-    family("llama", attention_bias=False, mlp_bias=False),
-    family("mistral"),
-    family("qwen2", qkv_bias=True, use_sliding_window=False),
-    family("qwen3", qk_norm=True, use_sliding_window=False, attention_bias=False),
+    language_family("llama", attention_bias=False, mlp_bias=False),
+    language_family("mistral"),
+    language_family("qwen2", qkv_bias=True, use_sliding_window=False),
+    language_family("qwen3", qk_norm=True, use_sliding_window=False, attention_bias=False),
 )
 
 
-ATTENTION = "decoder.layers.self_attention."
-MLP = "decoder.layers.mlp."
-
-
-def clip_table(vit: VitConfig, config: Any) -> list[Row]:
+def clip_mappings(vit: VitConfig, config: Any) -> list[WeightMapping]:
     """CLIP: a class token and a norm before the layers."""
     token = View((vit.hidden_size,), (1, 1, vit.hidden_size))
     return [
-        Row("stem.class_token", ("embeddings.class_embedding",), token),
-        Row("stem.positions", ("embeddings.position_embedding.weight",)),
-        *rows("stem.conv1.", "embeddings.patch_embedding.", "weight"),
-        *rows("pre_norm.", "pre_layrnorm.", "weight", "bias"),
+        WeightMapping("stem.class_token", ("embeddings.class_embedding",), token),
+        WeightMapping("stem.positions", ("embeddings.position_embedding.weight",)),
+        *renamed("stem.conv1.", "embeddings.patch_embedding.", "weight"),
+        *renamed("pre_norm.", "pre_layrnorm.", "weight", "bias"),
         *_layers(vit, "encoder.layers.{i}."),
     ]
 
 
-def siglip_table(vit: VitConfig, config: Any) -> list[Row]:
+def siglip_mappings(vit: VitConfig, config: Any) -> list[WeightMapping]:
     """SigLIP: patches alone, a norm behind the layers."""
     return [
-        Row("stem.positions", ("embeddings.position_embedding.weight",)),
-        *rows("stem.conv1.", "embeddings.patch_embedding.", "weight", "bias"),
+        WeightMapping("stem.positions", ("embeddings.position_embedding.weight",)),
+        *renamed("stem.conv1.", "embeddings.patch_embedding.", "weight", "bias"),
         *_layers(vit, "encoder.layers.{i}."),
         *_final_norm(vit, "post_layernorm."),
     ]
 
 
-def dinov2_table(vit: VitConfig, config: Any) -> list[Row]:
-    """DINOv2: a class token, and a learned scale on what each layer adds."""
+def dinov2_mappings(vit: VitConfig, config: Any) -> list[WeightMapping]:
+    """DINOv2: a class token, and LayerScale on the output of each sublayer."""
     positions = (vit.sequence_length, vit.hidden_size)
     layer = "encoder.layer.{i}."
     attention = f"{layer}attention."
     return [
-        Row("stem.class_token", ("embeddings.cls_token",)),
-        Row(
+        WeightMapping("stem.class_token", ("embeddings.cls_token",)),
+        WeightMapping(
             "stem.positions",
             ("embeddings.position_embeddings",),
             View((1, *positions), positions),
         ),
-        *rows("stem.conv1.", "embeddings.patch_embeddings.projection.", "weight", "bias"),
+        *renamed("stem.conv1.", "embeddings.patch_embeddings.projection.", "weight", "bias"),
         *_norms(f"{layer}norm1.", f"{layer}norm2."),
         *_attention(
             vit,
@@ -201,46 +205,46 @@ def dinov2_table(vit: VitConfig, config: Any) -> list[Row]:
             f"{attention}output.dense.",
         ),
         *_mlp(f"{layer}mlp."),
-        Row(f"{ATTENTION}linear_proj.layer_scale", (f"{layer}layer_scale1.lambda1",)),
-        Row(f"{MLP}linear_fc2.layer_scale", (f"{layer}layer_scale2.lambda1",)),
+        WeightMapping(f"{ATTENTION}linear_proj.layer_scale", (f"{layer}layer_scale1.lambda1",)),
+        WeightMapping(f"{MLP}linear_fc2.layer_scale", (f"{layer}layer_scale2.lambda1",)),
         *_final_norm(vit, "layernorm."),
     ]
 
 
-def whisper_table(whisper: WhisperConfig, config: Any) -> list[Row]:
+def whisper_mappings(whisper: WhisperConfig, config: Any) -> list[WeightMapping]:
     """Whisper: two convolutions; its fixed sinusoids are computed, not loaded."""
     layer = "layers.{i}."
     query, key, value = (f"{layer}self_attn.{name}_proj." for name in "qkv")
     heads = whisper.num_attention_heads
     return [
-        *rows("stem.conv1.", "conv1.", "weight", "bias"),
-        *rows("stem.conv2.", "conv2.", "weight", "bias"),
+        *renamed("stem.conv1.", "conv1.", "weight", "bias"),
+        *renamed("stem.conv2.", "conv2.", "weight", "bias"),
         *_norms(f"{layer}self_attn_layer_norm.", f"{layer}final_layer_norm."),
-        Row(
+        WeightMapping(
             f"{ATTENTION}linear_qkv.weight",
             tuple(f"{name}weight" for name in (query, key, value)),
             Qkv(heads, heads),
         ),
-        Row(
+        WeightMapping(
             f"{ATTENTION}linear_qkv.bias",
             (f"{query}bias", f"{value}bias"),
             QkvWithoutKeyBias(heads),
         ),
-        *rows(f"{ATTENTION}linear_proj.", f"{layer}self_attn.out_proj.", "weight", "bias"),
+        *renamed(f"{ATTENTION}linear_proj.", f"{layer}self_attn.out_proj.", "weight", "bias"),
         *_mlp(layer),
-        *rows("decoder.final_layernorm.", "layer_norm.", "weight", "bias"),
+        *renamed("decoder.final_layernorm.", "layer_norm.", "weight", "bias"),
     ]
 
 
-def projector_table(projector: MLPProjectorConfig, config: Any) -> list[Row]:
+def projector_mappings(projector: MLPProjectorConfig, config: Any) -> list[WeightMapping]:
     """The two linear layers between an encoder and the language model, as LLaVA-1.5 names them."""
     return [
-        *rows("encoder.linear_fc1.", "linear_1.", "weight", "bias"),
-        *rows("encoder.linear_fc2.", "linear_2.", "weight", "bias"),
+        *renamed("encoder.linear_fc1.", "linear_1.", "weight", "bias"),
+        *renamed("encoder.linear_fc2.", "linear_2.", "weight", "bias"),
     ]
 
 
-def _layers(vit: VitConfig, layer: str) -> list[Row]:
+def _layers(vit: VitConfig, layer: str) -> list[WeightMapping]:
     attention = f"{layer}self_attn."
     return [
         *_norms(f"{layer}layer_norm1.", f"{layer}layer_norm2."),
@@ -249,33 +253,35 @@ def _layers(vit: VitConfig, layer: str) -> list[Row]:
     ]
 
 
-def _norms(before_attention: str, before_mlp: str) -> list[Row]:
+def _norms(before_attention: str, before_mlp: str) -> list[WeightMapping]:
     return [
-        *rows(f"{ATTENTION}linear_qkv.layer_norm_", before_attention, "weight", "bias"),
-        *rows(f"{MLP}linear_fc1.layer_norm_", before_mlp, "weight", "bias"),
+        *renamed(f"{ATTENTION}linear_qkv.layer_norm_", before_attention, "weight", "bias"),
+        *renamed(f"{MLP}linear_fc1.layer_norm_", before_mlp, "weight", "bias"),
     ]
 
 
-def _attention(encoder: EncoderConfig, inputs: list[str], output: str) -> list[Row]:
+def _attention(encoder: EncoderConfig, inputs: list[str], output: str) -> list[WeightMapping]:
     qkv = Qkv(encoder.num_attention_heads, encoder.num_attention_heads)
     return [
         *(
-            Row(f"{ATTENTION}linear_qkv.{kind}", tuple(f"{name}{kind}" for name in inputs), qkv)
+            WeightMapping(
+                f"{ATTENTION}linear_qkv.{kind}", tuple(f"{name}{kind}" for name in inputs), qkv
+            )
             for kind in ("weight", "bias")
         ),
-        *rows(f"{ATTENTION}linear_proj.", output, "weight", "bias"),
+        *renamed(f"{ATTENTION}linear_proj.", output, "weight", "bias"),
     ]
 
 
-def _mlp(mlp: str) -> list[Row]:
+def _mlp(mlp: str) -> list[WeightMapping]:
     return [
-        *rows(f"{MLP}linear_fc1.", f"{mlp}fc1.", "weight", "bias"),
-        *rows(f"{MLP}linear_fc2.", f"{mlp}fc2.", "weight", "bias"),
+        *renamed(f"{MLP}linear_fc1.", f"{mlp}fc1.", "weight", "bias"),
+        *renamed(f"{MLP}linear_fc2.", f"{mlp}fc2.", "weight", "bias"),
     ]
 
 
-def _final_norm(vit: VitConfig, theirs: str) -> list[Row]:
-    return rows("decoder.final_layernorm.", theirs, "weight", "bias") if vit.final_norm else []
+def _final_norm(vit: VitConfig, theirs: str) -> list[WeightMapping]:
+    return renamed("decoder.final_layernorm.", theirs, "weight", "bias") if vit.final_norm else []
 
 
 def vit_fields(family: str) -> Any:
@@ -361,7 +367,7 @@ VISION = (
         required={"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
         fields=vit_fields("clip"),
         num_layers=lambda vit: vit.built_layers,
-        table=clip_table,
+        mappings=clip_mappings,
         unused=(r"post_layernorm\..*", r"embeddings\.position_ids"),
         config=vit_config("clip_vision_model", "CLIPVisionModel"),
         describes=lambda vit: vit.family == "clip",
@@ -374,7 +380,7 @@ VISION = (
         required={"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
         fields=vit_fields("siglip"),
         num_layers=lambda vit: vit.built_layers,
-        table=siglip_table,
+        mappings=siglip_mappings,
         unused=(r"head\..*", r"embeddings\.position_ids", r"post_layernorm\..*"),
         config=vit_config("siglip_vision_model", "SiglipVisionModel"),
         describes=lambda vit: vit.family == "siglip",
@@ -392,7 +398,7 @@ VISION = (
         },
         fields=vit_fields("dinov2"),
         num_layers=lambda vit: vit.built_layers,
-        table=dinov2_table,
+        mappings=dinov2_mappings,
         unused=(r"embeddings\.mask_token", r"layernorm\..*"),
         config=vit_config("dinov2", "Dinov2Model"),
         describes=lambda vit: vit.family == "dinov2",
@@ -414,7 +420,7 @@ WHISPER = (
         required={"activation_function": "gelu", "scale_embedding": False},
         fields=whisper_fields,
         num_layers=lambda whisper: whisper.num_layers,
-        table=whisper_table,
+        mappings=whisper_mappings,
         unused=(),
         config=whisper_config,
         fixed=lambda whisper: {
@@ -436,7 +442,7 @@ PROJECTOR = (
         },
         fields=lambda config: {},
         num_layers=lambda projector: 0,
-        table=projector_table,
+        mappings=projector_mappings,
         unused=(),
         config=None,
     ),

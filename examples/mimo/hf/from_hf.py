@@ -1,4 +1,4 @@
-"""Hugging Face folders -> one distributed checkpoint that trains and answers at any TP x PP.
+"""Import: Hugging Face folders to one distributed checkpoint, loadable at any TP x PP.
 
 A part without a folder starts with random weights, as Megatron would initialise it.
 """
@@ -34,7 +34,7 @@ from examples.mimo.hf.io import (
     draft_folder,
     write_checkpoint,
 )
-from examples.mimo.hf.weights import Family, Row, families_for, family_of
+from examples.mimo.hf.weights import Family, WeightMapping, families_for, family_of
 from examples.mimo.model.mimo import build_part
 from examples.mimo.model.parts import part_names, part_prefix
 from examples.mimo.training.pretrain import transformer_config
@@ -219,9 +219,12 @@ def _read_family(
     """A chunk for each mapping and layer; every tensor on either side must be accounted for."""
     names = folder.names(family)
     read: set[str] = set()
-    mappings = family.table(part_config, hf_config)
+    mappings = family.mappings(part_config, hf_config)
     mapped = {prefix + mapping.ours for mapping in mappings}
-    assert mapped == set(tensors), (mapped ^ set(tensors), "the family's table is not this model's")
+    assert mapped == set(tensors), (
+        mapped ^ set(tensors),
+        "the family's mappings are not this model's",
+    )
     remainder = _checked_remainder(folder, prefix, tensors)
     chunks = []
     for mapping in mappings:
@@ -284,7 +287,9 @@ def _within(elements: Elements | None, start: int, stop: int) -> Elements | None
     return positions[inside] - start, values[inside]
 
 
-def _join(folder: Folder, names: list[str], mapping: Row, rest: Elements | None) -> torch.Tensor:
+def _join(
+    folder: Folder, names: list[str], mapping: WeightMapping, rest: Elements | None
+) -> torch.Tensor:
     tensor = mapping.layout.join([folder.tensor(name) for name in names])
     if rest is None:
         return tensor

@@ -1,4 +1,4 @@
-"""Reading and writing weights one tensor at a time, so that no model is held in memory whole.
+"""Readers and writers of weights, one tensor at a time: no model is held in memory whole.
 
 `Folder` reads a Hugging Face folder: config.json and safetensors; nothing is unpickled.
 `write_checkpoint` and `CheckpointReader` write and read Megatron's `torch_dist` format.

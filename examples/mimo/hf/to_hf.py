@@ -1,4 +1,4 @@
-"""A distributed checkpoint -> a folder for each part, one tensor at a time.
+"""Export: a distributed checkpoint to one Hugging Face folder per part, a tensor at a time.
 
 transformers loads the parts that have a Hugging Face family, all but projectors. Every other part
 is written under this package's own names; `from-hf` reads both kinds back.
@@ -28,7 +28,7 @@ from examples.mimo.hf.io import (
     CheckpointReader,
     draft_folder,
 )
-from examples.mimo.hf.weights import Family, Row, family_for_export, family_of
+from examples.mimo.hf.weights import Family, WeightMapping, family_for_export, family_of
 from examples.mimo.model.parts import part_names, part_prefix
 
 SHARD_BYTES = 2 * 2**30
@@ -86,7 +86,7 @@ def _write_family(
     hf_config: Any,
 ) -> None:
     remainder: dict[str, torch.Tensor] = {}
-    mappings = family.table(part_config, hf_config)
+    mappings = family.mappings(part_config, hf_config)
     tensors = _split(reader, part_prefix(part), mappings, remainder)
     # Tables that are computed here are stored there.
     fixed = family.fixed(part_config).items()
@@ -109,7 +109,7 @@ def _write_family(
 def _split(
     reader: CheckpointReader,
     prefix: str,
-    mappings: Iterable[Row],
+    mappings: Iterable[WeightMapping],
     remainder: dict[str, torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face's tensors by name; what of ours they do not hold goes into `remainder`.

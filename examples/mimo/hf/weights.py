@@ -1,4 +1,4 @@
-"""Weight tables: which Hugging Face tensor is which of ours, and how each side lays it out."""
+"""Weight mappings between Hugging Face's tensors and Megatron's, with the layout of each."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a table: our checkpoint key, their tensors' names, and the layout between them.
+class WeightMapping:
+    """Our checkpoint key, the names of their tensors, and the layout between them.
 
     Names with `{i}` stand for every layer; our checkpoint keeps all layers under one key.
     """
@@ -132,25 +132,25 @@ class Row:
 
     @property
     def layered(self) -> bool:
-        """Whether this stands for a tensor of every layer."""
+        """Whether this maps a tensor of every layer."""
         return "{i}" in self.theirs[0]
 
 
-def rows(ours: str, theirs: str, *suffixes: str) -> list[Row]:
-    """A row for each suffix of a pair of names: `rows("a.", "b.", "weight", "bias")`."""
-    return [Row(f"{ours}{suffix}", (f"{theirs}{suffix}",)) for suffix in suffixes]
+def renamed(ours: str, theirs: str, *suffixes: str) -> list[WeightMapping]:
+    """Mappings of tensors that differ by name alone: `renamed("a.", "b.", "weight", "bias")`."""
+    return [WeightMapping(f"{ours}{suffix}", (f"{theirs}{suffix}",)) for suffix in suffixes]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of Hugging Face model and its weight table, which is read in both directions.
+    """One kind of Hugging Face model and its weight mappings, which serve both directions.
 
     `sections` maps a config.json's model type to where this family's part of it lies ("" for all
     of it). `roots` are the prefixes its tensors may have, told apart by the tensor `anchor`, and
     `spellings` replace names that versions of transformers write differently. `required` are the
     config values this package computes with; `fields` are those that must equal our config's.
     `unused` names their tensors that have no place here; `fixed` makes those that are computed
-    here, not learned. `config` writes a config.json, for a family that transformers can load.
+    here instead of trained. `config` writes a config.json, for a family that transformers can load.
     `describes` says whether a config of ours can be of this family at all.
     """
 
@@ -161,7 +161,7 @@ class Family:
     required: dict[str, Any]
     fields: Callable[[Any], dict[str, Any]]
     num_layers: Callable[[Any], int]
-    table: Callable[[Any, Any], list[Row]]
+    mappings: Callable[[Any, Any], list[WeightMapping]]
     unused: tuple[str, ...]
     config: Callable[[Any], Any] | None
     describes: Callable[[Any], bool] = lambda config: True

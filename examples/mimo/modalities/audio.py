@@ -1,4 +1,4 @@
-"""Audio: decoding files of unknown origin, and Whisper's encoder (arXiv:2212.04356)."""
+"""Audio modality: log-mel features, and Whisper's encoder (arXiv:2212.04356)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from examples.mimo.modalities.base import EncoderConfig, first_tokens, free_fiel
 from examples.mimo.modalities.files import Source, read_audio, to_wav
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
-
-
-SAMPLE_RATE_HZ = 16_000
-FFT_SAMPLES = 400
+SAMPLE_RATE_HZ = 16_000  # what Whisper was trained on
+FFT_SAMPLES = 400  # 25 ms
 
 
 @dataclass(frozen=True)
@@ -108,10 +106,6 @@ class WhisperConfig(EncoderConfig):
         """A WAV at the sample rate of the encoder."""
         return [("audio/wav", to_wav(raw[: self.max_samples], SAMPLE_RATE_HZ))]
 
-    def blank(self, raw: np.ndarray) -> np.ndarray:
-        """Silence of the same length."""
-        return np.zeros_like(raw)
-
     def preprocess(self, raw: np.ndarray) -> dict[str, torch.Tensor]:
         """`input_features` (N, M, 2F) of N windows, `num_frames` (N,) that hold sound."""
         sound = torch.from_numpy(raw[: self.max_samples].astype(np.float32, copy=False))
@@ -181,7 +175,7 @@ class MelEmbedding(torch.nn.Module):
         self.conv1 = torch.nn.Conv1d(bins, width, kernel_size=3, padding=1)
         self.conv2 = torch.nn.Conv1d(width, width, kernel_size=3, stride=2, padding=1)
         positions = sinusoids(whisper.window_frames, width)
-        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("positions", positions, persistent=False)  # computed, not stored
 
     def forward(self, input_features: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
         """(N, M, 2F) -> (N, F, H); silence behind the sound is embedded too."""
@@ -200,7 +194,7 @@ def _mel_transform(num_mel_bins: int, hop_samples: int) -> Callable[[torch.Tenso
         hop_length=hop_samples,
         n_mels=num_mel_bins,
         f_max=SAMPLE_RATE_HZ / 2,
-        norm="slaney",
+        norm="slaney",  # the filters that Whisper was trained with
         mel_scale="slaney",
     )
 
@@ -210,7 +204,7 @@ def log_mel(sound: torch.Tensor, num_mel_bins: int, hop_samples: int) -> tuple[t
 
     log10 of the mel power, at most 8 below the loudest, scaled by (x + 4) / 4.
     """
-    mel = _mel_transform(num_mel_bins, hop_samples)(sound)[:, :-1]
+    mel = _mel_transform(num_mel_bins, hop_samples)(sound)[:, :-1]  # Whisper drops the last frame
     loud = mel.clamp_(min=1e-10).log10_()
     floor = max(float(loud.max()) - 8.0, -10.0)
     return loud.clamp_(min=floor).add_(4.0).div_(4.0), (floor + 4.0) / 4.0

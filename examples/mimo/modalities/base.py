@@ -1,4 +1,4 @@
-"""The base classes of encoders and projectors: what a new modality must say, and what it may.
+"""Base classes of encoder and projector configs: what a modality must define, and defaults.
 
 A modality is one file with a subclass of `EncoderConfig`. Required are `suffixes`, `max_tokens`,
 `input_size`, `read` and `patches`; everything else has a default that suits a transformer over
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from examples.mimo.modalities.files import Source
+
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
-from examples.mimo.modalities.files import Source
 
 
 def free_field(default: Any, choices: tuple[str, ...] | None = None) -> Any:
@@ -173,7 +174,7 @@ class EncoderConfig(ABC):
 
     @property
     def layer_scale(self) -> bool:
-        """Whether what a layer adds is scaled by a learned factor per feature."""
+        """Whether what a layer adds is scaled by a trained factor per feature."""
         return False
 
     def transformer_fields(self) -> dict[str, Any]:
@@ -277,7 +278,7 @@ class MLPProjectorConfig(ProjectorConfig):
 
         config = encoder_transformer_config(
             transformer_config,
-            num_layers=1,
+            num_layers=1,  # TransformerConfig wants layers and heads; a projector has none
             hidden_size=transformer_config.hidden_size,
             num_attention_heads=transformer_config.num_attention_heads,
             ffn_hidden_size=self.ffn_hidden_size,

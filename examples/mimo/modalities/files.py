@@ -1,4 +1,4 @@
-"""Files of unknown origin: pictures, recordings and bytes out of shards, decoded with care.
+"""Decoding of untrusted files: images, recordings, bytes from shards, JSON lines.
 
 Sizes are checked before memory is taken, formats before they are decoded. Whatever is wrong with a
 file is a ValueError of one line that names it.
@@ -22,6 +22,20 @@ import soundfile
 import torch
 from PIL import Image, ImageOps
 
+# Pillow knows more formats; some of those run programs, and none is common.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 64_000_000
+# Sides; a longer picture becomes huge when its short side is scaled to an encoder's.
+MAX_RATIO = 200
+
+# Only what fits the encoder is read, so a long recording costs no memory. These limit how much that
+# is at a high rate, and the size of the resampling filter: 44,100 to 16,000 Hz takes 441 x 160.
+MAX_SAMPLE_RATE_HZ = 768_000
+MAX_SAMPLES_A_SECOND = 2 * MAX_SAMPLE_RATE_HZ
+MAX_KERNEL = 10_000_000
+
+Colour = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Blob:
@@ -39,7 +53,10 @@ Source = Path | Blob
 
 @contextlib.contextmanager
 def open_source(source: Source, singular: str) -> Iterator[BinaryIO]:
-    """Open `source` for reading; ValueError, one line, when it is missing or empty."""
+    """Open `source` for reading; ValueError, one line, when it is missing or empty.
+
+    `singular` is what the message calls the file, such as `image`.
+    """
     if isinstance(source, Blob):
         if not source.data:
             raise ValueError(f"{source}: the {singular} file is empty")
@@ -59,17 +76,6 @@ def open_source(source: Source, singular: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-MAX_PIXELS = 64_000_000
-
-
-# A longer one becomes a huge picture when its short side is scaled to an encoder's.
-MAX_RATIO = 200
-
-
-# Pillow knows more; some of those formats run programs, and none is common.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-
-
 def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture to RGB: upright as its EXIF says, 16 bits scaled to 8, black behind alpha.
 
@@ -79,10 +85,10 @@ def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with warnings.catch_warnings():
         # The limit below is checked, and named, by this function.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return _open(source, max_pixels)
+        return _open_image(source, max_pixels)
 
 
-def _open(source: Source, max_pixels: int) -> Image.Image:
+def _open_image(source: Source, max_pixels: int) -> Image.Image:
     try:
         with open_source(source, "image") as stream, Image.open(stream, formats=FORMATS) as picture:
             width, height = picture.size
@@ -123,18 +129,6 @@ def _wide_to_rgb(values: np.ndarray) -> Image.Image:
     if values.max(initial=0) > 255:
         values = values / 257.0
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
-
-
-# What fits is read, so a long file costs no memory; the rate and the samples of all channels a
-# second are bounded to bound that, and the numbers of the filter that changes the rate: 44,100 to
-# 16,000 Hz takes 441 times 160.
-MAX_SAMPLE_RATE_HZ = 768_000
-
-
-MAX_SAMPLES_A_SECOND = 2 * MAX_SAMPLE_RATE_HZ
-
-
-MAX_KERNEL = 10_000_000
 
 
 def read_audio(
@@ -199,9 +193,6 @@ def _check_header(
         )
 
 
-Colour = tuple[int, ...]
-
-
 def fit_picture(
     picture: Image.Image, size: tuple[int, int], fit: str, colour: Colour
 ) -> Image.Image:
@@ -249,14 +240,14 @@ def grid_of_tiles(size: tuple[int, int], side: int, max_tiles: int) -> tuple[int
 
 
 def to_png(picture: Image.Image) -> bytes:
-    """The content of a PNG file."""
+    """Encode as a PNG file."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
 
 
 def to_wav(samples: np.ndarray, sample_rate_hz: int) -> bytes:
-    """The content of a WAV file of 16 bits."""
+    """Encode mono samples as a 16-bit WAV file."""
     file = io.BytesIO()
     soundfile.write(file, samples, sample_rate_hz, format="WAV", subtype="PCM_16")
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Images: decoding files of unknown origin, and the vision transformer (arXiv:2010.11929).
+"""Image modality: preprocessing, and the vision transformer (arXiv:2010.11929).
 
 CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343) and DINOv2 (arXiv:2304.07193) differ by the
 entries of `FAMILIES` alone.
@@ -169,7 +169,7 @@ class VitConfig(EncoderConfig):
         x, y = raw.width / 2, raw.height / 2
         upper = (cos, sin, x - cos * (x + dx) - sin * (y + dy))
         lower = (-sin, cos, y + sin * (x + dx) - cos * (y + dy))
-        matrix = (*upper, *lower)
+        matrix = (*upper, *lower)  # from output to input pixels, as Pillow takes it
         return raw.transform(
             raw.size,
             Image.Transform.AFFINE,
@@ -177,6 +177,10 @@ class VitConfig(EncoderConfig):
             Image.Resampling.BILINEAR,
             fillcolor=raw.getpixel((0, 0)),
         )
+
+    def blank(self, raw: Image.Image) -> Image.Image:
+        """A black picture of the same size."""
+        return Image.new("RGB", raw.size)
 
     def describe(self, raw: Image.Image) -> str:
         """Width x height in pixels."""
@@ -190,17 +194,13 @@ class VitConfig(EncoderConfig):
         bytes_ = (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         return [("image/png", to_png(Image.fromarray(picture))) for picture in bytes_]
 
-    def blank(self, raw: Image.Image) -> Image.Image:
-        """A black picture of the same size."""
-        return Image.new("RGB", raw.size)
-
     def preprocess(self, raw: Image.Image) -> dict[str, torch.Tensor]:
         """`pixel_values` (T, 3, image_size, image_size): the fitted picture, then its tiles."""
         family, size = FAMILIES[self.family], self.image_size
         mean_colour = tuple(round(255 * part) for part in family.mean)
         pictures = [fit_picture(raw, (size, size), self.fit, mean_colour)]
         columns, rows = grid_of_tiles(raw.size, size, self.max_tiles)
-        if columns * rows:
+        if columns * rows:  # none where the picture is no larger than the input
             whole = fit_picture(raw, (columns * size, rows * size), "pad", mean_colour)
             corners = [(size * x, size * y) for y in range(rows) for x in range(columns)]
             pictures += [whole.crop((x, y, x + size, y + size)) for x, y in corners]
@@ -267,7 +267,7 @@ class VitConfig(EncoderConfig):
     def select(self, hidden: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """(N, S, H) -> (N * P, k * k * H): squares of k by k patches, row by row."""
         patches = hidden[:, FAMILIES[self.family].class_token :]
-        side = (self.patches_per_side // self.token_side, self.token_side)
+        side = (self.patches_per_side // self.token_side, self.token_side)  # tokens, patches of one
         squares = patches.unflatten(1, (*side, *side)).transpose(2, 3)
         return squares.flatten(3).flatten(0, 2)
 

@@ -1,7 +1,7 @@
-"""The worked example of a modality: a time series of several channels in a .npy file.
+"""Sensor modality, the worked example: a time series of several channels in a .npy file.
 
 Patches of neighbouring steps go through a linear layer and a few transformer layers, all of
-which are the base class's; this file says only what nobody else can know.
+which are the base class's; this file defines only what is particular to the data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Videos: decoding files of unknown origin, and a ViT that sees frame after frame."""
+"""Video modality: decoding, frame sampling, and a ViT over each frame."""
 
 from __future__ import annotations
 

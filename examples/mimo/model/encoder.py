@@ -1,4 +1,4 @@
-"""`TransformerEncoder`: Megatron's transformer layers between a plain torch stem and its tokens."""
+"""`TransformerEncoder`: a plain torch stem, Megatron's transformer layers, token selection."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ class TransformerEncoder(MegatronModule):
         self.pre_norm = (
             Norm(config, config.hidden_size, config.layernorm_epsilon) if encoder.pre_norm else None
         )
+        # Called `decoder` as in Megatron's CLIPViTModel, although its attention is full.
         self.decoder = TransformerBlock(
             config=config,
             spec=block_submodules(
@@ -102,8 +103,7 @@ class TransformerEncoder(MegatronModule):
                 config.num_layers,
                 layer_scale=encoder.layer_scale,
             ),
-            # Megatron norms the output of the stage that "post-processes".
-            post_process=encoder.final_norm,
+            post_layer_norm=encoder.final_norm,
             pg_collection=pg_collection,
         )
         # Last, so that the order in which modules draw random numbers is the modules' order.

@@ -1,8 +1,8 @@
-"""What transformer layers are made of: norms, LayerScale, core attention and layer specs.
+"""Layer specs for Megatron's transformer block, with core attention and LayerScale.
 
 With Transformer Engine its fused layers are used. Without it, on GPUs and CPUs alike, Megatron's
-own parallel linear layers are, with the norms and the attention of this file: Megatron's local
-ones refuse sequence parallelism, packed sequences and context parallelism.
+own parallel linear layers are, with the attention of this file and the norms of norms.py:
+Megatron's local ones refuse sequence parallelism, packed sequences and context parallelism.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.core.utils import divide
 from torch.nn.functional import scaled_dot_product_attention
 
 from examples.mimo.model.norms import Norm
@@ -51,7 +50,7 @@ def device() -> torch.device:
 def with_layer_scale(linear: type) -> type:
     """A row-parallel linear layer class with LayerScale (arXiv:2103.17239).
 
-    Its output, bias included, is scaled by a learned factor per feature.
+    Its output, bias included, is scaled by a trained factor per feature.
     """
 
     class ScaledLinear(linear):  # type: ignore[misc, valid-type]
@@ -93,7 +92,6 @@ class SdpaCoreAttention(MegatronModule):
         self.tp_group = pg_collection.tp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.heads = divide(config.num_attention_heads, pg_collection.tp.size())
 
     def forward(
         self,
@@ -149,7 +147,9 @@ class SdpaCoreAttention(MegatronModule):
         if not self.cp_group:
             yield query, end
             return
-        numbers = chunks_of(self.cp_group.rank(), self.cp_size)
+        numbers = chunks_of(
+            self.cp_group.rank(), self.cp_size
+        )  # an early and a late one, for balance
         for queries, number in zip(query.chunk(2), numbers, strict=True):
             yield queries, start + (number + 1) * len(queries)
 
@@ -162,30 +162,29 @@ class SdpaCoreAttention(MegatronModule):
         causal: bool,
     ) -> torch.Tensor:
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        mask = None if attention_mask is None else ~attention_mask
+        mask = None if attention_mask is None else ~attention_mask  # torch's True shows a key
         if causal and (mask is not None or key.shape[2] != query.shape[2]):
             # torch aligns its own causal mask with the first key, but queries are the last ones.
-            places = torch.arange(key.shape[2], device=query.device)
-            visible = places <= places[-query.shape[2] :, None]
+            positions = torch.arange(key.shape[2], device=query.device)
+            visible = positions <= positions[-query.shape[2] :, None]
             mask = visible if mask is None else mask & visible
             causal = False
-        context = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Under tensor parallelism each rank drops its own heads' weights independently."""
-        fork = self.dropout > 0 and self.training and not self.config.sequence_parallel
+        dropout = self.dropout if self.training else 0.0
+        # As in Megatron's DotProductAttention: each tensor-parallel rank drops weights of its own
+        # heads. Under sequence parallelism the default generators of the ranks differ already.
+        fork = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if fork else nullcontext():
-            return super().__call__(*args, **kwargs)
+            context = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=self.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)
 
 
 def has_transformer_engine() -> bool:
@@ -205,7 +204,7 @@ def block_submodules(
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-        layer.submodules.self_attention.params["attn_mask_type"] = mask
+        layer.submodules.self_attention.params["attn_mask_type"] = mask  # Megatron's spec is causal
         if layer_scale:
             raise ValueError(
                 "an encoder with LayerScale runs on local layers; pass --transformer-impl local"

@@ -1,4 +1,4 @@
-"""`StageMimoModel`: a pipeline stage of encoders, projectors and a language model; its parts.
+"""`StageMimoModel`: one pipeline stage of the encoders, projectors and language model.
 
 The first stage holds the encoders, the projectors and the token embedding, the last one the head;
 every stage has its layers of the language model. A batch comes in through `forward`: `encode` runs
@@ -11,8 +11,9 @@ parallel/context.py), so each rank holds a part of an encoder's gradient.
 - Over context-parallel ranks Megatron's DDP sums it; its group includes them. Before that
   `gather_embeddings` sums the embeddings' gradients, as every rank's loss depends on every item.
 - Over replicas `EncoderReplicas.finalizer` (parallel/replicas.py) sums it, once an iteration.
-- Non-colocated encoders get their embeddings' gradients over a bridge (parallel/bridge.py), summed
-  over the context-parallel ranks by `NonColocatedMimoModel.encode`.
+- Non-colocated encoders get their embeddings' gradients over a bridge (parallel/placement.py),
+  summed over the context-parallel ranks by `NonColocatedMimoModel.encode`. DDP sums the weights'
+  over an encoder's own replicas, `finalize_noncolocated` divides by the tokens of all of them.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.model.encoder import split_over
 from examples.mimo.model.layers import block_submodules, device
+from examples.mimo.model.parts import ENCODER, part_prefix
 from examples.mimo.parallel.context import encode_shares, shard_sequence
 
 if TYPE_CHECKING:
     from examples.mimo.parallel.replicas import EncoderReplicas
-from examples.mimo.model.parts import ENCODER, part_prefix
 
 # Input name -> (N, ...): N inputs of one modality's encoder.
 Inputs = dict[str, torch.Tensor]
@@ -195,9 +196,9 @@ class StageMimoModel(MimoModel):
                 tp_group = self.pg_collection.tp
                 embeddings = scatter_to_sequence_parallel_region(embeddings, group=tp_group)
         return self.language_model(
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,
+            input_ids=None,  # embedded above, with the media
+            position_ids=None,  # rotary positions follow from the sequence
+            attention_mask=None,  # the layer spec is causal
             decoder_input=embeddings,
             labels=labels,
             packed_seq_params=packed_params(cu_seqlens) if cu_seqlens else None,
@@ -252,7 +253,7 @@ class StageMimoModel(MimoModel):
         if inputs and len(next(iter(inputs.values()))):
             return encoder(encoder_inputs={ENCODER: inputs})
         dummy = {key: tensor.to(device()) for key, tensor in self.dummy_inputs[name].items()}
-        return encoder(encoder_inputs={ENCODER: dummy})[:0]
+        return encoder(encoder_inputs={ENCODER: dummy})[:0]  # empty, but in the graph
 
 
 def packed_params(cu_seqlens: list[int]) -> PackedSeqParams:
@@ -281,7 +282,7 @@ def build_mimo_model(
 
     `transformer_config` is Megatron's, of the language model; encoders take from it how to compute.
     """
-    modalities = config.modalities if pre_process else {}
+    modalities = config.modalities if pre_process else {}  # encoders live on the first stage
     encoder_groups = encoder_replicas.layers if encoder_replicas else pg_collection
     encoder_config = split_over(transformer_config, encoder_groups.tp.size())
     mimo_config = MimoModelConfig(

@@ -1,4 +1,4 @@
-"""The parts of a model by name: `images.encoder`, `images.projector`, `language`."""
+"""Names of a model's parts (`images.encoder`, `images.projector`, `language`), and freezing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Context parallelism: which part of a sequence, and which media items, a rank works on.
+"""Context parallelism: sharding of sequences, and of media items, over ranks.
 
 Sequences are cut in the order that Megatron balances: rank r of c holds the chunks r and
 2c - 1 - r of 2c, so that causal attention costs every rank the same (arXiv:2407.21783, section
@@ -16,8 +16,6 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from examples.mimo.parallel.replicas import share_of
-
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
     """The numbers of a rank's two chunks, of 2 * size."""
@@ -27,7 +25,7 @@ def chunks_of(rank: int, size: int) -> tuple[int, int]:
 def shard_sequence(
     whole: torch.Tensor, dim: int, group: dist.ProcessGroup, cu_seqlens: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """This rank's S / c of the S places along `dim`; every sample's length is divisible by 2c."""
+    """This rank's S / c of the S positions along `dim`; sample lengths are divisible by 2c."""
     if group.size() == 1:
         return whole
     parts = []
@@ -49,6 +47,11 @@ def gather_sequence(
         parts += [front for front, _ in halves]
         parts += [back for _, back in reversed(halves)]
     return torch.cat(parts)
+
+
+def share_of(count: int, number: int, shares: int) -> slice:
+    """Run `number` of `count` items in `shares` runs, which differ by one item at most."""
+    return slice(count * number // shares, count * (number + 1) // shares)
 
 
 def encode_shares(

@@ -1,8 +1,8 @@
-"""Encoders on ranks of their own, apart from the language model's.
+"""Non-colocated encoders: on ranks apart from the language model's, with their own TP and DP.
 
 A rank holds one module: an encoder with its projector, or a stage of the language model. Encoders
 run side by side, one pipeline stage ahead of the language model's first. Their embeddings travel
-over bridges (parallel/bridge.py), and the embeddings' gradients travel back.
+over bridges (placement.py), and the embeddings' gradients travel back.
 
 Every rank's parallel state is that of its module, so Megatron's model, optimizer, schedule and
 checkpoint code sees a model of that module alone. What modules share goes over the whole world:

@@ -1,7 +1,12 @@
-"""Which ranks hold which module, and the bridges that carry embeddings between them."""
+"""Placement of modules on ranks, the bridges between modules, and each rank's share of a batch.
+
+An encoder's data-parallel size may differ from the language model's: `join_batches` reads for
+several replicas of the language model, `take_share` a part of what one of them reads.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Sequence
@@ -17,8 +22,14 @@ from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicat
 from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator,
 )
+from torch.nn import functional
+
+from examples.mimo.data.batch import TEXT, Batch
+from examples.mimo.parallel.context import share_of
 
 LANGUAGE = MIMO_LANGUAGE_MODULE_KEY
+# The axes of what travels between the language model's stages: (S, B, H).
+LANGUAGE_AXES = {"s": 0, "b": 1, "h": 2}
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,6 @@ def create_grids(placements: Sequence[Placement]) -> dict[str, HyperCommGrid]:
 def here(placements: Sequence[Placement], rank: int) -> Placement:
     """The module that `rank` holds."""
     return next(placement for placement in placements if rank in placement.ranks)
-
-
-# The axes of what travels between the language model's stages: (S, B, H).
-LANGUAGE_AXES = {"s": 0, "b": 1, "h": 2}
 
 
 class RaggedBridge(BridgeCommunicator):
@@ -106,7 +113,7 @@ class RaggedBridge(BridgeCommunicator):
 
 @functools.cache
 def _subgroup(ranks_list: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
-    """The group of these that this rank is in; bridges to the same ranks share it."""
+    """This rank's group of `ranks_list`; cached, so that bridges to the same ranks share it."""
     return dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_list])[0]
 
 
@@ -116,7 +123,7 @@ def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
 
 
 class Bridges(MultiModulePipelineCommunicator):
-    """Megatron's communicator of several modules, from every encoder to the language model."""
+    """Megatron's multi-module communicator: a bridge from each encoder to the language model."""
 
     def __init__(self, grids: dict[str, HyperCommGrid], config: ModelParallelConfig) -> None:
         encoders = [name for name in grids if name != LANGUAGE]
@@ -144,6 +151,46 @@ class Bridges(MultiModulePipelineCommunicator):
 
 
 def mark_samples(embeddings: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Note how many embeddings each sample has, by which a bridge shares them out."""
+    """Attach each sample's number of embeddings, by which a bridge splits them over ranks."""
     setattr(embeddings, "_mimo_bridge_split_sizes", list(counts))
     return embeddings
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one, in their order; packed sequences are joined end to end."""
+    if len(batches) == 1:
+        return batches[0]
+    packed = batches[0].cu_seqlens is not None
+    lengths = [batch.seq_length for batch in batches]
+    seq_length = sum(lengths) if packed else max(lengths)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(name for batch in batches for name in batch.tensors):
+        parts = [batch.tensors[name] for batch in batches if name in batch.tensors]
+        if name in TEXT and not packed:
+            parts = [functional.pad(part, (0, seq_length - part.shape[1])) for part in parts]
+        tensors[name] = torch.cat(parts, dim=1 if name in TEXT and packed else 0)
+    cu_seqlens = [0]
+    for batch in batches:
+        cu_seqlens += [cu_seqlens[-1] + end for end in (batch.cu_seqlens or [])[1:]]
+    modalities = dict.fromkeys(name for batch in batches for name in batch.items)
+    return Batch(
+        batch_size=1 if packed else sum(batch.batch_size for batch in batches),
+        seq_length=seq_length,
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        keys=[key for batch in batches for key in batch.keys],
+        items={m: [item for b in batches for item in b.items.get(m, [])] for m in modalities},
+        cu_seqlens=cu_seqlens if packed else None,
+        bad_samples=[bad for batch in batches for bad in batch.bad_samples],
+        tensors=tensors,
+    )
+
+
+def take_share(batch: Batch, number: int, shares: int) -> Batch:
+    """The batch with one share of the encoder inputs of each modality."""
+    tensors = {
+        name: tensor if name in TEXT else tensor[share_of(len(tensor), number, shares)]
+        for name, tensor in batch.tensors.items()
+    }
+    # One share counts what was skipped on the way.
+    bad_samples = batch.bad_samples if number == 0 else []
+    return dataclasses.replace(batch, tensors=tensors, bad_samples=bad_samples)

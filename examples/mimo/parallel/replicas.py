@@ -1,8 +1,8 @@
-"""Colocated encoders that are split over fewer ranks than the language model.
+"""Colocated encoders with a smaller TP: data-parallel encoder replicas inside a TP group.
 
 A tensor-parallel group of T ranks then holds T / E data-parallel replicas of an encoder that is
-split over E of them. The replicas share a micro-batch's media out among themselves, so the ranks
-that the encoders do not use for tensor parallelism they use for data parallelism.
+split over E of them. Each replica encodes its share of a micro-batch's media items, so the ranks
+that encoders do not use for tensor parallelism are used for data parallelism.
 
 Megatron's `ColocatedBridgeCommunicator` has the same purpose, for one pipeline stage, no context
 parallelism and as many media tokens in every sample; none of these need hold here.
@@ -11,8 +11,7 @@ parallelism and as many media tokens in every sample; none of these need hold he
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.nn import functional
-
-from examples.mimo.data.batch import TEXT, Batch
 
 
 @dataclass(frozen=True)
@@ -100,48 +96,3 @@ def create_encoder_replicas(
     layers = copy.copy(pg_collection)
     layers.tp = grid.create_pg("tp")
     return EncoderReplicas(layers, grid.create_pg("replicas"))
-
-
-def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one, in their order; packed sequences are joined end to end."""
-    if len(batches) == 1:
-        return batches[0]
-    packed = batches[0].cu_seqlens is not None
-    lengths = [batch.seq_length for batch in batches]
-    seq_length = sum(lengths) if packed else max(lengths)
-    tensors: dict[str, torch.Tensor] = {}
-    for name in dict.fromkeys(name for batch in batches for name in batch.tensors):
-        parts = [batch.tensors[name] for batch in batches if name in batch.tensors]
-        if name in TEXT and not packed:
-            parts = [functional.pad(part, (0, seq_length - part.shape[1])) for part in parts]
-        tensors[name] = torch.cat(parts, dim=1 if name in TEXT and packed else 0)
-    cu_seqlens = [0]
-    for batch in batches:
-        cu_seqlens += [cu_seqlens[-1] + end for end in (batch.cu_seqlens or [])[1:]]
-    modalities = dict.fromkeys(name for batch in batches for name in batch.items)
-    return Batch(
-        batch_size=1 if packed else sum(batch.batch_size for batch in batches),
-        seq_length=seq_length,
-        num_tokens=sum(batch.num_tokens for batch in batches),
-        keys=[key for batch in batches for key in batch.keys],
-        items={m: [item for b in batches for item in b.items.get(m, [])] for m in modalities},
-        cu_seqlens=cu_seqlens if packed else None,
-        bad_samples=[bad for batch in batches for bad in batch.bad_samples],
-        tensors=tensors,
-    )
-
-
-def share_of(count: int, number: int, shares: int) -> slice:
-    """Run `number` of `count` items in `shares` runs, which differ by one item at most."""
-    return slice(count * number // shares, count * (number + 1) // shares)
-
-
-def take_share(batch: Batch, number: int, shares: int) -> Batch:
-    """The batch with one share of the encoder inputs of each modality."""
-    tensors = {
-        name: tensor if name in TEXT else tensor[share_of(len(tensor), number, shares)]
-        for name, tensor in batch.tensors.items()
-    }
-    # One share counts what was skipped on the way.
-    bad_samples = batch.bad_samples if number == 0 else []
-    return dataclasses.replace(batch, tensors=tensors, bad_samples=bad_samples)

@@ -1,4 +1,4 @@
-"""The dry run: what every rank of a run would hold and compute, without allocating weights."""
+"""Dry run: memory and compute of every rank of a run, without allocating weights."""
 
 from __future__ import annotations
 
@@ -55,9 +55,12 @@ from examples.mimo.planner.pipeline import (
     predicted_split,
     workload,
 )
-from examples.mimo.training.layout import RankGroup, RunShape, places, run_shape
+from examples.mimo.training.layout import RankGroup, RunShape, rank_groups, run_shape
 from examples.mimo.training.pretrain import first_batches, transformer_config
 
+MIB = 2**20
+# More micro-batches than this make a drawing that shows nothing.
+DRAWN_ROUNDS = 3
 # Per trained parameter: two moments in fp32.
 ADAM_BYTES = 8
 FP32_COPY_BYTES = 4
@@ -74,16 +77,16 @@ class StageMemory:
     activations: list[int]
 
 
-def place_memory(
+def group_memory(
     config: MimoConfig,
     shape: RunShape,
     transformer_config: TransformerConfig,
-    place: RankGroup,
+    group: RankGroup,
 ) -> StageMemory:
-    """What the first rank of `place` holds, built as the run would build it in a fake world."""
-    with _fake_world(shape, place) as pg_collection, FakeTensorMode():
+    """What the first rank of `group` holds, built as the run would build it in a fake world."""
+    with _fake_world(shape, group) as pg_collection, FakeTensorMode():
         build = _build_noncolocated if shape.placements else _build_colocated
-        chunks = build(config, shape, transformer_config, pg_collection, place.stage)
+        chunks = build(config, shape, transformer_config, pg_collection, group.stage)
         for chunk in chunks:
             _prepare_as_trained(chunk, shape)
         parameters = [p for chunk in chunks for p in chunk.parameters()]
@@ -102,13 +105,13 @@ def place_memory(
 
 
 @contextlib.contextmanager
-def _fake_world(shape: RunShape, place: RankGroup) -> Iterator[ProcessGroupCollection]:
+def _fake_world(shape: RunShape, group: RankGroup) -> Iterator[ProcessGroupCollection]:
     dist.init_process_group(
-        "fake", rank=place.ranks[0], world_size=shape.world_size, store=FakeStore()
+        "fake", rank=group.ranks[0], world_size=shape.world_size, store=FakeStore()
     )
     placed = shape.placements
     if placed:
-        initialize_module_parallel(here(placed, place.ranks[0]), create_gloo_process_groups=False)
+        initialize_module_parallel(here(placed, group.ranks[0]), create_gloo_process_groups=False)
     else:
         mpu.initialize_model_parallel(
             shape.tp,
@@ -277,11 +280,6 @@ def _kept_by(module: torch.nn.Module, *inputs: Any, **named: Any) -> int:
     return kept
 
 
-MIB = 2**20
-# More micro-batches than this make a drawing that shows nothing.
-DRAWN_ROUNDS = 3
-
-
 def plan(argv: Sequence[str]) -> str:
     """The report on the run that `argv` describes; ValueError says why it could not run."""
     processes = own_flags(argv).dry_run
@@ -297,8 +295,8 @@ def plan(argv: Sequence[str]) -> str:
     args.perform_initialization = False
     shape = run_shape(args)
     memory = {
-        place: place_memory(config, shape, transformer_config(args), place)
-        for place in places(args)
+        group: group_memory(config, shape, transformer_config(args), group)
+        for group in rank_groups(args)
     }
     work = workload(config, first_batches(args, config, COUNTED_SAMPLES))
     split = predicted_split(config, shape, transformer_config(args), work)
@@ -334,22 +332,22 @@ def _data(source: str, shape: RunShape, work: Workload) -> str:
 
 def _memory_table(memory: Mapping[RankGroup, StageMemory], split: Split) -> list[str]:
     lines = [["held by", "ranks", "parameters", "gradients", "optimizer", "activations", "total"]]
-    for place, held in memory.items():
+    for group, held in memory.items():
         # All non-colocated encoders together are the timeline's first rank.
-        rank = place.stage + (bool(split.cost.ahead) and place.label not in split.cost.ahead)
+        rank = group.stage + (bool(split.cost.ahead) and group.label not in split.cost.ahead)
         kept = sum(
             activations * split.timeline.in_flight(rank, number * split.num_stages + rank)
             for number, activations in enumerate(held.activations)
         )
         counts = [held.parameters, held.gradients, held.optimizer, kept]
         numbers = [f"{count / MIB:,.1f}" for count in [*counts, sum(counts)]]
-        lines.append([place.label, span(place.ranks), *numbers])
+        lines.append([group.label, span(group.ranks), *numbers])
     return aligned(lines)
 
 
 def _compute(split: Split, held_by: Iterable[RankGroup]) -> list[str]:
     """Floating-point operations of an iteration, and how they fall on the ranks."""
-    cost, ranks = split.cost, {place.label: len(place.ranks) for place in held_by}
+    cost, ranks = split.cost, {group.label: len(group.ranks) for group in held_by}
     ranks_per_stage = ranks[list(ranks)[-1]]
     parts = {
         "encoders and projectors": cost.first.both * ranks_per_stage

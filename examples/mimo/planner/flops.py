@@ -1,4 +1,4 @@
-"""Count floating-point operations from sizes, and what of a micro-batch falls on which rank.
+"""FLOPs of each part of a model, and the cost of a micro-batch on each rank.
 
 A multiply-add is two operations. Matrix products only, and attention over all pairs of positions
 whether masked or not: the convention of PaLM's model FLOP utilisation (arXiv:2204.02311,

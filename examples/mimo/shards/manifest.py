@@ -1,4 +1,4 @@
-"""What data there is: manifests of samples, and mixtures of shard folders."""
+"""Manifests of samples, records inside shards, and mixtures of shard folders."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import BadSample, FindFile, Sample, SampleEncoder
 from examples.mimo.modalities.files import Blob
-from examples.mimo.parallel.replicas import join_batches
+from examples.mimo.parallel.placement import join_batches
 from examples.mimo.shards.manifest import Part, error_reason, read_mixture, read_record
 
 # So many neighbours in a shard follow one another before another position is drawn: reading from

@@ -1,4 +1,4 @@
-"""Batches from shards for a training run, and how a checkpoint resumes them.
+"""Training batches from shards, and how checkpoints save and restore their position.
 
 Every data-parallel rank saves the state of its loader with each checkpoint, as plain values: a
 pickle can make an instance of any class, and `torch.load(weights_only=True)` reads numbers, text,

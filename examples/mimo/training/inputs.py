@@ -1,4 +1,4 @@
-"""What a training run starts from and reads: checkpoint, fresh parts, tokenizer, shards."""
+"""Inputs of a training run: starting checkpoint, fresh parts, tokenizer, shards."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_st
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import holds_tokenizer
 from examples.mimo.parallel.placement import LANGUAGE
-from examples.mimo.training.layout import (
-    cp_multiple,
-    module_of_rank,
-)
+from examples.mimo.training.layout import cp_multiple, module_of_rank
+
+# The package that reads shards needs energon; the example names it nowhere else.
+SHARDS = "examples.mimo.shards.resume"
 
 
 def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
@@ -44,12 +44,8 @@ def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
             args.no_load_rng = True
 
 
-# The room that reads shards; it needs energon, and the example names it nowhere else.
-SHARDS = "examples.mimo.shards.resume"
-
-
 def from_shards(args: argparse.Namespace, function: str) -> Any:
-    """A function or class of the room that reads shards."""
+    """A function or class of the package that reads shards."""
     try:
         return getattr(importlib.import_module(SHARDS), function)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How a run is laid out over ranks, from its arguments: stages, replicas, non-colocated encoders.
+"""Parallel layout of a run, from its arguments: stages, replicas, non-colocated encoders.
 
 `RunShape` holds the same as plain values, for code that does not know Megatron's arguments.
 """
@@ -19,8 +19,7 @@ from megatron.core import mpu
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import Sample
 from examples.mimo.parallel import noncolocated
-from examples.mimo.parallel.placement import LANGUAGE, Placement, here
-from examples.mimo.parallel.replicas import take_share
+from examples.mimo.parallel.placement import LANGUAGE, Placement, here, take_share
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def padding_multiple(args: argparse.Namespace) -> int:
     return args.tensor_model_parallel_size * cp_multiple(args)
 
 
-def places(args: argparse.Namespace) -> list[RankGroup]:
+def rank_groups(args: argparse.Namespace) -> list[RankGroup]:
     """The groups of ranks that hold different parts, in the order of the model."""
     stages = args.pipeline_model_parallel_size
     placed = placements(args)

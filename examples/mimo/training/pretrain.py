@@ -1,4 +1,4 @@
-"""What `pretrain()` asks for: a model, batches, a forward step and its loss.
+"""Model provider, data provider, forward step and loss for Megatron's `pretrain()`.
 
 `model_provider` and `data_provider` are called once; `forward_step` once a micro-batch, by
 Megatron's schedules.
@@ -52,6 +52,20 @@ from examples.mimo.training.layout import (
 )
 
 Collate = Callable[[Sequence[Sample]], Batch]
+# Training and validation samples.
+Datasets = tuple[Dataset, Dataset | None]
+# What Megatron expects of a loss function: a sum, the number of tokens in it, and what to log.
+Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+class Observer(Protocol):
+    """What a run is told of a step; the commands' observer shows it to a person."""
+
+    def enter(self, phase: str) -> None:
+        """From here on this rank does this; `{iteration}` stands for the iteration."""
+
+    def add_batch(self, batch: Batch, wait_seconds: float) -> None:
+        """A micro-batch of training, and how long this rank waited for it."""
 
 
 def transformer_config(args: argparse.Namespace) -> Any:
@@ -92,6 +106,8 @@ def model_provider(
             mimo_config, config, pg_collection, placements(args), grids, pre_process, post_process
         )
     else:
+        # Without replicas the schedule calls Megatron's `finalize_model_grads`; model/mimo.py says
+        # which gradients of encoders each of the three sums.
         replicas = _encoder_replicas(colocated_encoder_tp(args))
         if replicas:
             config.finalize_model_grads_func = replicas.finalizer()
@@ -114,8 +130,8 @@ def data_provider(
     `bad_samples` is the run's count, which checkpoints of shards save and restore.
     """
     args = get_args()
-    collate_train = _collate(args)
-    collate_valid = functools.partial(collate, multiple=padding_multiple(args))
+    collate_train = collate_function(args)
+    collate_valid = functools.partial(collate, multiple=padding_multiple(args))  # not packed
     if is_sharded(args):
         shard_iterators = from_shards(args, "shard_iterators")
         encoder = sample_encoder(args, config)
@@ -131,9 +147,6 @@ def data_provider(
         return train_iterator, None, None
     consumed, size = args.consumed_valid_samples, args.eval_micro_batch_size
     return train_iterator, _batches(valid, consumed, size, args.num_workers, collate_valid), None
-
-
-Datasets = tuple[Dataset, Dataset | None]
 
 
 def mock_datasets(
@@ -173,6 +186,11 @@ DATASETS: dict[str, Any] = {
 }
 
 
+def is_sharded(args: argparse.Namespace) -> bool:
+    """Whether samples come out of shards, which megatron-energon reads."""
+    return DATASETS[args.dataset_provider] == SHARDS
+
+
 def sample_encoder(args: argparse.Namespace, config: MimoConfig) -> SampleEncoder:
     """What encodes samples of `--data-path`; ValueError without the folder or a tokenizer."""
     if not args.data_path:
@@ -203,7 +221,7 @@ def _batches(
     sampler = MegatronPretrainingSampler(
         total_samples=len(dataset),  # type: ignore[arg-type]
         consumed_samples=consumed,
-        micro_batch_size=micro_batch_size * served,
+        micro_batch_size=micro_batch_size * served,  # an encoder replica may serve several
         data_parallel_rank=share.replicas.start // served,
         data_parallel_size=get_args().data_parallel_size // served,
     )
@@ -217,7 +235,8 @@ def _batches(
     return iter(loader)
 
 
-def _collate(args: argparse.Namespace) -> Collate:
+def collate_function(args: argparse.Namespace) -> Collate:
+    """What makes a training batch of samples: padded sequences, or one that packs them all."""
     if not args.pack_sequences:
         return functools.partial(collate, multiple=padding_multiple(args))
     # Sequences that are filled from a buffer all have one length.
@@ -225,17 +244,27 @@ def _collate(args: argparse.Namespace) -> Collate:
     return functools.partial(collate_packed, multiple=multiple, sample_multiple=cp_multiple(args))
 
 
-Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+def check_data(args: argparse.Namespace, config: MimoConfig) -> None:
+    """ValueError for data that is not there, before anything is built."""
+    if not is_sharded(args):
+        DATASETS[args.dataset_provider](args, config, 1, 1)
+        return
+    read_mixture = from_shards(args, "read_mixture")
+    sample_encoder(args, config)
+    for split in (args.train_split, args.valid_split)[: 2 if args.eval_iters else 1]:
+        read_mixture(Path(args.data_path[0]), split)
 
 
-class Observer(Protocol):
-    """What a run is told of a step; the commands' observer shows it to a person."""
-
-    def enter(self, phase: str) -> None:
-        """From here on this rank does this; `{iteration}` stands for the iteration."""
-
-    def add_batch(self, batch: Batch, wait_seconds: float) -> None:
-        """A micro-batch of training, and how long this rank waited for it."""
+def first_batches(args: argparse.Namespace, config: MimoConfig, num_samples: int) -> list[Batch]:
+    """The first samples of the training data in micro-batches, without a process group."""
+    size = args.micro_batch_size
+    if is_sharded(args):
+        read_first, encoder = from_shards(args, "first_shard_batches"), sample_encoder(args, config)
+        options = shard_options(args, range(1))
+        return read_first(options, encoder, collate_function(args), max(1, num_samples // size))
+    dataset, _ = DATASETS[args.dataset_provider](args, config, num_samples, 0)
+    starts = range(0, max(size, num_samples - size + 1), size)
+    return [collate_function(args)([dataset[start + i] for i in range(size)]) for start in starts]
 
 
 def forward_step(
@@ -253,7 +282,7 @@ def forward_step(
     try:
         output = model(
             input_ids=batch.input_ids,
-            labels=batch.labels if model.training else None,
+            labels=batch.labels if model.training else None,  # without labels it returns logits
             modality_inputs=batch.modality_inputs,
             cu_seqlens=batch.cu_seqlens,
         )
@@ -295,7 +324,8 @@ def training_loss(batch: Batch, losses: torch.Tensor) -> Reduced:
     assert batch.loss_mask is not None
     mask = batch.loss_mask
     total = (losses.float() * mask).sum()
-    if not torch.isfinite(total):
+    # As pretrain_gpt.py does through `rerun_state_machine`, which cannot name the samples.
+    if get_args().check_for_nan_in_loss_and_grad and not torch.isfinite(total):
         raise ValueError(
             f"the loss of iteration {get_args().curr_iteration + 1} is {total.item()}; its "
             f"samples are {', '.join(batch.keys)}; lower --lr or look at these samples"
@@ -327,31 +357,3 @@ def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -
         "exact match": torch.stack([is_right.sum(), (num_targets > 0).sum()]).float(),
     }
     return total, count.int(), report
-
-
-def is_sharded(args: argparse.Namespace) -> bool:
-    """Whether samples come out of shards, which megatron-energon reads."""
-    return DATASETS[args.dataset_provider] == SHARDS
-
-
-def check_data(args: argparse.Namespace, config: MimoConfig) -> None:
-    """ValueError for data that is not there, before anything is built."""
-    if not is_sharded(args):
-        DATASETS[args.dataset_provider](args, config, 1, 1)
-        return
-    read_mixture = from_shards(args, "read_mixture")
-    sample_encoder(args, config)
-    for split in (args.train_split, args.valid_split)[: 2 if args.eval_iters else 1]:
-        read_mixture(Path(args.data_path[0]), split)
-
-
-def first_batches(args: argparse.Namespace, config: MimoConfig, num_samples: int) -> list[Batch]:
-    """The first samples of the training data in micro-batches, without a process group."""
-    size = args.micro_batch_size
-    if is_sharded(args):
-        read_first, encoder = from_shards(args, "first_shard_batches"), sample_encoder(args, config)
-        options = shard_options(args, range(1))
-        return read_first(options, encoder, _collate(args), max(1, num_samples // size))
-    dataset, _ = DATASETS[args.dataset_provider](args, config, num_samples, 0)
-    starts = range(0, max(size, num_samples - size + 1), size)
-    return [_collate(args)([dataset[start + i] for i in range(size)]) for start in starts]
