@@ -79,7 +79,7 @@ def main():
     table = [entry for entries in compat.replacements().values() for entry in entries]
     listed = {entry.name for entry in table}
     import examples.mimo.cli.observer
-    import examples.mimo.training.step  # noqa: F401
+    import examples.mimo.training.pretrain  # noqa: F401
 
     for module in their_modules():
         # Modules of settings refuse attributes of other names.
