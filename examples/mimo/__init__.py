@@ -1,4 +1,4 @@
-"""A language model that sees and hears, from Megatron-Core's parallel blocks.
+"""A language model that sees pictures and hears sound, from Megatron-Core's parallel blocks.
 
 The example is these files, in reading order:
 
@@ -29,4 +29,26 @@ Around it:
     serving/      HTTP server with OpenAI's chat completions
     compat/       everything that is replaced in torch and Megatron, in one table
     evaluate.py  convert.py  prepare_data.py  serve.py
+
+`from examples.mimo import Mimo` is the Python interface. Importing it replaces nothing; on a
+machine without CUDA `Mimo.load` replaces what Megatron needs of torch.cuda, for the whole process
+(`Tensor.cuda`, streams, random state ...); `python -m examples.mimo.compat` lists it all.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from examples.mimo.generation.api import Mimo
+
+__all__ = ["Mimo"]
+
+
+def __getattr__(name: str) -> object:
+    """Import `Mimo` when it is first used: it loads torch, which a `--help` does not need."""
+    if name != "Mimo":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from examples.mimo.generation import Mimo
+
+    return Mimo

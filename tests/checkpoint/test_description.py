@@ -1,6 +1,7 @@
 """`mimo.json`: what travels with the weights, and which runs share a model."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -36,6 +37,32 @@ def test_a_config_travels_whole(name, tmp_path):
     (tmp_path / "release").mkdir()
     (tmp_path / "release/.metadata").touch()
     assert open_checkpoint(tmp_path).config == config
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("os:getcwd", "os defines no function `def getcwd() -> MimoConfig:`, and nothing else"),
+        ("shutil:disk_usage", "shutil defines no function `def disk_usage() -> MimoConfig:`"),
+        ("builtins:breakpoint", "builtins defines no function `def breakpoint() -> MimoConfig:`"),
+        ("my_absent_models:mine", "importing my_absent_models failed: ModuleNotFoundError"),
+        ("gpt", "names the model 'gpt', which this package does not have; use the version that"),
+        (None, "names the model None, which this package does not have"),
+    ],
+)
+def test_a_checkpoint_cannot_call_what_builds_no_model(folder, name, message):
+    description = json.loads((folder / FILE_NAME).read_text())
+    description["config"]["name"] = name
+    (folder / FILE_NAME).write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"^--ckpt .*mimo.json names the model") as error:
+        open_checkpoint(folder)
+    assert message in str(error.value)
+    assert "--model-provider" not in str(error.value)
+    assert "\n" not in str(error.value)
+    if ":" in str(name):
+        assert str(error.value).endswith(
+            "start in the folder that holds the module, or put that folder on PYTHONPATH"
+        )
 
 
 @pytest.mark.parametrize(

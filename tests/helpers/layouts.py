@@ -225,9 +225,10 @@ def train(layout: Layout, *flags: str, script: str = "examples/mimo/train.py") -
         done.check_returncode()
 
 
-def start_checkpoint(folder: Path) -> Path:
+def start_checkpoint(folder: Path, shared: tuple[str, ...] = ()) -> Path:
     """Two iterations on one process: weights that are not at a special point."""
-    train(ONE, "--train-iters", "2", "--save", str(folder), "--save-interval", "2")
+    alone = replace(ONE, shared=shared)
+    train(alone, "--train-iters", "2", "--save", str(folder), "--save-interval", "2")
     return folder
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.configs.sensor_lm import sensor_lm
 from examples.mimo.modalities.base import ProjectorConfig
 
@@ -18,7 +19,7 @@ class LinearProjectorConfig(ProjectorConfig):
         return 2 * input_size * output_size
 
 
-def linear_sensor_lm():
+def linear_sensor_lm() -> MimoConfig:
     config = sensor_lm()
     sensors = dataclasses.replace(config.modalities["sensors"], projector=LinearProjectorConfig())
     return dataclasses.replace(config, modalities={"sensors": sensors})

@@ -7,6 +7,7 @@ import pytest
 
 from examples.mimo import configs
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+from examples.mimo.configs.schema import MimoConfig
 
 
 def changed(config, name="images", **fields):
@@ -42,14 +43,14 @@ def test_a_modality_has_a_name_of_its_own(tiny, name):
 
 def test_a_config_with_another_name_than_its_entry_is_refused(monkeypatch):
     monkeypatch.setitem(MODEL_PROVIDERS, "llava_vlm", "examples.mimo.configs.qwen3")
-    with pytest.raises(ValueError, match="has no function llava_vlm"):
+    with pytest.raises(ValueError, match="defines no function `def llava_vlm"):
         get_model_config("llava_vlm")
     monkeypatch.setitem(MODEL_PROVIDERS, "tiny", __name__)
     with pytest.raises(ValueError, match="tiny: this config calls itself 'tiny_avlm'"):
         get_model_config("tiny")
 
 
-def tiny():
+def tiny() -> MimoConfig:
     return get_model_config("tiny_avlm")
 
 
@@ -66,21 +67,40 @@ def folder(tmp_path, monkeypatch):
 
 MODEL = """
 import dataclasses
+import os
+from examples.mimo.configs import schema
+from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.configs.tiny_avlm import tiny_avlm
 
-def mine():
+def mine() -> MimoConfig:
+    return tiny_avlm()
+
+def quoted() -> "schema.MimoConfig":
     return tiny_avlm()
 
 number = 3
+borrowed = os.getcwd
 
-def wrong():
+def unannotated():
+    return tiny_avlm()
+
+def other() -> int:
     return 3
 
-def broken():
+def wrong() -> MimoConfig:
+    return 3
+
+def broken() -> MimoConfig:
     return dataclasses.replace(tiny_avlm(), nonsense=1)
 
-def refused():
+def refused() -> MimoConfig:
     raise ValueError("first line\\nsecond line")
+
+class Callable:
+    def __call__(self) -> MimoConfig:
+        raise SystemExit("called")
+
+instance = Callable()
 """
 
 
@@ -91,13 +111,14 @@ def test_a_function_in_the_current_directory_is_a_model(folder):
     config = get_model_config("my_models.tiny:mine")
     # The name leads back to the function, whatever the config called itself.
     assert config == dataclasses.replace(get_model_config("tiny_avlm"), name="my_models.tiny:mine")
+    assert get_model_config("my_models.tiny:quoted").modalities == config.modalities
     assert sys.path == path
 
 
 def test_installed_modules_come_before_the_current_directory(folder):
     (folder / "colorsys.py").write_text("raise SystemExit('this was not asked for')")
     sys.modules.pop("colorsys", None)
-    with pytest.raises(ValueError, match="colorsys has no function mine"):
+    with pytest.raises(ValueError, match="colorsys defines no function `def mine"):
         get_model_config("colorsys:mine")
 
 
@@ -111,8 +132,18 @@ def test_installed_modules_come_before_the_current_directory(folder):
         ("my_tiny:", "or write package.module:function"),
         ("my_nothing:mine", "importing my_nothing failed: ModuleNotFoundError"),
         ("my_syntax:mine", "importing my_syntax failed: SyntaxError"),
-        ("my_tiny:yours", "my_tiny has no function yours"),
-        ("my_tiny:number", "my_tiny has no function number"),
+        ("my_tiny:yours", r"my_tiny defines no function `def yours\(\) -> MimoConfig:`"),
+        ("my_tiny:number", "my_tiny defines no function `def number"),
+        ("my_tiny:borrowed", "my_tiny defines no function `def borrowed"),
+        ("my_tiny:unannotated", "my_tiny defines no function `def unannotated"),
+        ("my_tiny:other", "my_tiny defines no function `def other"),
+        ("my_tiny:instance", "my_tiny defines no function `def instance"),
+        ("my_tiny:Callable", "my_tiny defines no function `def Callable"),
+        # Where it is written, not where it is imported.
+        ("my_tiny:tiny_avlm", "my_tiny defines no function `def tiny_avlm"),
+        ("os:getcwd", "os defines no function `def getcwd.*nothing else is called"),
+        ("shutil:disk_usage", "shutil defines no function `def disk_usage"),
+        ("builtins:breakpoint", "builtins defines no function `def breakpoint"),
         ("my_tiny:wrong", r"wrong\(\) returned a int, no MimoConfig"),
         ("my_tiny:broken", r"broken\(\) failed: TypeError: .*nonsense"),
         ("my_tiny:refused", r"refused\(\) failed: first line$"),

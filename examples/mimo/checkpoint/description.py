@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.mimo.configs import get_model_config
+from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import copy_tokenizer
 
@@ -85,8 +85,26 @@ def open_checkpoint(folder: Path, flag: str = "--ckpt") -> Checkpoint:
         raise ValueError(
             f"{flag} {folder}: {FILE_NAME} has format {saved_format}, this package reads {FORMAT}"
         )
-    config = overlay(get_model_config(name), saved["config"], FILE_NAME)
+    config = overlay(_config_named(name, f"{flag} {folder}"), saved["config"], FILE_NAME)
     return Checkpoint(folder, latest_weights(folder, flag), config, saved.get("sources", {}))
+
+
+def _config_named(name: Any, where: str) -> MimoConfig:
+    """The config that a description's sizes are laid over; ValueError says how to get at it."""
+    where = f"{where}: {FILE_NAME} names the model"
+    if not isinstance(name, str) or (name not in MODEL_PROVIDERS and ":" not in name):
+        raise ValueError(
+            f"{where} {name!r}, which this package does not have; use the version that wrote it"
+        )
+    try:
+        return get_model_config(name, where)
+    except ValueError as error:
+        if name in MODEL_PROVIDERS:
+            raise
+        raise ValueError(
+            f"{error}; a model of one's own comes with its code: start in the folder that holds "
+            "the module, or put that folder on PYTHONPATH"
+        ) from error
 
 
 def check_same_model(

@@ -171,6 +171,19 @@ def language_transformer_config(
     return config
 
 
+def sharding_metadata() -> dict[str, Any]:
+    """How a model's weights are named and split in a checkpoint, as Megatron's training saves them.
+
+    Of `_build_sharded_state_dict_metadata` in megatron/training/checkpointing.py, what is not
+    about the optimizer.
+    """
+    return {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
 def load_weights(
     model: StageMimoModel, checkpoint: Checkpoint, fresh_parts: Collection[str] = ()
 ) -> None:
@@ -179,12 +192,7 @@ def load_weights(
     `fresh_parts`, such as `sensors.encoder`, keep the weights they have and may be absent.
     """
     prefixes = tuple(part_prefix(part) for part in fresh_parts)
-    metadata = {
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    expected = model.sharded_state_dict(metadata=metadata)
+    expected = model.sharded_state_dict(metadata=sharding_metadata())
     expected = {key: value for key, value in expected.items() if not key.startswith(prefixes)}
     try:
         # Megatron calls missing what the checkpoint has and the model does not ask for.

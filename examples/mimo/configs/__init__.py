@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from dataclasses import replace
@@ -23,14 +24,16 @@ MODEL_PROVIDERS = {
 }
 
 
-def get_model_config(name: str) -> MimoConfig:
+def get_model_config(name: str, flag: str = "--model-provider") -> MimoConfig:
     """The config of an entry of the registry, or what `package.module:function` returns.
 
     The module is found as Python finds it, and then in the current directory. Whatever goes wrong
-    is a ValueError of one line. A config from a function of one's own is named by its path, so
-    that a checkpoint knows where it came from.
+    is a ValueError of one line that begins with `flag` and `name`. A config from a function of
+    one's own is named by its path, so that a checkpoint knows where it came from. Checkpoints come
+    from elsewhere: of what a name can lead to, only functions that say that they return a
+    `MimoConfig` are called.
     """
-    flag = f"--model-provider {name}"
+    flag = f"{flag} {name}"
     if name in MODEL_PROVIDERS:
         config = _call(flag, MODEL_PROVIDERS[name], name)
         if config.name != name:
@@ -60,10 +63,20 @@ def _call(flag: str, module_name: str, function: str) -> Any:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ValueError(f"{flag}: importing {module_name} failed: {_one_line(error)}") from error
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"{flag}: {module_name} has no function {function}")
+    builder = getattr(module, function, None)
+    # Annotations are strings under `from __future__ import annotations`.
+    returns = getattr(builder, "__annotations__", {}).get("return")
+    returns_config = returns is MimoConfig or (
+        isinstance(returns, str) and returns.rpartition(".")[2] == MimoConfig.__name__
+    )
+    is_own = inspect.isfunction(builder) and builder.__module__ == module_name
+    if not (is_own and returns_config):
+        raise ValueError(
+            f"{flag}: {module_name} defines no function `def {function}() -> MimoConfig:`, and "
+            "nothing else is called"
+        )
     try:
-        config = getattr(module, function)()
+        config = builder()
     except Exception as error:
         raise ValueError(f"{flag}: {function}() failed: {_one_line(error)}") from error
     if not isinstance(config, MimoConfig):

@@ -20,10 +20,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.utils import sharded_state_dict_default
-from megatron.training.checkpointing import _build_sharded_state_dict_metadata
 
 from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_description
-from examples.mimo.cli.arguments import parse_with_preset
+from examples.mimo.checkpoint.loading import language_transformer_config, sharding_metadata
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.hf.io import (
     CONFIG,
@@ -37,7 +36,6 @@ from examples.mimo.hf.io import (
 from examples.mimo.hf.weights import Family, WeightMapping, families_for, family_of
 from examples.mimo.model.mimo import build_part
 from examples.mimo.model.parts import part_names, part_prefix
-from examples.mimo.training.pretrain import transformer_config
 
 # What a user is told while a conversion runs, a line at a time.
 Progress = Callable[[str], None]
@@ -117,15 +115,12 @@ def sharded_state(
 
     On `device` "meta" the tensors have shapes and no memory; on "cpu" they are initialised.
     """
-    args = parse_with_preset(config, [])
-    args.params_dtype = torch.float32
+    transformer_config = language_transformer_config(config.language, 1, 1, torch.float32)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device(device):
-        module = build_part(config, part, transformer_config(args), groups)
-    metadata = _build_sharded_state_dict_metadata(args)
-    state: dict[str, Any] = {
-        "part": sharded_state_dict_default(module, part_prefix(part), metadata=metadata)
-    }
+        module = build_part(config, part, transformer_config, groups)
+    prefix, metadata = part_prefix(part), sharding_metadata()
+    state: dict[str, Any] = {"part": sharded_state_dict_default(module, prefix, metadata=metadata)}
     apply_factories(state)
     tensors: ShardedTensors = {}
     objects = []
