@@ -2,8 +2,8 @@
 
 Trains a model with a heavy picture encoder on two pipeline stages, once with each split of the
 language model's layers, and compares the measured time of an iteration with the predicted one.
-Pictures of 256 tokens and rows of up to 1,024 keep a processor busy: where tensors are small, an
-operation costs more than its count, and a plan that counts cannot know how much.
+Pictures of 256 tokens and sequences of up to 1,024 keep a processor busy: where tensors are small,
+an operation costs more than its count, and a plan that counts cannot know how much.
 Rounds go over all splits in turn, so that a slow moment of the machine meets them alike.
 """
 
@@ -42,19 +42,19 @@ def seconds_per_iteration(first: int, folder: Path) -> list[float]:
     """Iterations of one run, the first ones left out."""
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    asked = ("--train-iters", str(ITERATIONS), "--metrics-file", str(metrics))
-    ranks.run(TRAIN, *COMMON, *layout_flag(first), *asked, processes=2).check_returncode()
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [row["seconds"] for row in rows[WARMUP:]]
+    run_flags = ("--train-iters", str(ITERATIONS), "--metrics-file", str(metrics))
+    ranks.run(TRAIN, *COMMON, *layout_flag(first), *run_flags, processes=2).check_returncode()
+    iterations = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [iteration["seconds"] for iteration in iterations[WARMUP:]]
 
 
 def plan(*flags: str) -> tuple[int, float]:
     """The layers of the first stage and the bubble that a dry run predicts."""
     done = ranks.run(TRAIN, "--dry-run", "2", *COMMON, *flags)
     done.check_returncode()
-    found = re.search(r"layers by stage (\d+), .* bubble of (\d+) %", done.stdout)
-    assert found, done.stdout
-    return int(found[1]), int(found[2])
+    match = re.search(r"layers by stage (\d+), .* bubble of (\d+) %", done.stdout)
+    assert match, done.stdout
+    return int(match[1]), int(match[2])
 
 
 def main() -> None:
@@ -92,8 +92,8 @@ def main() -> None:
 _PAGE = f"""# The split that --balance-stages chooses
 
 `make balance` wrote this: `tiny_avlm` with a picture encoder of {ENCODER_LAYERS} layers over 256
-tokens and a language model of {NUM_LAYERS} layers over rows of up to 1,024, on two pipeline stages,
-two CPU cores. The time is the median of {ROUNDS} x {ITERATIONS - WARMUP} iterations.
+tokens and a language model of {NUM_LAYERS} layers over sequences of up to 1,024, on two pipeline
+stages, two CPU cores. The time is the median of {ROUNDS} x {ITERATIONS - WARMUP} iterations.
 
 {{table}}
 """

@@ -43,7 +43,7 @@ from examples.mimo.shards.read import pack
 from tests.helpers import spoken_shapes
 
 SAMPLES, ROUNDS = 200, 5
-ROW, BUFFER = 4096, 200
+SEQ_LENGTH, BUFFER = 4096, 200
 AUDIO_BOUND, IMAGE_BOUND = 3.0, 1.0
 # Samples a second that one GPU takes, from a large language model to a small one.
 CONSUMPTION = (30, 100, 300, 1000)
@@ -61,9 +61,9 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any], count: int) -> t
     times: tuple[list[float], list[float]] = [], []
     for number in range(ROUNDS + 1):
         for kind, work in zip(times, (ours, theirs), strict=True):
-            found = seconds_each(work, count)
+            seconds = seconds_each(work, count)
             if number:
-                kind.append(found)
+                kind.append(seconds)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -134,7 +134,7 @@ def measure(folder: Path) -> tuple[str, bool]:
         for name, (a, b) in named.items()
     ]
     feeding = ["| samples a second | workers |", "| ---: | ---: |"]
-    feeding += [f"| {wanted} | {math.ceil(wanted * whole)} |" for wanted in CONSUMPTION]
+    feeding += [f"| {rate} | {math.ceil(rate * whole)} |" for rate in CONSUMPTION]
     passed = audio[1] / audio[0] >= AUDIO_BOUND and image[1] / image[0] >= IMAGE_BOUND
     tables = ["\n".join(table) for table in (rows, peers, feeding)]
     return _PAGE.format(*tables), passed
@@ -151,7 +151,7 @@ def by_stage(
     tokenizer = load_tokenizer(folder)
     eye, ear = (config.modalities[name].encoder for name in ("images", "audios"))
     raw_pictures, raw_sounds = [eye.read(f) for f in pictures], [ear.read(f) for f in sounds]
-    reader, find = SampleEncoder(config, tokenizer, ROW), FilesInside(folder)
+    reader, find = SampleEncoder(config, tokenizer, SEQ_LENGTH), FilesInside(folder)
     samples = [reader.encode(record, find) for record in records]
     pieces = [to_pieces(parse_turns(r["conversations"]), config) for r in records]
     counts = [
@@ -162,8 +162,8 @@ def by_stage(
     lengths = [len(sample.tokens.ids) for sample in samples]
 
     def tokenise_all() -> None:
-        for one, count in zip(pieces, counts, strict=True):
-            tokenise(one, count, config, tokenizer)
+        for conversation, count in zip(pieces, counts, strict=True):
+            tokenise(conversation, count, config, tokenizer)
 
     work = {
         "decode a picture": (lambda: [eye.read(f) for f in pictures], len(pictures)),
@@ -174,7 +174,7 @@ def by_stage(
         "decode a recording": (lambda: [ear.read(f) for f in sounds], len(sounds)),
         "its mel features": (lambda: [ear.preprocess(s) for s in raw_sounds], len(sounds)),
         "tokenise a conversation": (tokenise_all, len(records)),
-        f"pack, {BUFFER} at a time": (lambda: pack(lengths[:BUFFER], ROW), BUFFER),
+        f"pack, {BUFFER} at a time": (lambda: pack(lengths[:BUFFER], SEQ_LENGTH), BUFFER),
         "a whole sample": (lambda: [reader.encode(r, find) for r in records], len(records)),
     }
     return {

@@ -78,7 +78,7 @@ MODELS = {"512 x 8 layers": SMALL, "SmolLM2-135M": get_model_config("smollm2_avl
 
 @dataclass
 class Timed:
-    """The tokens of each row, and the seconds from the first to the last."""
+    """The tokens of each sequence, and the seconds from the first to the last."""
 
     tokens: list[list[int]]
     seconds: float
@@ -86,7 +86,7 @@ class Timed:
     @property
     def rate(self) -> float:
         """Tokens a second after the first, which belongs to the prompt."""
-        return sum(len(row) - 1 for row in self.tokens) / self.seconds
+        return sum(len(ids) - 1 for ids in self.tokens) / self.seconds
 
 
 class Pair:
@@ -97,7 +97,7 @@ class Pair:
         torch.manual_seed(0)
         self.theirs = hf.LlamaForCausalLM(family_for_export(language).config(language)).eval()
         self.theirs.set_attn_implementation("sdpa")
-        # Every row takes all its tokens.
+        # Every sequence takes all its tokens.
         self.theirs.generation_config.eos_token_id = None
         self.theirs.save_pretrained(folder / "theirs")
         parts = {"language": Folder(folder / "theirs")}
@@ -106,7 +106,7 @@ class Pair:
         self.theirs.to(self.ours.language_model.decoder.layers[0].mlp.linear_fc1.weight)
 
     def generate(self, samples: list[Sample], prefix_cache: int = 0) -> tuple[Timed, Engine]:
-        """Answers of the engine; `eos_id` -1 so that every row takes all its tokens."""
+        """Answers of the engine; `eos_id` -1 so that every sequence takes all its tokens."""
         engine = Engine(self.ours, self.config, eos_id=-1, prefix_cache=prefix_cache)
         jobs = [SequenceRequest(number, sample, NEW) for number, sample in enumerate(samples)]
         reports = engine.start(jobs)
@@ -128,7 +128,7 @@ class Pair:
 
         with torch.no_grad():
             embedded = self.ours.embed(batch.input_ids, batch.modality_inputs).transpose(0, 1)
-            rows = self.theirs.generate(
+            sequences = self.theirs.generate(
                 inputs_embeds=embedded,
                 attention_mask=torch.ones(embedded.shape[:2], device=embedded.device),
                 max_new_tokens=NEW,
@@ -136,7 +136,7 @@ class Pair:
                 stopping_criteria=[tick],
                 cache_implementation="static" if cache == "static" else None,
             )
-        return Timed(rows.tolist(), times[-1] - times[0])
+        return Timed(sequences.tolist(), times[-1] - times[0])
 
     def uncached(self, sample: Sample) -> Timed:
         """Each token from a whole forward pass, encoders and all."""
@@ -167,8 +167,8 @@ def prompts(config: MimoConfig, count: int, seed: int) -> list[Sample]:
         for name, modality in config.modalities.items():
             ids += [modality.token_id] * modality.encoder.num_tokens(media[name][0])
         words = torch.randint(6, 8000, (PROMPT - len(ids),), generator=generator)
-        row = TokenSequence(ids + words.tolist(), [0] * PROMPT, [0] * PROMPT)
-        samples.append(Sample(str(number), row, media, {name: ["mock"] for name in media}))
+        tokens = TokenSequence(ids + words.tolist(), [0] * PROMPT, [0] * PROMPT)
+        samples.append(Sample(str(number), tokens, media, {name: ["mock"] for name in media}))
     return samples
 
 
@@ -177,10 +177,10 @@ def compare(pair: Pair, batch: int, rounds: int) -> tuple[list[str], float]:
     rates: dict[str, list[float]] = {name: [] for name in ("ours", *CACHES)}
     for number in range(rounds + 1):
         samples = prompts(pair.config, batch, seed=number)
-        found = {"ours": pair.generate(samples)[0]}
-        found |= {cache: pair.peer(samples, cache) for cache in CACHES}
-        for name, timed in found.items():
-            assert timed.tokens == found["ours"].tokens, f"{name} chose other tokens"
+        timings = {"ours": pair.generate(samples)[0]}
+        timings |= {cache: pair.peer(samples, cache) for cache in CACHES}
+        for name, timed in timings.items():
+            assert timed.tokens == timings["ours"].tokens, f"{name} chose other tokens"
             # The first round warms up.
             if number:
                 rates[name].append(timed.rate)
@@ -203,8 +203,8 @@ def second_question(pair: Pair) -> float:
     """How many times sooner the first token of a second question about the same media comes."""
     (sample,) = prompts(pair.config, 1, seed=98)
     _, engine = pair.generate([sample], prefix_cache=1)
-    asked = sample.tokens.ids[:-20] + list(range(100, 120))
-    second = dataclasses.replace(sample, row=TokenSequence(asked, [], []))
+    ids = sample.tokens.ids[:-20] + list(range(100, 120))
+    second = dataclasses.replace(sample, tokens=TokenSequence(ids, [], []))
     fresh = Engine(pair.ours, pair.config, eos_id=-1)
 
     def seconds(work: Engine) -> float:

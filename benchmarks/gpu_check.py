@@ -84,12 +84,12 @@ HEADING = (
 def measure(case: Case, device: str) -> str:
     """A row of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = train(case, Path(folder))
+        iterations = train(case, Path(folder))
         generated = generate_in_new_process(Path(folder) / "checkpoint")
-    timed = rows[WARM_UP:]
-    flops = iteration_flops(case, len(rows))[WARM_UP:]
-    seconds = statistics.median(row["seconds"] for row in timed)
-    tokens = statistics.mean(row["tokens"] for row in timed)
+    timed = iterations[WARM_UP:]
+    flops = iteration_flops(case, len(iterations))[WARM_UP:]
+    seconds = statistics.median(iteration["seconds"] for iteration in timed)
+    tokens = statistics.mean(iteration["tokens"] for iteration in timed)
     tflops = statistics.mean(flops) / seconds / 1e12
     peak = next((value for name, value in PEAK_TFLOPS.items() if name in device), None)
     cells = [
@@ -98,7 +98,7 @@ def measure(case: Case, device: str) -> str:
         f"{tokens / seconds:,.0f}",
         f"{tflops:.1f}",
         f"{100 * tflops / peak:.1f} %" if peak else "peak unknown",
-        f"{max(row['peak_memory_bytes'] or 0 for row in rows) / 2**30:.1f} GiB",
+        f"{max(i['peak_memory_bytes'] or 0 for i in iterations) / 2**30:.1f} GiB",
         f"{generated['tokens_per_second']:,.0f}",
         f"{generated['tokens_per_second_of_graphs']:,.0f}",
     ]
@@ -152,7 +152,7 @@ def generate_in_new_process(checkpoint: Path) -> dict[str, float]:
 
 
 def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
-    """Greedy tokens per second over `batch_size` rows of one mock prompt, after a warm-up.
+    """Greedy tokens per second over `batch_size` sequences of one mock prompt, after a warm-up.
 
     With CUDA also those of CUDA graphs.
     """
@@ -186,12 +186,12 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
 
     plain = Engine(model, opened.config, eos_id=-1)
     answer(plain)
-    found = {"tokens_per_second": answer(plain)}
+    measured = {"tokens_per_second": answer(plain)}
     if torch.cuda.is_available():
         graphs = Engine(model, opened.config, eos_id=-1, cuda_graphs=True)
         answer(graphs)
-        found["tokens_per_second_of_graphs"] = answer(graphs)
-    return found
+        measured["tokens_per_second_of_graphs"] = answer(graphs)
+    return measured
 
 
 def _synchronize() -> None:

@@ -39,17 +39,18 @@ def main() -> None:
         chosen = [layout for layout in layouts.LAYOUTS if options.only in layout.name]
         begun = time.monotonic()
         for number, layout in enumerate(chosen):
-            found = references.difference(layout, work / str(number))
-            within = found.within_bounds(layout.bf16)
+            difference = references.difference(layout, work / str(number))
+            within = difference.within_bounds(layout.bf16)
             equal &= within
             rows.append(
-                f"| {layout.name} | {layout.processes} | {found.first_loss:.1e} | "
-                f"{found.gradient:.1e} | {found.ten_losses:.1e} | {'yes' if within else 'NO'} |"
+                f"| {layout.name} | {layout.processes} | {difference.first_loss:.1e} | "
+                f"{difference.gradient:.1e} | {difference.ten_losses:.1e} | "
+                f"{'yes' if within else 'NO'} |"
             )
             left = (time.monotonic() - begun) / (number + 1) * (len(chosen) - number - 1)
             print(f"{rows[-1]} {left / 60:.0f} min left", file=sys.stderr, flush=True)
             if not within:
-                print(f"    out of bounds, most {found.worst_parameter}", file=sys.stderr)
+                print(f"    out of bounds, most {difference.worst_parameter}", file=sys.stderr)
     refused = ["| layout | processes | answer |", "| --- | ---: | --- |"]
     refused += [
         f"| {layout.name} | {layout.processes} | {layouts.refusal(layout)} |"

@@ -25,7 +25,7 @@ def parse(monkeypatch):
     return parse_on
 
 
-OWN = ("--encoder-ranks",)
+ENCODER_RANKS = ("--encoder-ranks",)
 BATCHES_OF_2 = ("--micro-batch-size", "2", "--global-batch-size")
 ENCODER_TP = ("--encoder-tensor-model-parallel-size",)
 
@@ -129,39 +129,66 @@ def test_longer_rows_need_no_second_flag(parse):
         ),
         (2, (*TP2, *ENCODER_TP, "images=1"), "colocated encoders all have one size"),
         (4, ("--encoder-ranks", "images=0"), "says nothing of audios"),
-        (4, (*OWN, "images=0", "audios=0-1"), "images and audios both have rank 0"),
-        (4, (*OWN, "images=0", "audios=4"), "audios=4: 4 processes have the ranks 0 to 3"),
-        (4, (*OWN, "images=0", "audios=2-1"), "4 processes have the ranks 0 to 3"),
-        (4, (*OWN, "images=0", "video=1"), "video=1: the model has the modalities images, audios"),
-        (4, (*OWN, "images=0", "audios"), "write NAME=RANK or NAME=FIRST-LAST"),
-        (4, (*OWN, "images=0", "images=1", "audios=2"), "images has ranks already"),
-        (4, (*OWN, "images=0-1", "audios=2-3"), "takes all 4 processes"),
-        (4, (*OWN, "images=0", "audios=2"), "the ranks 1, 3, which do not follow one another"),
-        (4, (*OWN, "images=0", "audios=1", "--context-parallel-size", "4"), "model's 2 processes"),
+        (4, (*ENCODER_RANKS, "images=0", "audios=0-1"), "images and audios both have rank 0"),
+        (
+            4,
+            (*ENCODER_RANKS, "images=0", "audios=4"),
+            "audios=4: 4 processes have the ranks 0 to 3",
+        ),
+        (4, (*ENCODER_RANKS, "images=0", "audios=2-1"), "4 processes have the ranks 0 to 3"),
+        (
+            4,
+            (*ENCODER_RANKS, "images=0", "video=1"),
+            "video=1: the model has the modalities images, audios",
+        ),
+        (4, (*ENCODER_RANKS, "images=0", "audios"), "write NAME=RANK or NAME=FIRST-LAST"),
+        (4, (*ENCODER_RANKS, "images=0", "images=1", "audios=2"), "images has ranks already"),
+        (4, (*ENCODER_RANKS, "images=0-1", "audios=2-3"), "takes all 4 processes"),
+        (
+            4,
+            (*ENCODER_RANKS, "images=0", "audios=2"),
+            "the ranks 1, 3, which do not follow one another",
+        ),
+        (
+            4,
+            (*ENCODER_RANKS, "images=0", "audios=1", "--context-parallel-size", "4"),
+            "model's 2 processes",
+        ),
         (
             6,
-            (*OWN, "images=0-2", "audios=3", *ENCODER_TP, "images=2"),
+            (*ENCODER_RANKS, "images=0-2", "audios=3", *ENCODER_TP, "images=2"),
             "images 3 ranks, not divisible by its",
         ),
         (
             6,
-            (*OWN, "images=0-2", "audios=3"),
+            (*ENCODER_RANKS, "images=0-2", "audios=3"),
             "3 replicas of images's encoder for 2 of the language model",
         ),
         (
             5,
-            (*OWN, "images=0-1", "audios=2", "--encoder-data-parallel-size", "2"),
+            (*ENCODER_RANKS, "images=0-1", "audios=2", "--encoder-data-parallel-size", "2"),
             "--encoder-ranks has room for 1 replicas of audios's encoder",
         ),
         (
             4,
-            (*OWN, "images=0", "audios=1", *PP2, "--num-layers-per-virtual-pipeline-stage", "1"),
+            (
+                *ENCODER_RANKS,
+                "images=0",
+                "audios=1",
+                *PP2,
+                "--num-layers-per-virtual-pipeline-stage",
+                "1",
+            ),
             "MimoModel does not support virtual pipeline parallelism",
         ),
-        (4, (*OWN, "images=0", "audios=1", "--use-tp-pp-dp-mapping"), "would do nothing with"),
         (
             4,
-            (*OWN, "images=0", "audios=1", "--num-distributed-optimizer-instances", "2"),
+            (*ENCODER_RANKS, "images=0", "audios=1", "--use-tp-pp-dp-mapping"),
+            "would do nothing with",
+        ),
+        (
+            4,
+            (*ENCODER_RANKS, "images=0", "audios=1", "--num-distributed-optimizer-instances", "2"),
             "does not yet support num_distributed_optimizer_instances > 1",
         ),
         (

@@ -45,7 +45,7 @@ def test_every_replacement_is_an_object_of_its_own():
     assert theirs == "[]"
 
 
-@pytest.mark.parametrize("layout", ["one process", "encoders on ranks of their own"])
+@pytest.mark.parametrize("layout", ["one process", "non-colocated encoders"])
 def test_training_sets_no_attribute_of_torch_or_megatron_but_those_of_the_table(layout, tmp_path):
     flags = ["--train-iters", "2", "--save", str(tmp_path / "checkpoint"), "--save-interval", "2"]
     processes, expected = 1, {"training.training.evaluate", "optimizer.Adam", "_results_queue"}

@@ -42,12 +42,12 @@ FULL_RECOMPUTE = (
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 BF16 = ("--bf16",)
-OWN = ("--encoder-ranks", "images=0", "audios=1")
-OWN_TP2 = (
+NONCOLOCATED = ("--encoder-ranks", "images=0", "audios=1")
+NONCOLOCATED_TP2 = (
     *("--encoder-ranks", "images=0-1", "audios=2"),
     *("--encoder-tensor-model-parallel-size", "images=2"),
 )
-OWN_DP2 = ("--encoder-ranks", "images=0-1", "audios=2-3")
+NONCOLOCATED_DP2 = ("--encoder-ranks", "images=0-1", "audios=2-3")
 IMAGES_FROZEN = ("--freeze", "images.encoder", "images.projector")
 PROJECTORS_ONLY = ("--freeze", "images.encoder", "audios.encoder", "language")
 
@@ -106,35 +106,37 @@ LAYOUTS = (
         TP2 + ENCODERS_TP1 + DISTRIBUTED_OPTIMIZER + OVERLAP,
     ),
     Layout("packed, TP 2, encoders TP 1", 2, PACKED + TP2 + ENCODERS_TP1),
-    Layout("own ranks: encoders 1 + 1, language 1", 3, OWN),
-    Layout("own ranks: encoders 1 + 1, language PP 2", 4, OWN + PP2),
-    Layout("own ranks: images TP 2, audios 1, language TP 2", 5, OWN_TP2 + TP2),
-    Layout("own ranks: encoders 1 + 1, language DP 2", 4, OWN),
-    Layout("own ranks: encoders DP 2, language 1", 5, OWN_DP2),
+    Layout("non-colocated: encoders 1 + 1, language 1", 3, NONCOLOCATED),
+    Layout("non-colocated: encoders 1 + 1, language PP 2", 4, NONCOLOCATED + PP2),
+    Layout("non-colocated: images TP 2, audios 1, language TP 2", 5, NONCOLOCATED_TP2 + TP2),
+    Layout("non-colocated: encoders 1 + 1, language DP 2", 4, NONCOLOCATED),
+    Layout("non-colocated: encoders DP 2, language 1", 5, NONCOLOCATED_DP2),
     Layout(
-        "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
+        "non-colocated: encoders DP 2, language DP 2, distributed optimizer, overlap",
         6,
-        OWN_DP2 + DISTRIBUTED_OPTIMIZER + OVERLAP,
+        NONCOLOCATED_DP2 + DISTRIBUTED_OPTIMIZER + OVERLAP,
     ),
     Layout(
-        "own ranks: images TP 2, audios 1, language TP 2 x PP 2, sequence parallel",
+        "non-colocated: images TP 2, audios 1, language TP 2 x PP 2, sequence parallel",
         7,
-        OWN_TP2 + TP2 + PP2 + SP,
+        NONCOLOCATED_TP2 + TP2 + PP2 + SP,
     ),
-    Layout("own ranks: encoders DP 2, language TP 2 x PP 2", 8, OWN_DP2 + TP2 + PP2),
-    Layout("own ranks: encoders 1 + 1, language CP 2", 4, OWN + CP2),
-    Layout("own ranks: encoders DP 2, language PP 2, packed", 6, OWN_DP2 + PP2 + PACKED),
-    Layout("own ranks: encoders 1 + 1, language DP 2, packed", 4, OWN + PACKED),
+    Layout("non-colocated: encoders DP 2, language TP 2 x PP 2", 8, NONCOLOCATED_DP2 + TP2 + PP2),
+    Layout("non-colocated: encoders 1 + 1, language CP 2", 4, NONCOLOCATED + CP2),
     Layout(
-        "own ranks: language PP 2 first, encoders last",
+        "non-colocated: encoders DP 2, language PP 2, packed", 6, NONCOLOCATED_DP2 + PP2 + PACKED
+    ),
+    Layout("non-colocated: encoders 1 + 1, language DP 2, packed", 4, NONCOLOCATED + PACKED),
+    Layout(
+        "non-colocated: language PP 2 first, encoders last",
         4,
         (*("--encoder-ranks", "images=3", "audios=2"), *PP2),
     ),
-    Layout("own ranks, full recompute: language PP 2", 4, OWN + PP2 + FULL_RECOMPUTE),
-    Layout("own ranks, uneven: language PP 2", 4, OWN + PP2 + UNEVEN),
-    Layout("own ranks, projectors only: language PP 2", 4, OWN + PP2, PROJECTORS_ONLY),
-    Layout("own ranks, images frozen: language TP 2", 4, OWN + TP2, IMAGES_FROZEN),
-    Layout("own ranks, bf16: language PP 2", 4, OWN + PP2, BF16),
+    Layout("non-colocated, full recompute: language PP 2", 4, NONCOLOCATED + PP2 + FULL_RECOMPUTE),
+    Layout("non-colocated, uneven: language PP 2", 4, NONCOLOCATED + PP2 + UNEVEN),
+    Layout("non-colocated, projectors only: language PP 2", 4, NONCOLOCATED + PP2, PROJECTORS_ONLY),
+    Layout("non-colocated, images frozen: language TP 2", 4, NONCOLOCATED + TP2, IMAGES_FROZEN),
+    Layout("non-colocated, bf16: language PP 2", 4, NONCOLOCATED + PP2, BF16),
     Layout("PP 2, uneven: 1 and 3 layers", 2, PP2 + UNEVEN),
     Layout("PP 2, no layer beside the encoders", 2, PP2 + NO_LAYER_FIRST),
     Layout("PP 4, balanced stages", 4, PP4 + BALANCED),
@@ -169,14 +171,16 @@ LAYOUTS = (
 VIRTUAL = PP2 + VPP2
 # What cannot run, and is refused before anything is built.
 REFUSED = (
-    Layout("own ranks, 2 virtual stages", 4, OWN + VIRTUAL),
+    Layout("non-colocated, 2 virtual stages", 4, NONCOLOCATED + VIRTUAL),
     Layout(
-        "own ranks: 3 copies of an encoder, 2 of the language model",
+        "non-colocated: 3 replicas of an encoder, 2 of the language model",
         6,
         ("--encoder-ranks", "images=0-2", "audios=3"),
     ),
-    Layout("own ranks: one for both encoders", 2, ("--encoder-ranks", "images=0", "audios=0")),
-    Layout("shared ranks, encoders TP 2, language TP 1", 2, (ENCODERS_TP1[0], "2")),
+    Layout(
+        "non-colocated: one rank for both encoders", 2, ("--encoder-ranks", "images=0", "audios=0")
+    ),
+    Layout("colocated, encoders TP 2, language TP 1", 2, (ENCODERS_TP1[0], "2")),
     Layout(
         "2 virtual stages, 3 micro-batches",
         2,
@@ -218,8 +222,8 @@ class Difference:
 
 def train(layout: Layout, *flags: str, script: str = "examples/mimo/train.py") -> None:
     """One training run; CalledProcessError when it fails, after what it printed."""
-    given = (*COMMON, *layout.flags, *layout.shared, *flags)
-    done = ranks.run(script, *given, processes=layout.processes)
+    all_flags = (*COMMON, *layout.flags, *layout.shared, *flags)
+    done = ranks.run(script, *all_flags, processes=layout.processes)
     if done.returncode:
         sys.stderr.write(done.stderr)
         done.check_returncode()
@@ -238,8 +242,10 @@ def measure(layout: Layout, start: Path, work: Path) -> Run:
     load = ("--load", str(start), "--finetune", "--train-iters", str(ITERATIONS))
     save = ("--save", str(saved), "--save-interval", "1", "--metrics-file", str(metrics))
     train(layout, *load, *save, script="tests/helpers/save_first.py")
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return Run([row["loss"] for row in rows], first_gradients(saved / "iter_0000001"))
+    iterations = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return Run(
+        [iteration["loss"] for iteration in iterations], first_gradients(saved / "iter_0000001")
+    )
 
 
 def first_gradients(weights: Path) -> dict[str, torch.Tensor]:
@@ -268,11 +274,13 @@ def _by_layer(key: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
 
 def compare(run: Run, reference: Run) -> Difference:
     """Relative differences; a gradient's is the norm of the difference over its own norm."""
-    assert run.gradients.keys() == reference.gradients.keys(), "the layouts train other parameters"
+    assert run.gradients.keys() == reference.gradients.keys(), (
+        "the layouts train different parameters"
+    )
     losses = [abs(a - b) / abs(b) for a, b in zip(run.losses, reference.losses, strict=True)]
     gradients = {
-        name: float((run.gradients[name] - wanted).norm() / wanted.norm().clamp(min=1e-30))
-        for name, wanted in reference.gradients.items()
+        name: float((run.gradients[name] - expected).norm() / expected.norm().clamp(min=1e-30))
+        for name, expected in reference.gradients.items()
     }
     worst = max(gradients, key=lambda name: gradients[name])
     return Difference(losses[0], gradients[worst], worst, max(losses))

@@ -17,8 +17,8 @@ from tests.helpers.commands import run_train
 EVALUATE = ("--train-iters", "1", "--lr", "0", "--eval-interval", "1", "--eval-iters", "3")
 LAYOUTS = {
     "one process": layouts.ONE,
-    "encoders serve two replicas": layouts.Layout("", 6, layouts.OWN + layouts.PP2),
-    "encoders share the media": layouts.Layout("", 6, layouts.OWN_DP2 + layouts.TP2),
+    "encoders serve two replicas": layouts.Layout("", 6, layouts.NONCOLOCATED + layouts.PP2),
+    "encoder replicas share a batch": layouts.Layout("", 6, layouts.NONCOLOCATED_DP2 + layouts.TP2),
 }
 
 
@@ -47,7 +47,7 @@ def scores(start, tmp_path_factory):
 def test_held_out_scores_equal_those_of_one_process(scores):
     expected = scores("one process")
     assert expected["lm loss"] > 0
-    for name in ("encoders serve two replicas", "encoders share the media"):
+    for name in ("encoders serve two replicas", "encoder replicas share a batch"):
         assert scores(name) == pytest.approx(expected, rel=1e-6)
 
 

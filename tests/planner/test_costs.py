@@ -12,7 +12,7 @@ WORK = Workload(
     inputs={"images": 4, "audios": 4},
     media_tokens={"images": 64, "audios": 40},
 )
-OWN = ("--encoder-ranks", "images=0", "audios=1")
+NONCOLOCATED = ("--encoder-ranks", "images=0", "audios=1")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_layers_attention_skips_what_the_mask_hides(count, tiny):
 
 
 def test_encoders_on_ranks_of_their_own_run_ahead_of_the_first_stage(count):
-    shared, own = count(1), count(3, *OWN)
+    shared, own = count(1), count(3, *NONCOLOCATED)
     assert shared.ahead == {}
     assert own.first.both == 0
     assert sum(cost.both for cost in own.ahead.values()) == pytest.approx(shared.first.both)
@@ -45,8 +45,8 @@ def test_encoders_on_ranks_of_their_own_run_ahead_of_the_first_stage(count):
 
 
 def test_copies_of_an_encoder_share_the_work_of_the_language_models_copies(count):
-    one = count(3, *OWN).ahead["images"].both
-    two_language_models = count(4, *OWN).ahead["images"].both
+    one = count(3, *NONCOLOCATED).ahead["images"].both
+    two_language_models = count(4, *NONCOLOCATED).ahead["images"].both
     two_encoders = count(4, "--encoder-ranks", "images=0-1", "audios=2").ahead["images"].both
     assert two_language_models == pytest.approx(2 * one)
     assert two_encoders == pytest.approx(one / 2)

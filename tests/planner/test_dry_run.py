@@ -17,7 +17,7 @@ LAYOUTS = {
     "DP 2, distributed optimizer": (2, SHARDED),
     "CP 2, distributed optimizer, bf16": (2, ("--context-parallel-size", "2", *SHARDED, "--bf16")),
     "TP 2 x PP 2, bf16": (4, (*TP2, *PP2, "--bf16")),
-    "own ranks, distributed optimizer, bf16": (
+    "non-colocated, distributed optimizer, bf16": (
         5,
         (
             *("--encoder-ranks", "images=0-1", "audios=2", *PP2, *SHARDED, "--bf16"),
@@ -32,7 +32,7 @@ LAYOUTS = {
 ALWAYS = {
     "CP 2, distributed optimizer, bf16",
     "PP 2, balanced, frozen encoders",
-    "own ranks, distributed optimizer, bf16",
+    "non-colocated, distributed optimizer, bf16",
 }
 
 

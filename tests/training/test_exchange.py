@@ -19,12 +19,12 @@ EXCHANGES = (
             "PP 2, 2 virtual stages",
             "CP 2 x PP 2",
             "TP 2 x PP 2, encoders TP 1",
-            "own ranks: images TP 2, audios 1, language TP 2",
-            "own ranks: encoders 1 + 1, language PP 2",
+            "non-colocated: images TP 2, audios 1, language TP 2",
+            "non-colocated: encoders 1 + 1, language PP 2",
         ),
         (
-            "own ranks: encoders 1 + 1, language DP 2",
-            "own ranks: encoders DP 2, language 1",
+            "non-colocated: encoders 1 + 1, language DP 2",
+            "non-colocated: encoders DP 2, language 1",
             "PP 4, balanced stages",
             "packed, CP 2",
             "TP 2 x PP 2, sequence parallel",
@@ -35,10 +35,10 @@ EXCHANGES = (
         (
             "TP 2 x DP 2, distributed optimizer",
             "PP 2 x DP 2, overlap",
-            "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
+            "non-colocated: encoders DP 2, language DP 2, distributed optimizer, overlap",
         ),
         (
-            "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
+            "non-colocated: encoders DP 2, language DP 2, distributed optimizer, overlap",
             "TP 2 x DP 2, encoders TP 1, distributed optimizer, overlap",
             "DP 2, distributed optimizer, overlap",
         ),
@@ -47,12 +47,12 @@ EXCHANGES = (
 LAYOUTS = {layout.name: layout for layout in layouts.LAYOUTS}
 # These pairs run on every change; the others are slow.
 ALWAYS = (
-    ("TP 2", "own ranks: encoders 1 + 1, language DP 2"),
+    ("TP 2", "non-colocated: encoders 1 + 1, language DP 2"),
     ("CP 2 x PP 2", "PP 4, balanced stages"),
-    ("own ranks: images TP 2, audios 1, language TP 2", "TP 2 x PP 2, sequence parallel"),
+    ("non-colocated: images TP 2, audios 1, language TP 2", "TP 2 x PP 2, sequence parallel"),
     ("TP 2 x PP 2, encoders TP 1", "packed, CP 2"),
     (
-        "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
+        "non-colocated: encoders DP 2, language DP 2, distributed optimizer, overlap",
         "TP 2 x DP 2, encoders TP 1, distributed optimizer, overlap",
     ),
 )
@@ -66,7 +66,7 @@ AGAIN = (
     "PP 2, 2 virtual stages",
     "TP 2 x PP 2, encoders TP 1",
     "TP 2 x DP 2, distributed optimizer",
-    "own ranks: encoders DP 2, language DP 2, distributed optimizer, overlap",
+    "non-colocated: encoders DP 2, language DP 2, distributed optimizer, overlap",
 )
 
 
