@@ -43,6 +43,15 @@ COLUMNS = (
     ("data wait", 10),
     ("left", 9),
 )
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
+# What gloo and NCCL say when the other side of a connection is gone.
+LOST_RANK_MESSAGES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "remote process exited",
+)
 
 
 @dataclass(frozen=True)
@@ -131,17 +140,6 @@ class ProgressTable:
     def _print_row(self, cells: list[str]) -> None:
         padded = (f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
         print(" ".join(padded), file=sys.stderr, flush=True)
-
-
-BAD_SAMPLES_FILE = "bad_samples.jsonl"
-# What gloo and NCCL say when the other side of a connection is gone.
-LOST_RANK_MESSAGES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "remote process exited",
-)
 
 
 @dataclass

@@ -21,6 +21,15 @@ from examples.mimo.modalities.image import VitConfig
 
 LANGUAGE_LAYER = "decoder.layers."
 LLAMA_LAYER = "model.layers.{i}."
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Of the encoders; a key stands for all layers.
+ATTENTION = "decoder.layers.self_attention."
+MLP = "decoder.layers.mlp."
 
 
 def language_table(language: LanguageConfig, config: Any) -> list[Row]:
@@ -58,7 +67,7 @@ def language_table(language: LanguageConfig, config: Any) -> list[Row]:
     return weights
 
 
-def fields(config: Any) -> dict[str, Any]:
+def language_fields(config: Any) -> dict[str, Any]:
     """LanguageConfig's fields from a transformers config."""
     rope = config.rope_parameters
     head_dim = getattr(config, "head_dim", None)
@@ -90,7 +99,7 @@ def _rope_scaling(rope: dict[str, Any]) -> float | None:
     return float(rope["factor"])
 
 
-def config_for(model_type: str) -> Any:
+def language_config(model_type: str) -> Any:
     """A function from our config to a transformers config of `model_type`."""
 
     def write(language: LanguageConfig) -> Any:
@@ -120,15 +129,7 @@ def config_for(model_type: str) -> Any:
     return write
 
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-
-def family(
+def language_family(
     model_type: str, qkv_bias: bool = False, qk_norm: bool = False, **required: Any
 ) -> Family:
     """The family of one `model_type`."""
@@ -138,25 +139,21 @@ def family(
         roots=("", "language_model."),
         anchor="model.embed_tokens.weight",
         required={"hidden_act": "silu", **required},
-        fields=fields,
+        fields=language_fields,
         num_layers=lambda language: language.num_layers,
         table=language_table,
         unused=(r".*rotary_emb\.inv_freq", r"lm_head\.weight"),
-        config=config_for(model_type),
+        config=language_config(model_type),
         describes=lambda our: (our.qkv_bias, our.qk_norm) == (qkv_bias, qk_norm),
     )
 
 
 LANGUAGE = (
-    family("llama", attention_bias=False, mlp_bias=False),
-    family("mistral"),
-    family("qwen2", qkv_bias=True, use_sliding_window=False),
-    family("qwen3", qk_norm=True, use_sliding_window=False, attention_bias=False),
+    language_family("llama", attention_bias=False, mlp_bias=False),
+    language_family("mistral"),
+    language_family("qwen2", qkv_bias=True, use_sliding_window=False),
+    language_family("qwen3", qk_norm=True, use_sliding_window=False, attention_bias=False),
 )
-
-
-ATTENTION = "decoder.layers.self_attention."
-MLP = "decoder.layers.mlp."
 
 
 def clip_table(vit: VitConfig, config: Any) -> list[Row]:
@@ -167,7 +164,7 @@ def clip_table(vit: VitConfig, config: Any) -> list[Row]:
         Row("stem.positions", ("embeddings.position_embedding.weight",)),
         *rows("stem.conv1.", "embeddings.patch_embedding.", "weight"),
         *rows("pre_norm.", "pre_layrnorm.", "weight", "bias"),
-        *_layers(vit, "encoder.layers.{i}."),
+        *_vit_layers(vit, "encoder.layers.{i}."),
     ]
 
 
@@ -176,7 +173,7 @@ def siglip_table(vit: VitConfig, config: Any) -> list[Row]:
     return [
         Row("stem.positions", ("embeddings.position_embedding.weight",)),
         *rows("stem.conv1.", "embeddings.patch_embedding.", "weight", "bias"),
-        *_layers(vit, "encoder.layers.{i}."),
+        *_vit_layers(vit, "encoder.layers.{i}."),
         *_final_norm(vit, "post_layernorm."),
     ]
 
@@ -240,7 +237,7 @@ def projector_table(projector: MLPProjectorConfig, config: Any) -> list[Row]:
     ]
 
 
-def _layers(vit: VitConfig, layer: str) -> list[Row]:
+def _vit_layers(vit: VitConfig, layer: str) -> list[Row]:
     attention = f"{layer}self_attn."
     return [
         *_norms(f"{layer}layer_norm1.", f"{layer}layer_norm2."),

@@ -61,6 +61,9 @@ from examples.mimo.training.pretrain import first_batches, transformer_config
 # Per trained parameter: two moments in fp32.
 ADAM_BYTES = 8
 FP32_COPY_BYTES = 4
+MIB = 2**20
+# More micro-batches than this make a drawing that shows nothing.
+DRAWN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -275,11 +278,6 @@ def _kept_by(module: torch.nn.Module, *inputs: Any, **named: Any) -> int:
         output = module(*inputs, **named)
     del output
     return kept
-
-
-MIB = 2**20
-# More micro-batches than this make a drawing that shows nothing.
-DRAWN_ROUNDS = 3
 
 
 def plan(argv: Sequence[str]) -> str:

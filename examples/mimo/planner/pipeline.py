@@ -16,6 +16,11 @@ from examples.mimo.data.batch import Batch
 from examples.mimo.planner.flops import Cost, ModelCost, Workload, model_cost
 from examples.mimo.training.layout import RunShape
 
+# Samples of the data from which a mean micro-batch is taken.
+COUNTED_SAMPLES = 32
+# A long run of micro-batches favours the split that its first rounds favour.
+SIMULATED_ROUNDS = 4
+
 
 @dataclass(frozen=True)
 class Step:
@@ -118,10 +123,6 @@ def _ready(step: Step, done: dict[tuple[int, int, bool], float], num_chunks: int
     return done.get((step.micro_batch, step.chunk + 1, False))
 
 
-# A long run of micro-batches favours the split that its first rounds favour.
-SIMULATED_ROUNDS = 4
-
-
 @dataclass(frozen=True)
 class Split:
     """Layers per chunk, and the pipeline they are predicted to make."""
@@ -186,9 +187,6 @@ def _splits(num_layers: int, num_chunks: int) -> list[tuple[int, ...]]:
     return splits
 
 
-COUNTED_SAMPLES = 32
-
-
 def workload(config: MimoConfig, batches: Sequence[Batch]) -> Workload:
     """The mean micro-batch of `batches`."""
 
@@ -205,6 +203,12 @@ def workload(config: MimoConfig, batches: Sequence[Batch]) -> Workload:
             n: mean(_count(batch, m.token_id) for batch in batches) for n, m in names.items()
         },
     )
+
+
+def num_inputs(batch: Batch, modality: str) -> int:
+    """How many inputs the encoder of `modality` has to work on."""
+    inputs = batch.modality_inputs.get(modality)
+    return len(next(iter(inputs.values()))) if inputs else 0
 
 
 def _count(batch: Batch, token_id: int) -> int:
@@ -256,9 +260,3 @@ def describe_pipeline(split: Split) -> str:
         f"layers by stage {layers}; {count} micro-batch{'es' * (count > 1)}; "
         f"a bubble of {100 * split.timeline.bubble:.0f} % predicted"
     )
-
-
-def num_inputs(batch: Batch, modality: str) -> int:
-    """How many inputs the encoder of `modality` has to work on."""
-    inputs = batch.modality_inputs.get(modality)
-    return len(next(iter(inputs.values()))) if inputs else 0

@@ -15,10 +15,10 @@ from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_st
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import holds_tokenizer
 from examples.mimo.parallel.placement import LANGUAGE
-from examples.mimo.training.layout import (
-    cp_multiple,
-    module_of_rank,
-)
+from examples.mimo.training.layout import cp_multiple, module_of_rank
+
+# The room that reads shards; it needs energon, and the example names it nowhere else.
+SHARDS = "examples.mimo.shards.resume"
 
 
 def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
@@ -42,10 +42,6 @@ def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
         sizes = args.encoder_tensor_model_parallel_size
         if not has_random_states(Path(args.load), sizes):
             args.no_load_rng = True
-
-
-# The room that reads shards; it needs energon, and the example names it nowhere else.
-SHARDS = "examples.mimo.shards.resume"
 
 
 def from_shards(args: argparse.Namespace, function: str) -> Any:
