@@ -171,7 +171,7 @@ def clip_mappings(vit: VitConfig, config: Any) -> list[WeightMapping]:
         WeightMapping("stem.positions", ("embeddings.position_embedding.weight",)),
         *renamed("stem.conv1.", "embeddings.patch_embedding.", "weight"),
         *renamed("pre_norm.", "pre_layrnorm.", "weight", "bias"),
-        *_layers(vit, "encoder.layers.{i}."),
+        *_vit_layers(vit, "encoder.layers.{i}."),
     ]
 
 
@@ -180,7 +180,7 @@ def siglip_mappings(vit: VitConfig, config: Any) -> list[WeightMapping]:
     return [
         WeightMapping("stem.positions", ("embeddings.position_embedding.weight",)),
         *renamed("stem.conv1.", "embeddings.patch_embedding.", "weight", "bias"),
-        *_layers(vit, "encoder.layers.{i}."),
+        *_vit_layers(vit, "encoder.layers.{i}."),
         *_final_norm(vit, "post_layernorm."),
     ]
 
@@ -244,7 +244,7 @@ def projector_mappings(projector: MLPProjectorConfig, config: Any) -> list[Weigh
     ]
 
 
-def _layers(vit: VitConfig, layer: str) -> list[WeightMapping]:
+def _vit_layers(vit: VitConfig, layer: str) -> list[WeightMapping]:
     attention = f"{layer}self_attn."
     return [
         *_norms(f"{layer}layer_norm1.", f"{layer}layer_norm2."),

@@ -52,6 +52,8 @@ REMAINDER = "mimo.safetensors"
 # The model type of a folder whose tensors have this package's names.
 OWN_MODEL_TYPE = "mimo"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Megatron's; versions before 2.0 order fused queries, keys and values differently.
+CHECKPOINT_VERSION = 3.0
 
 
 @contextlib.contextmanager
@@ -217,9 +219,6 @@ def _respell(name: str, family: Family) -> str:
     for pattern, replacement in family.spellings:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-CHECKPOINT_VERSION = 3.0
 
 
 @dataclass(frozen=True)

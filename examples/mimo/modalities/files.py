@@ -85,10 +85,10 @@ def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with warnings.catch_warnings():
         # The limit below is checked, and named, by this function.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return _open_image(source, max_pixels)
+        return _decode_image(source, max_pixels)
 
 
-def _open_image(source: Source, max_pixels: int) -> Image.Image:
+def _decode_image(source: Source, max_pixels: int) -> Image.Image:
     try:
         with open_source(source, "image") as stream, Image.open(stream, formats=FORMATS) as picture:
             width, height = picture.size
@@ -129,68 +129,6 @@ def _wide_to_rgb(values: np.ndarray) -> Image.Image:
     if values.max(initial=0) > 255:
         values = values / 257.0
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
-
-
-def read_audio(
-    source: Source, sample_rate_hz: int, max_seconds: float, truncate: bool = False
-) -> np.ndarray:
-    """Decode a recording: (samples,) float32 mono at `sample_rate_hz`, channels averaged.
-
-    Reads whatever libsndfile reads. Raises ValueError, one line, when the file is missing,
-    empty, damaged, not sound, holds no samples or NaN, or lasts longer than `max_seconds`
-    and `truncate` is off.
-    """
-    try:
-        with open_source(source, "audio") as stream, soundfile.SoundFile(stream) as sound:
-            _check_header(sound, source, sample_rate_hz, max_seconds, truncate)
-            rate = sound.samplerate
-            num_samples = min(sound.frames, int(np.ceil(max_seconds * rate)))
-            samples = sound.read(num_samples, dtype="float32", always_2d=True).mean(axis=1)
-    except soundfile.SoundFileError as error:
-        # The whole text names the open file as an object.
-        reason = getattr(error, "error_string", error)
-        raise ValueError(f"{source}: not sound that libsndfile can read ({reason})") from None
-    if len(samples) < num_samples:
-        raise ValueError(
-            f"{source}: damaged audio, {len(samples):,} of {num_samples:,} samples can be read"
-        )
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{source}: the recording holds NaN or infinite samples")
-    if rate != sample_rate_hz:
-        # Takes a second to import, so it waits until a file needs it.
-        from torchaudio.functional import resample
-
-        samples = resample(torch.from_numpy(samples), rate, sample_rate_hz).numpy()
-    return samples[: round(max_seconds * sample_rate_hz)]
-
-
-def _check_header(
-    sound: soundfile.SoundFile,
-    source: Source,
-    sample_rate_hz: int,
-    max_seconds: float,
-    truncate: bool,
-) -> None:
-    if sound.frames <= 0:
-        raise ValueError(f"{source}: the recording has no samples")
-    if sound.samplerate > MAX_SAMPLE_RATE_HZ:
-        raise ValueError(f"{source}: {sound.samplerate:,} Hz is not a rate of sound recordings")
-    if sound.samplerate * sound.channels > MAX_SAMPLES_A_SECOND:
-        raise ValueError(
-            f"{source}: {sound.channels} channels of {sound.samplerate:,} Hz; mix them down"
-        )
-    common = math.gcd(sound.samplerate, sample_rate_hz)
-    if sound.samplerate // common * (sample_rate_hz // common) > MAX_KERNEL:
-        raise ValueError(
-            f"{source}: {sound.samplerate:,} Hz and {sample_rate_hz:,} Hz have no useful "
-            "divisor in common; resample the file"
-        )
-    seconds = sound.frames / sound.samplerate
-    if seconds > max_seconds and not truncate:
-        raise ValueError(
-            f"{source}: {seconds:.2f} seconds of sound, but {max_seconds:g} fit; cut the file, "
-            "raise the encoder's max_windows, or set its overflow to truncate"
-        )
 
 
 def fit_picture(
@@ -244,6 +182,68 @@ def to_png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
+
+
+def read_audio(
+    source: Source, sample_rate_hz: int, max_seconds: float, truncate: bool = False
+) -> np.ndarray:
+    """Decode a recording: (samples,) float32 mono at `sample_rate_hz`, channels averaged.
+
+    Reads whatever libsndfile reads. Raises ValueError, one line, when the file is missing,
+    empty, damaged, not sound, holds no samples or NaN, or lasts longer than `max_seconds`
+    and `truncate` is off.
+    """
+    try:
+        with open_source(source, "audio") as stream, soundfile.SoundFile(stream) as sound:
+            _check_audio_header(sound, source, sample_rate_hz, max_seconds, truncate)
+            rate = sound.samplerate
+            num_samples = min(sound.frames, int(np.ceil(max_seconds * rate)))
+            samples = sound.read(num_samples, dtype="float32", always_2d=True).mean(axis=1)
+    except soundfile.SoundFileError as error:
+        # The whole text names the open file as an object.
+        reason = getattr(error, "error_string", error)
+        raise ValueError(f"{source}: not sound that libsndfile can read ({reason})") from None
+    if len(samples) < num_samples:
+        raise ValueError(
+            f"{source}: damaged audio, {len(samples):,} of {num_samples:,} samples can be read"
+        )
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{source}: the recording holds NaN or infinite samples")
+    if rate != sample_rate_hz:
+        # Takes a second to import, so it waits until a file needs it.
+        from torchaudio.functional import resample
+
+        samples = resample(torch.from_numpy(samples), rate, sample_rate_hz).numpy()
+    return samples[: round(max_seconds * sample_rate_hz)]
+
+
+def _check_audio_header(
+    sound: soundfile.SoundFile,
+    source: Source,
+    sample_rate_hz: int,
+    max_seconds: float,
+    truncate: bool,
+) -> None:
+    if sound.frames <= 0:
+        raise ValueError(f"{source}: the recording has no samples")
+    if sound.samplerate > MAX_SAMPLE_RATE_HZ:
+        raise ValueError(f"{source}: {sound.samplerate:,} Hz is not a rate of sound recordings")
+    if sound.samplerate * sound.channels > MAX_SAMPLES_A_SECOND:
+        raise ValueError(
+            f"{source}: {sound.channels} channels of {sound.samplerate:,} Hz; mix them down"
+        )
+    common = math.gcd(sound.samplerate, sample_rate_hz)
+    if sound.samplerate // common * (sample_rate_hz // common) > MAX_KERNEL:
+        raise ValueError(
+            f"{source}: {sound.samplerate:,} Hz and {sample_rate_hz:,} Hz have no useful "
+            "divisor in common; resample the file"
+        )
+    seconds = sound.frames / sound.samplerate
+    if seconds > max_seconds and not truncate:
+        raise ValueError(
+            f"{source}: {seconds:.2f} seconds of sound, but {max_seconds:g} fit; cut the file, "
+            "raise the encoder's max_windows, or set its overflow to truncate"
+        )
 
 
 def to_wav(samples: np.ndarray, sample_rate_hz: int) -> bytes:

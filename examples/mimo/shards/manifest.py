@@ -20,6 +20,11 @@ from examples.mimo.modalities.files import Blob, json_lines
 
 MAX_LIST_BYTES = 4 * 2**30
 MAX_FILE_BYTES = 2**30
+MAX_RECORD_BYTES = 4 * 2**20
+
+ABOUT = "about.json"
+META = ".nv-meta"
+FIELDS = {"path", "weight", "split_part"}
 
 
 @dataclass(frozen=True)
@@ -174,11 +179,6 @@ def tar_samples(tar: Path) -> Iterator[TarParts]:
         yield TarParts(tar, key, parts)
 
 
-ABOUT = "about.json"
-META = ".nv-meta"
-FIELDS = {"path", "weight", "split_part"}
-
-
 @dataclass(frozen=True)
 class DatasetModel:
     """The model that a data folder is for: its `--model-provider` and the fields of `--set`."""
@@ -319,9 +319,6 @@ def _splits(file: Path) -> dict[str, Any]:
     if not isinstance(known, dict):
         raise ValueError(f"{file}: no split_parts in it; prepare the folder again")
     return known
-
-
-MAX_RECORD_BYTES = 4 * 2**20
 
 
 def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dict[str, Any]:
