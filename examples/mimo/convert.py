@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Parse, convert, say what was done."""
+    """Parse the command line, convert, and print a summary."""
     parser = _parser()
     args, rest = parser.parse_known_args()
     if args.command == "to-hf" and rest:

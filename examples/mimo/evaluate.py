@@ -65,9 +65,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         scores["scores"][split] = _score(answerer, records[split], args.data, split)
     for name, modality in answerer.config.modalities.items():
         title = f"{first}, {modality.singular} blanked"
-        asked = [record for record in records[first] if record.get(name)]
-        if asked:
-            scores["scores"][title] = _score(answerer, asked, args.data, title, blank=[name])
+        with_media = [record for record in records[first] if record.get(name)]
+        if with_media:
+            scores["scores"][title] = _score(answerer, with_media, args.data, title, blank=[name])
     example = records[first][0]
     scores["example"] = {**example, "answer": scores["scores"][first].pop("first_answer")}
     for score in scores["scores"].values():

@@ -28,7 +28,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def main() -> None:
-    """Parse, load, serve."""
+    """Parse the command line, load the model and serve it."""
     args = _parser().parse_args()
     _check(args)
     command.prepare_environment()

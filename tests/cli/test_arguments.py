@@ -57,7 +57,7 @@ def test_a_released_whispers_sizes_and_other_token_ids(parse):
     assert over.modalities["audios"].encoder.num_layers == 1
 
 
-def test_longer_rows_need_no_second_flag(parse):
+def test_longer_sequences_need_no_second_flag(parse):
     args, config = parse(1, "--seq-length", "4096")
     assert config.language.seq_length == args.max_position_embeddings == 4096
 

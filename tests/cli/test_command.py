@@ -1,4 +1,4 @@
-"""What every command shares."""
+"""What all commands share: one-line errors, progress, the source tree that runs."""
 
 import os
 import shutil

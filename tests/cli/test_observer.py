@@ -1,4 +1,4 @@
-"""What the observer of a run makes of errors, and where it says that a rank was."""
+"""The run observer: errors it explains, and the phase it reports for a lost rank."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Records become samples, or a line that says why not."""
+"""Records become samples, or errors of one line that name the sample and the reason."""
 
 import dataclasses
 import json

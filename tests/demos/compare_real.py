@@ -41,20 +41,20 @@ def main():
         model.encode({"conversations": [{"role": "user", "content": prompt}]}) for prompt in PROMPTS
     ]
     answers = model.answer(samples, Options(TOKENS), batch_size=1)
-    found = {
+    result = {
         "ours": [answer.tokens for answer in answers],
         "texts": [answer.text for answer in answers],
         "theirs": their_answers(folders / "language"),
         "picture": picture_error(model, folders / "images"),
         "recordings": recording_errors(model, folders / "audios", data),
     }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 def their_answers(folder):
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
-    found = []
+    result = []
     for prompt in PROMPTS:
         turns = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -62,18 +62,18 @@ def their_answers(folder):
         rows = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
         tokens = rows[0, ids.input_ids.shape[1] :].tolist()
         end = tokenizer.eos_token_id
-        found.append(tokens[: tokens.index(end)] if end in tokens else tokens)
-    return found
+        result.append(tokens[: tokens.index(end)] if end in tokens else tokens)
+    return result
 
 
 @torch.no_grad()
 def picture_error(model, folder):
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    wanted = hf.Dinov2Model.from_pretrained(folder).eval()(pixels).last_hidden_state[0, 1:]
+    expected = hf.Dinov2Model.from_pretrained(folder).eval()(pixels).last_hidden_state[0, 1:]
     encoder = model.model.modality_submodules["images"].encoders[ENCODER]
     # transformers returns a patch a row.
     encoder.token_side = 1
-    return float((encoder(pixel_values=pixels) - wanted).abs().max())
+    return float((encoder(pixel_values=pixels) - expected).abs().max())
 
 
 @torch.no_grad()
@@ -87,9 +87,9 @@ def recording_errors(model, folder, data):
     errors = []
     for file in sorted((data / "audios").glob("*-name.flac"))[:3]:
         inputs = config.preprocess(config.read(file))
-        wanted = theirs(inputs["input_features"]).last_hidden_state[0]
-        found = encoder(**inputs)
-        errors.append(float((found - wanted[: len(found)]).abs().max()))
+        expected = theirs(inputs["input_features"]).last_hidden_state[0]
+        result = encoder(**inputs)
+        errors.append(float((result - expected[: len(result)]).abs().max()))
     return errors
 
 

@@ -53,20 +53,20 @@ def test_the_same_seed_writes_the_same_data(folder, config, tmp_path):
 
 def test_answers_fit_the_motions(folder, config):
     answers = {motion.name: motion.was_done for motion in MOTIONS}
-    asked = collections.Counter()
+    counts = collections.Counter()
     for record in read_records(folder / "train.jsonl"):
         question, answer = (turn["value"] for turn in record["conversations"])
         assert question.startswith("<sensor>")
-        asked[question] += 1
+        counts[question] += 1
         if question.removeprefix("<sensor>") in ("What was done?", config.prompt):
             assert answer == answers[record["kind"]]
         elif question.endswith("Was it moved?"):
             assert answer == ("no" if record["kind"] == "rest" else "yes")
         else:
             assert record["kind"] in ("turn", "tap")
-    assert len(asked) == 5
+    assert len(counts) == 5
     # Nobody who ignores the readings gets far.
-    assert max(asked.values()) < 0.75 * 360
+    assert max(counts.values()) < 0.75 * 360
 
 
 def test_motions_differ_in_the_readings():

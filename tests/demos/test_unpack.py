@@ -36,7 +36,7 @@ def variables():
     def some(*shape):
         return numbers.normal(size=shape).astype(np.float16)
 
-    found = {
+    result = {
         "decoder/embeddings/weight": some(5, WIDTH),
         "encoder/num_heads": np.array(2, np.int8),
         "encoder/conv1/weight": some(WIDTH, MELS, 3),
@@ -50,7 +50,7 @@ def variables():
     for layer in range(2):
         root = f"encoder/layer_{layer}/"
         for norm in ("self_attention/layer_norm", "ffn/layer_norm"):
-            found |= {f"{root}{norm}/gamma": some(WIDTH), f"{root}{norm}/beta": some(WIDTH)}
+            result |= {f"{root}{norm}/gamma": some(WIDTH), f"{root}{norm}/beta": some(WIDTH)}
         sizes = {
             "self_attention/linear_0": (3 * WIDTH, WIDTH),
             "self_attention/linear_1": (WIDTH, WIDTH),
@@ -58,11 +58,11 @@ def variables():
             "ffn/linear_1": (WIDTH, INNER),
         }
         for linear, shape in sizes.items():
-            found |= {
+            result |= {
                 f"{root}{linear}/weight": some(*shape),
                 f"{root}{linear}/bias": some(shape[0]),
             }
-    return found
+    return result
 
 
 def test_a_whisper_that_transformers_loads_whole(tmp_path, variables):
@@ -74,8 +74,8 @@ def test_a_whisper_that_transformers_loads_whole(tmp_path, variables):
     assert config.max_source_positions == FRAMES
     folder = Folder(tmp_path / "whisper")
     encoder = hf.WhisperModel(config).encoder
-    found = {n: folder.tensor(f"model.encoder.{n}") for n in encoder.state_dict()}
-    encoder.load_state_dict(found, strict=True)
+    result = {n: folder.tensor(f"model.encoder.{n}") for n in encoder.state_dict()}
+    encoder.load_state_dict(result, strict=True)
     value = torch.from_numpy(variables["encoder/layer_1/self_attention/linear_0/weight"]).float()
     assert torch.equal(encoder.layers[1].self_attn.v_proj.weight, value[2 * WIDTH :])
 

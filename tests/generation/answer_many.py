@@ -64,7 +64,7 @@ def left_early():
 
 
 left = left_early()
-found = {
+result = {
     "left early": left,
     "tokens": tokens(greedy),
     "alone": tokens(greedy, batch_size=1),
@@ -100,23 +100,23 @@ def cached(sample, steps):
 
 def error(sample, steps):
     """The largest difference of any log-probability, or None where the tokens differ."""
-    chosen, wanted, ids = without_a_cache(sample, steps)
+    chosen, expected, ids = without_a_cache(sample, steps)
     mine, logprobs, prompt = cached(sample, steps)
     if mine != chosen:
         return None
     pairs = enumerate([*prompt, *logprobs])
-    return max(abs(p - float(wanted[i - 1, ids[i]])) for i, p in pairs if p is not None)
+    return max(abs(p - float(expected[i - 1, ids[i]])) for i, p in pairs if p is not None)
 
 
 if mpu.get_tensor_model_parallel_rank() > 0:
     # Were its own choice to count, ranks would go apart.
     model.engine._choose = lambda logits, sequences: torch.zeros(len(sequences))
-found["one rank chooses"] = tokens(greedy)
+result["one rank chooses"] = tokens(greedy)
 if tp * pp == 1:
-    found["errors"] = [error(sample, 12) for sample in samples[:5]]
+    result["errors"] = [error(sample, 12) for sample in samples[:5]]
     encoded.clear()
     cached(samples[0], 12)
-    found["encoded"] = encoded
+    result["encoded"] = encoded
 if int(os.environ["RANK"]) == 0:
-    print(json.dumps(found))
+    print(json.dumps(result))
 command.leave_process_group()

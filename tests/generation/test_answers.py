@@ -17,13 +17,13 @@ LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
 
 @pytest.fixture(scope="module")
 def answers(checkpoint, data_folder):
-    found = {}
+    result = {}
     for tp, pp in LAYOUTS:
         flags = (str(checkpoint), str(data_folder), str(tp), str(pp), str(SAMPLES))
         done = ranks.run("tests/generation/answer_many.py", *flags, processes=tp * pp)
         assert done.returncode == 0, done.stderr
-        found[tp, pp] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        result[tp, pp] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS[1:])
@@ -32,11 +32,11 @@ def test_the_same_tokens_at_every_layout(answers, tp, pp):
     for name in ("tokens", "drawn"):
         assert answers[tp, pp][name] == answers[1, 1][name]
     for name in ("logprobs", "prompt logprobs"):
-        for found, wanted in zip(answers[tp, pp][name], answers[1, 1][name], strict=True):
-            assert found == pytest.approx(wanted, abs=1e-4)
+        for result, expected in zip(answers[tp, pp][name], answers[1, 1][name], strict=True):
+            assert result == pytest.approx(expected, abs=1e-4)
 
 
-def test_saved_by_encoders_on_ranks_of_their_own_it_answers_the_same(
+def test_a_checkpoint_of_noncolocated_encoders_answers_the_same(
     checkpoint, answers, data_folder, tmp_path
 ):
     done = run_train(
@@ -63,21 +63,21 @@ def test_greedy_answers_are_known_sentences(answers, tokenizer, sentences):
 
 
 def test_answers_that_are_left_early_are_out_of_the_way(answers):
-    for found in answers.values():
-        number, tokens, met = found["left early"]
-        assert tokens == found["tokens"][number]
+    for result in answers.values():
+        number, tokens, met = result["left early"]
+        assert tokens == result["tokens"][number]
         assert "other answers are being generated" in met
 
 
 def test_one_tensor_parallel_rank_chooses_for_all(answers):
-    for found in answers.values():
-        assert found["one rank chooses"] == found["tokens"]
+    for result in answers.values():
+        assert result["one rank chooses"] == result["tokens"]
 
 
 def test_a_batch_answers_as_each_alone_and_streamed(answers):
-    for found in answers.values():
-        assert found["alone"] == found["seven"] == found["streamed"] == found["tokens"]
-        assert found["drawn alone"] == found["drawn"] != found["tokens"]
+    for result in answers.values():
+        assert result["alone"] == result["seven"] == result["streamed"] == result["tokens"]
+        assert result["drawn alone"] == result["drawn"] != result["tokens"]
 
 
 def test_the_cache_changes_nothing_and_media_are_encoded_once(answers):
@@ -97,11 +97,11 @@ def test_json_is_all_that_is_printed(checkpoint, media):
         *("--image-path", str(media / "white.png"), "--audio-path", str(media / "second.wav")),
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["images"] == [str(media / "white.png")]
-    assert found["prompt"] == "Answer the question."
-    assert len(found["tokens"]) == 4
-    assert found["finish"] == "length"
+    result = json.loads(done.stdout)
+    assert result["images"] == [str(media / "white.png")]
+    assert result["prompt"] == "Answer the question."
+    assert len(result["tokens"]) == 4
+    assert result["finish"] == "length"
     assert done.stderr == ""
 
 
@@ -125,15 +125,15 @@ def test_overflow_truncates_when_told(checkpoint, media, tiny):
     encoder = tiny.modalities["audios"].encoder
     samples, rate = soundfile.read(media / "long.flac")
     soundfile.write(media / "head.flac", samples[: round(encoder.window_seconds * rate)], rate)
-    found = []
+    result = []
     for file in ("long.flac", "head.flac"):
         flags = ("--audio-path", str(media / file), "--audio-overflow", "truncate", *DETAILS)
         done = run_alone("--ckpt", str(checkpoint), *flags)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
-        assert media_tokens(found[-1]) == encoder.max_tokens
-    assert found[0]["tokens"] == found[1]["tokens"]
-    assert found[0]["logprobs"] == pytest.approx(found[1]["logprobs"], abs=1e-5)
+        result.append(json.loads(done.stdout))
+        assert media_tokens(result[-1]) == encoder.max_tokens
+    assert result[0]["tokens"] == result[1]["tokens"]
+    assert result[0]["logprobs"] == pytest.approx(result[1]["logprobs"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -92,12 +92,12 @@ def test_a_stop_string_ends_the_answer(say, sentences):
 
 
 def test_log_probabilities_are_there_when_asked_for(say):
-    found = json.loads(say("--prompt", QUESTION, "--json", "--logprobs").out)
-    assert found["finish"] == "stop"
-    assert len(found["logprobs"]) == len(found["tokens"]) + 1
-    assert all(value <= 0 for value in found["logprobs"])
-    assert found["prompt_logprobs"][0] is None
-    assert all(value < 0 for value in found["prompt_logprobs"][1:])
+    result = json.loads(say("--prompt", QUESTION, "--json", "--logprobs").out)
+    assert result["finish"] == "stop"
+    assert len(result["logprobs"]) == len(result["tokens"]) + 1
+    assert all(value <= 0 for value in result["logprobs"])
+    assert result["prompt_logprobs"][0] is None
+    assert all(value < 0 for value in result["prompt_logprobs"][1:])
 
 
 def test_a_conversation_answers_as_its_turns_in_a_file(say, media, tmp_path):
@@ -161,12 +161,12 @@ def test_bad_lines_are_answered_with_an_error_and_the_others_in_full(say, tmp_pa
     output = tmp_path / "out.jsonl"
     flags = ("--input", str(tmp_path / "in.jsonl"), "--output", str(output))
     say(*flags)
-    found = {row["line"]: row for row in map(json.loads, output.read_text().splitlines())}
-    assert sorted(found) == [*range(1, len(BAD) + 2), len(BAD) + 3]
+    result = {row["line"]: row for row in map(json.loads, output.read_text().splitlines())}
+    assert sorted(result) == [*range(1, len(BAD) + 2), len(BAD) + 3]
     for number, (_, message) in enumerate(BAD, start=2):
-        assert message in found[number]["error"], number
-    last = found[len(BAD) + 3]
-    assert found[1]["answer"] == last["answer"] == say("--prompt", QUESTION).out.strip()
+        assert message in result[number]["error"], number
+    last = result[len(BAD) + 3]
+    assert result[1]["answer"] == last["answer"] == say("--prompt", QUESTION).out.strip()
     assert last["key"] == "good"
     before = output.read_bytes()
     say(*flags)
@@ -197,9 +197,9 @@ def questions(data_folder):
 def answers(output):
     """(line, sample) -> answer; each once."""
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    found = {(row["line"], row["sample"]): row["answer"] for row in rows}
-    assert len(found) == len(rows)
-    return found
+    result = {(row["line"], row["sample"]): row["answer"] for row in rows}
+    assert len(result) == len(rows)
+    return result
 
 
 def test_killed_and_started_again_no_line_is_lost_or_said_twice(checkpoint, questions, tmp_path):

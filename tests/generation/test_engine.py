@@ -1,4 +1,4 @@
-"""Rows join and leave, and beginnings that are known are taken over; tokens stay the same."""
+"""Continuous batching and prefix reuse choose the tokens that answering alone does."""
 
 import dataclasses
 from collections import defaultdict
@@ -41,17 +41,19 @@ def sample(config, parts, name="s"):
         item = encoder.mock_inputs(torch.Generator().manual_seed(seed))
         media[modality].append(item)
         ids += [config.modalities[modality].token_id] * encoder.num_tokens(item)
-    row = TokenSequence(ids, [0] * len(ids), [0] * len(ids))
-    return Sample(name, row, dict(media), {key: ["drawn"] * len(of) for key, of in media.items()})
+    tokens = TokenSequence(ids, [0] * len(ids), [0] * len(ids))
+    return Sample(
+        name, tokens, dict(media), {key: ["drawn"] * len(of) for key, of in media.items()}
+    )
 
 
 def drain(engine, reports):
-    found = defaultdict(list)
+    result = defaultdict(list)
     while True:
         for report in reports:
-            found[report.number].append(report.token)
+            result[report.number].append(report.token)
         if not engine.sequences:
-            return dict(found)
+            return dict(result)
         reports = engine.step()
 
 
@@ -84,7 +86,7 @@ def test_answers_together_are_those_of_each_alone(model, tiny):
     assert [len(together[n]) for n in range(6)] == [5, 8, 11, 14, 17, 20]
 
 
-def test_rows_that_come_later_and_rows_that_are_dropped(model, tiny):
+def test_sequences_join_later_and_are_stopped(model, tiny):
     jobs = mixed_jobs(tiny)
     whole = answer(model, tiny, jobs)
     engine = Engine(model, tiny, eos_id=-1)
@@ -93,9 +95,9 @@ def test_rows_that_come_later_and_rows_that_are_dropped(model, tiny):
     engine.stop(4)
     assert [s.request.number for s in engine.sequences] == [3, 5]
     reports += engine.start(jobs[:3])
-    found = drain(engine, reports)
-    assert found.pop(4) == whole.pop(4)[:2]
-    assert found == whole
+    result = drain(engine, reports)
+    assert result.pop(4) == whole.pop(4)[:2]
+    assert result == whole
     engine.stop(4)
 
 
@@ -109,14 +111,14 @@ class Recorded(TorchDispatchMode):
             self.hidden = step.run()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, found))
-        return found
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
 
     def __call__(self):
-        for func, args, kwargs, found in self.calls:
+        for func, args, kwargs, result in self.calls:
             again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(found), tree_leaves(again), strict=True):
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
         return self.hidden
@@ -131,29 +133,29 @@ def test_steps_that_are_replayed_choose_the_same_tokens(model, tiny, monkeypatch
 
     monkeypatch.setattr(engine_file, "DecodingGraphs", lambda of: DecodingGraphs(of, capture))
     jobs = mixed_jobs(tiny)
-    wanted = answer(model, tiny, jobs[:3])
+    expected = answer(model, tiny, jobs[:3])
     engine = Engine(model, tiny, eos_id=-1, cuda_graphs=True)
-    found = drain(engine, engine.start(jobs[:3]))
-    assert found == wanted
-    # Rows of 5, 8 and 11 tokens: three rows decode, then two, then one, each captured once.
+    result = drain(engine, engine.start(jobs[:3]))
+    assert result == expected
+    # Of 5, 8 and 11 tokens: three sequences decode, then two, then one, each captured once.
     length = engine.cache.length
     assert captured == [(3, length), (2, length), (1, length)]
-    assert drain(engine, engine.start(jobs[:3])) == wanted
+    assert drain(engine, engine.start(jobs[:3])) == expected
     assert len(captured) == 3
     longer = dataclasses.replace(jobs[0], max_new_tokens=length)
     assert drain(engine, engine.start([longer])) == answer(model, tiny, [longer])
     assert captured[3:] == [(1, engine.cache.length)]
 
 
-def test_the_end_token_ends_a_row(model, tiny):
+def test_the_end_token_ends_a_sequence(model, tiny):
     jobs = mixed_jobs(tiny)[:4]
     whole = answer(model, tiny, jobs)
     eos = whole[3][6]
     engine = Engine(model, tiny, eos_id=eos)
-    found = drain(engine, engine.start(jobs))
+    result = drain(engine, engine.start(jobs))
     cut = {n: of[: of.index(eos) + 1] if eos in of else of for n, of in whole.items()}
-    assert found == cut
-    assert len(found[3]) <= 7
+    assert result == cut
+    assert len(result[3]) <= 7
 
 
 class Watch:
@@ -182,58 +184,60 @@ def questions(config):
     return [sample(config, [*media, words(8, seed)]) for seed in (11, 12, 13)]
 
 
-def test_a_second_question_about_the_same_media_takes_them_over(model, tiny, monkeypatch):
+def test_a_second_question_about_the_same_media_reuses_the_prefix(model, tiny, monkeypatch):
     first, second, _ = questions(tiny)
-    wanted = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
+    expected = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
     engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
     drain(engine, engine.start([SequenceRequest(0, first, 6)]))
     watch = Watch(engine, monkeypatch)
     # Log-probabilities of the answer are no reason to work through the prompt.
-    assert drain(engine, engine.start([SequenceRequest(1, second, 6, logprobs=True)]))[1] == wanted
+    assert (
+        drain(engine, engine.start([SequenceRequest(1, second, 6, logprobs=True)]))[1] == expected
+    )
     assert watch.encoded == []
     assert watch.tokens == 8 + 5
 
 
-def test_questions_asked_together_share_the_media(model, tiny, monkeypatch):
+def test_questions_prefilled_together_share_the_prefix(model, tiny, monkeypatch):
     jobs = [SequenceRequest(n, s, 6) for n, s in enumerate(questions(tiny))]
-    wanted = answer(model, tiny, jobs)
+    expected = answer(model, tiny, jobs)
     engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
     watch = Watch(engine, monkeypatch)
-    assert drain(engine, engine.start(jobs)) == wanted
+    assert drain(engine, engine.start(jobs)) == expected
     assert watch.encoded == ["images", "audios"]
     length = len(jobs[0].sample.tokens.ids)
     assert watch.tokens == length + 2 * 8 + 3 * 5
 
 
-def test_a_conversation_goes_on_from_what_was_said(model, tiny, monkeypatch):
+def test_a_conversation_reuses_its_earlier_turns(model, tiny, monkeypatch):
     first = sample(tiny, [("images", 1), words(30, 1)])
     engine = Engine(model, tiny, eos_id=-1, prefix_cache=1)
     said = drain(engine, engine.start([SequenceRequest(0, first, 6)]))[0]
     second = sample(tiny, [("images", 1), words(30, 1) + said + words(4, 9)])
-    wanted = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
+    expected = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
     watch = Watch(engine, monkeypatch)
-    assert drain(engine, engine.start([SequenceRequest(1, second, 6)]))[1] == wanted
+    assert drain(engine, engine.start([SequenceRequest(1, second, 6)]))[1] == expected
     assert watch.encoded == []
     # The answer's last token was never worked through.
     assert watch.tokens == 1 + 4 + 5
 
 
-def test_another_picture_is_not_taken_over(model, tiny, monkeypatch):
+def test_another_picture_is_not_reused(model, tiny, monkeypatch):
     engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
     drain(
         engine, engine.start([SequenceRequest(0, sample(tiny, [words(40, 1), ("images", 1)]), 3)])
     )
     other = sample(tiny, [words(40, 1), ("images", 2), words(4, 2)])
-    wanted = answer(model, tiny, [SequenceRequest(1, other, 6)])[1]
+    expected = answer(model, tiny, [SequenceRequest(1, other, 6)])[1]
     watch = Watch(engine, monkeypatch)
-    assert drain(engine, engine.start([SequenceRequest(1, other, 6)]))[1] == wanted
+    assert drain(engine, engine.start([SequenceRequest(1, other, 6)]))[1] == expected
     assert watch.encoded == ["images"]
     assert watch.tokens == 16 + 4 + 5
 
 
-def test_a_prompt_that_broke_off_is_not_taken_over(model, tiny, monkeypatch):
+def test_a_prompt_that_broke_off_is_not_reused(model, tiny, monkeypatch):
     first, second, _ = questions(tiny)
-    wanted = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
+    expected = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
     engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
 
     def broken(*inputs):
@@ -245,10 +249,10 @@ def test_a_prompt_that_broke_off_is_not_taken_over(model, tiny, monkeypatch):
             engine.start([SequenceRequest(0, first, 6)])
     engine.stop(0)
     assert not engine.sequences
-    assert drain(engine, engine.start([SequenceRequest(1, second, 6)]))[1] == wanted
+    assert drain(engine, engine.start([SequenceRequest(1, second, 6)]))[1] == expected
 
 
-def test_only_whole_items_are_taken_over(tiny):
+def test_only_whole_items_are_reused(tiny):
     prompt = prompt_units(sample(tiny, [words(3, 1), ("images", 1), words(2, 2)]), tiny)
     assert prompt.items == [("images", 0, 3, 19)]
     assert [usable_length(n, prompt) for n in (0, 2, 3, 4, 18, 19, 20, 21)] == [
@@ -256,7 +260,7 @@ def test_only_whole_items_are_taken_over(tiny):
     ]
 
 
-def test_the_store_keeps_the_rows_used_last():
+def test_the_prefix_cache_keeps_the_most_recently_used():
     class Units:
         items = ()
 

@@ -56,8 +56,8 @@ def test_a_picture_and_a_recording_are_answered(page, served, media, tmp_path):
     assert first == answer_of(served.ask({"messages": [asked]})[1]).strip()
     second = ask(page, QUESTION, 2)
     said = {"role": "assistant", "content": first}
-    wanted = served.ask({"messages": [asked, said, user(QUESTION)]})[1]
-    assert second == answer_of(wanted).strip()
+    expected = served.ask({"messages": [asked, said, user(QUESTION)]})[1]
+    assert second == answer_of(expected).strip()
     page.click("#reset")
     assert page.locator(".turn").count() == 0
     assert ask(page, QUESTION, 1) == answer_of(served.ask({"messages": [user(QUESTION)]})[1])

@@ -57,26 +57,28 @@ def chi_square_bound(freedom):
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_drawn_has_the_exact_distribution(logits, name):
     sampling, seen = CASES[name], [0, 3, 3, 7]
-    wanted = exactly(logits, sampling, seen)
+    expected = exactly(logits, sampling, seen)
     draws = SequenceGenerator(11)
     ids = torch.tensor(seen)
-    rows = logits.expand(100, -1)
+    batch = logits.expand(100, -1)
     counts = torch.zeros(VOCABULARY)
     for _ in range(DRAWN // 100):
-        found = choose(rows, [sampling] * 100, [draws] * 100, [ids] * 100)
-        counts += found.bincount(minlength=VOCABULARY)
+        result = choose(batch, [sampling] * 100, [draws] * 100, [ids] * 100)
+        counts += result.bincount(minlength=VOCABULARY)
     assert counts.sum() == DRAWN
-    possible = [i for i, p in enumerate(wanted) if p]
+    possible = [i for i, p in enumerate(expected) if p]
     assert sum(int(counts[i]) for i in possible) == DRAWN
-    statistic = sum((counts[i] - DRAWN * wanted[i]) ** 2 / (DRAWN * wanted[i]) for i in possible)
+    statistic = sum(
+        (counts[i] - DRAWN * expected[i]) ** 2 / (DRAWN * expected[i]) for i in possible
+    )
     assert statistic < chi_square_bound(len(possible) - 1)
 
 
 def test_the_test_sees_a_wrong_distribution(logits):
     """A temperature that is a tenth off fails the bound, without any noise of drawing."""
-    wanted = exactly(logits, Sampling(temperature=1.0), [])
+    expected = exactly(logits, Sampling(temperature=1.0), [])
     other = exactly(logits, Sampling(temperature=1.1), [])
-    statistic = sum(DRAWN * (o - w) ** 2 / w for o, w in zip(other, wanted, strict=True))
+    statistic = sum(DRAWN * (o - w) ** 2 / w for o, w in zip(other, expected, strict=True))
     assert statistic > chi_square_bound(VOCABULARY - 1)
 
 
@@ -95,12 +97,14 @@ def test_the_probabilities_are_transformers(logits, name):
     for step in steps:
         theirs = step(seen, theirs)
     penalised = steps[0](seen, logits.clone())
-    found = probabilities(penalised, [sampling])
-    assert (found - theirs.softmax(dim=-1)).abs().max() < 1e-6
-    assert found[0].tolist() == pytest.approx(exactly(logits, sampling, seen[0].tolist()), abs=1e-6)
+    result = probabilities(penalised, [sampling])
+    assert (result - theirs.softmax(dim=-1)).abs().max() < 1e-6
+    assert result[0].tolist() == pytest.approx(
+        exactly(logits, sampling, seen[0].tolist()), abs=1e-6
+    )
 
 
-def test_rows_are_sampled_each_by_its_own_rule(logits):
+def test_sequences_are_sampled_each_with_its_own_options(logits):
     rules = [Sampling(), CASES["top k"], Sampling(), CASES["all"]]
     seen = [torch.tensor([0])] * 4
     together = choose(logits.expand(4, -1), rules, [SequenceGenerator(n) for n in range(4)], seen)
@@ -114,8 +118,8 @@ def test_the_tiniest_temperature_is_greedy(logits):
     forbidden = logits.clone()
     forbidden[0, -1] = float("-inf")
     for temperature in (5e-324, 1e-310, 1e-30):
-        found = choose(forbidden, [Sampling(temperature)], [SequenceGenerator(0)], [])
-        assert found[0] == forbidden.argmax()
+        result = choose(forbidden, [Sampling(temperature)], [SequenceGenerator(0)], [])
+        assert result[0] == forbidden.argmax()
 
 
 def test_a_forbidden_token_is_never_drawn(logits):
@@ -123,8 +127,8 @@ def test_a_forbidden_token_is_never_drawn(logits):
     forbidden[0, [1, 4]] = float("-inf")
     hot = Sampling(temperature=50.0)
     draws = SequenceGenerator(0)
-    found = {int(choose(forbidden, [hot], [draws], [])[0]) for _ in range(2_000)}
-    assert found == set(range(VOCABULARY)) - {1, 4}
+    result = {int(choose(forbidden, [hot], [draws], [])[0]) for _ in range(2_000)}
+    assert result == set(range(VOCABULARY)) - {1, 4}
 
 
 @pytest.mark.parametrize(

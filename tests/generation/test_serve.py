@@ -1,4 +1,4 @@
-"""The server answers OpenAI's client as the command answers, whatever else is asked of it."""
+"""The server answers OpenAI's client as the command answers, under load and with any option."""
 
 import json
 import signal
@@ -26,9 +26,9 @@ def test_openais_client(served, media, command):
     assert text.usage.total_tokens == text.usage.prompt_tokens + text.usage.completion_tokens
     files = ("--image-path", str(media / "white.png"), "--audio-path", str(media / "second.wav"))
     seen = chat(model=model.id, messages=[user("What is it?", media)], logprobs=True)
-    wanted = command(*files, "--prompt", "<image><audio>What is it?")
-    assert seen.choices[0].message.content == wanted
-    assert "".join(t.token for t in seen.choices[0].logprobs.content).strip() == wanted.strip()
+    expected = command(*files, "--prompt", "<image><audio>What is it?")
+    assert seen.choices[0].message.content == expected
+    assert "".join(t.token for t in seen.choices[0].logprobs.content).strip() == expected.strip()
     assert all(t.logprob <= 0 for t in seen.choices[0].logprobs.content)
     stream = chat(
         model=model.id,
@@ -38,7 +38,7 @@ def test_openais_client(served, media, command):
     )
     chunks = list(stream)
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
-    assert "".join(pieces) == wanted
+    assert "".join(pieces) == expected
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage == seen.usage
 
@@ -70,7 +70,7 @@ def test_a_conversation_with_a_system_text(served, command):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_places(served, stream):
+def test_a_client_that_leaves_frees_its_slots(served, stream):
     before = served.metric("mimo_left_total")
     body = json.dumps(says(n=16, temperature=5, max_tokens=120, stream=stream))
     head = (
@@ -101,7 +101,7 @@ def test_many_clients_at_once(served, media):
         for word in ("one", "two", "three")
         for seed in range(2)
     ]
-    wanted = [answer_of(served.ask(body)[1]) for body in bodies]
+    expected = [answer_of(served.ask(body)[1]) for body in bodies]
     server = psutil.Process(served.process.pid)
 
     def ask(number):
@@ -114,18 +114,18 @@ def test_many_clients_at_once(served, media):
                 temperature=body.get("temperature", 0),
                 seed=body.get("seed", 0),
             )
-            found = "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+            result = "".join(chunk.choices[0].delta.content or "" for chunk in reply)
         else:
-            found = answer_of(served.ask(body)[1])
-        return found
+            result = answer_of(served.ask(body)[1])
+        return result
 
     memory = []
     with ThreadPoolExecutor(16) as clients:
         for _ in range(ROUNDS):
-            found = list(clients.map(ask, range(48)))
-            assert found == [wanted[number % len(bodies)] for number in range(48)]
+            result = list(clients.map(ask, range(48)))
+            assert result == [expected[number % len(bodies)] for number in range(48)]
             memory.append(server.memory_info().rss)
-    # The keys and values of a row are 256 KiB; a row of each request left behind would be 48 MiB.
+    # The keys and values of a sequence are 256 KiB; one of each request left behind: 48 MiB.
     assert memory[-1] - memory[0] < 8 * 2**20
 
 

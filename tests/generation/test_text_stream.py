@@ -50,9 +50,9 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end():
         ("größe!", ["ß"], "grö"),
     ],
 )
-def test_a_stop_string_and_its_beginning_are_not_shown(text, stops, wanted):
+def test_a_stop_string_and_its_prefixes_are_not_shown(text, stops, expected):
     shown, stream = feed(text, stops)
-    assert "".join(shown) == stream.text == wanted
+    assert "".join(shown) == stream.text == expected
     assert stream.stopped == any(stop in text for stop in stops)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from examples.mimo.generation.transformer import CachedTransformer, layer_weights
 
-ROWS, LENGTH = 3, 90
+BATCH, LENGTH = 3, 90
 
 
 def with_everything(tiny):
@@ -28,7 +28,7 @@ def case(request, tiny, build_model):
     """A model with norms and biases that do something, its transformer, embeddings and logits."""
     torch.manual_seed(0)
     model = build_model(tiny if request.param == "tiny" else with_everything(tiny)).eval()
-    ids = torch.randint(6, 400, (ROWS, LENGTH))
+    ids = torch.randint(6, 400, (BATCH, LENGTH))
     with torch.no_grad():
         for name, parameter in model.language_model.named_parameters():
             if "norm" in name or "bias" in name:
@@ -36,62 +36,66 @@ def case(request, tiny, build_model):
         return CachedTransformer(model), model.embed(ids, {}).transpose(0, 1), model(ids)
 
 
-def room(transformer, rows, length):
+def new_cache(transformer, slots, length):
     cache = transformer.new_cache()
-    cache.reserve(rows, length)
+    cache.reserve(slots, length)
     return cache
 
 
-def assert_logits(transformer, hidden, wanted):
-    found = transformer.logits(hidden.flatten(0, -2)).view(wanted.shape)
-    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+def assert_logits(transformer, hidden, expected):
+    result = transformer.logits(hidden.flatten(0, -2)).view(expected.shape)
+    assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [(70, 80), (8, 81), (75,), (3, 30, 85)])
 def test_a_prompt_in_parts_and_then_token_by_token(case, cuts):
-    transformer, embedded, wanted = case
-    cache = room(transformer, ROWS + 1, LENGTH)
+    transformer, embedded, expected = case
+    cache = new_cache(transformer, BATCH + 1, LENGTH)
     ends = [*cuts, *range(cuts[-1] + 1, LENGTH + 1)]
     parts = [slice(start, end) for start, end in pairwise([0, *ends])]
-    hidden = [transformer.forward(embedded[:, p], cache, 1, [p.start] * ROWS) for p in parts]
-    assert_logits(transformer, torch.cat(hidden, dim=1), wanted)
+    hidden = [transformer.forward(embedded[:, p], cache, 1, [p.start] * BATCH) for p in parts]
+    assert_logits(transformer, torch.cat(hidden, dim=1), expected)
 
 
 @torch.no_grad()
-def test_rows_of_different_lengths_take_a_token_each(case):
-    transformer, embedded, wanted = case
-    cache = room(transformer, ROWS, LENGTH)
-    transformer.forward(embedded[:, :-1], cache, 0, [0] * ROWS)
+def test_sequences_of_different_lengths_decode_together(case):
+    transformer, embedded, expected = case
+    cache = new_cache(transformer, BATCH, LENGTH)
+    transformer.forward(embedded[:, :-1], cache, 0, [0] * BATCH)
     starts = [7, 89, 32]
-    tokens = torch.stack([row[start, None] for row, start in zip(embedded, starts, strict=True)])
+    tokens = torch.stack(
+        [sequence[start, None] for sequence, start in zip(embedded, starts, strict=True)]
+    )
     hidden = transformer.forward(tokens, cache, 0, starts)
-    at = torch.stack([row[start, None] for row, start in zip(wanted, starts, strict=True)])
+    at = torch.stack(
+        [sequence[start, None] for sequence, start in zip(expected, starts, strict=True)]
+    )
     assert_logits(transformer, hidden, at)
 
 
 @torch.no_grad()
-def test_many_rows_compute_what_few_do(case):
-    transformer, embedded, wanted = case
-    many, copies = embedded.repeat(6, 1, 1), 6 * ROWS
-    cache = room(transformer, copies, LENGTH)
-    transformer.forward(many[:, :-1], cache, 0, [0] * copies)
-    hidden = transformer.forward(many[:, -1:], cache, 0, [LENGTH - 1] * copies)
-    assert_logits(transformer, hidden, wanted[:, -1:].repeat(6, 1, 1))
+def test_a_large_batch_computes_what_a_small_one_does(case):
+    transformer, embedded, expected = case
+    many, batch = embedded.repeat(6, 1, 1), 6 * BATCH
+    cache = new_cache(transformer, batch, LENGTH)
+    transformer.forward(many[:, :-1], cache, 0, [0] * batch)
+    hidden = transformer.forward(many[:, -1:], cache, 0, [LENGTH - 1] * batch)
+    assert_logits(transformer, hidden, expected[:, -1:].repeat(6, 1, 1))
 
 
 @torch.no_grad()
-def test_rows_move_and_the_cache_grows(case):
-    transformer, embedded, wanted = case
-    cache = room(transformer, ROWS, LENGTH)
-    transformer.forward(embedded[:, :11], cache, 0, [0] * ROWS)
+def test_slots_move_and_the_cache_grows(case):
+    transformer, embedded, expected = case
+    cache = new_cache(transformer, BATCH, LENGTH)
+    transformer.forward(embedded[:, :11], cache, 0, [0] * BATCH)
     apart = cache.copy_slot(2, 11)
     cache.reserve(5, 300)
     assert (cache.batch_size, cache.length) == (5, 384)
     cache.write_slot(3, cache, 1, 11)
     cache.write_slot(4, apart, 0, 11)
     hidden = transformer.forward(embedded[1:, 11:], cache, 3, [11, 11])
-    assert_logits(transformer, hidden, wanted[1:, 11:])
+    assert_logits(transformer, hidden, expected[1:, 11:])
 
 
 def test_a_parameter_that_nobody_knows_is_refused(case):

@@ -21,8 +21,8 @@ class Counting:
     def __len__(self):
         return len(self.left)
 
-    def start(self, asked):
-        self.left |= {number: sample for number, sample, _ in asked}
+    def start(self, requests):
+        self.left |= {number: sample for number, sample, _ in requests}
         self.most = max(self.most, len(self.left))
         return []
 

@@ -75,9 +75,9 @@ def test_cuda_graphs_compute_what_the_layers_do(tiny, build_model):
         transformer.forward(prompt, cache, 0, [0, 0, 0])
     for rows, starts in ((3, [70, 70, 70]), (3, [71, 30, 7]), (2, [72, 31]), (3, [73, 32, 8])):
         token = torch.randn(rows, 1, tiny.language.hidden_size, device="cuda")
-        wanted = transformer.forward(token, caches[0], 0, starts)
-        found = graphs.forward(token, caches[1], starts)
-        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        expected = transformer.forward(token, caches[0], 0, starts)
+        result = graphs.forward(token, caches[1], starts)
+        assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
         # Larger tensors, so that the next step is captured anew.
         for cache in caches:
             cache.reserve(3, cache.length + 128)
@@ -93,6 +93,6 @@ def test_a_models_losses_on_cuda_equal_the_cpus(tiny, build_model):
     batch = collate([MockDataset(tiny, 128, 4, seed=0)[i] for i in range(4)])
     there = to_device(batch, torch.device("cuda"))
     with torch.no_grad():
-        found = model(there.input_ids, there.labels, there.modality_inputs).cpu()
-        wanted = model.cpu()(batch.input_ids, batch.labels, batch.modality_inputs)
-    assert (found - wanted).abs().max() < 1e-4
+        result = model(there.input_ids, there.labels, there.modality_inputs).cpu()
+        expected = model.cpu()(batch.input_ids, batch.labels, batch.modality_inputs)
+    assert (result - expected).abs().max() < 1e-4

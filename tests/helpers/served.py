@@ -45,9 +45,9 @@ class Served:
         headers = {"Authorization": f"Bearer {KEY}", **headers}
         connection.request(method, path, body, headers)
         reply = connection.getresponse()
-        found = reply.status, reply.read()
+        result = reply.status, reply.read()
         connection.close()
-        return found
+        return result
 
     def get(self, path, **headers):
         return self.send("GET", path, **headers)
@@ -60,8 +60,8 @@ class Served:
         return status, json.loads(reply)
 
     def metric(self, name):
-        found = re.search(rf"^{name} (\S+)$", self.get("/metrics")[1].decode(), re.MULTILINE)
-        return float(found[1])
+        result = re.search(rf"^{name} (\S+)$", self.get("/metrics")[1].decode(), re.MULTILINE)
+        return float(result[1])
 
     def client(self):
         import openai
@@ -100,9 +100,9 @@ def says(**more):
     return {"messages": [{"role": "user", "content": "hi"}], **more}
 
 
-def until(found):
+def until(condition):
     """Wait for it, but not for ever."""
     deadline = time.monotonic() + 120
-    while not found():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -32,7 +32,7 @@ def write(root: Path, samples: int = 5_000, seed: int = 0) -> Path:
 
     generator = np.random.default_rng(seed)
     by_picture = _questions(easy_vqa)
-    voices = _speak(root, sorted({q for asked in by_picture.values() for q, _ in asked}))
+    voices = _speak(root, sorted({q for pairs in by_picture.values() for q, _ in pairs}))
     paths = easy_vqa.get_train_image_paths()
     chosen = generator.permutation(sorted(by_picture))
     (root / "images").mkdir()
@@ -45,7 +45,7 @@ def write(root: Path, samples: int = 5_000, seed: int = 0) -> Path:
                 shutil.copy(paths[picture], root / file)
             record = _record(by_picture[picture], file, voices, generator)
             lines.write(json.dumps({"key": f"shape-{number:05d}", **record}) + "\n")
-    texts = [text for asked in by_picture.values() for pair in asked for text in pair]
+    texts = [text for pairs in by_picture.values() for pair in pairs for text in pair]
     model = train_tokenizer(
         sorted({f"{text}\n" for text in texts}), get_model_config("tiny_avlm"), VOCABULARY_SIZE
     )
@@ -54,10 +54,10 @@ def write(root: Path, samples: int = 5_000, seed: int = 0) -> Path:
 
 
 def _questions(easy_vqa: Any) -> dict[int, list[tuple[str, str]]]:
-    found: dict[int, list[tuple[str, str]]] = {}
+    result: dict[int, list[tuple[str, str]]] = {}
     for question, answer, picture in zip(*easy_vqa.get_train_questions(), strict=True):
-        found.setdefault(picture, []).append((question, answer))
-    return found
+        result.setdefault(picture, []).append((question, answer))
+    return result
 
 
 def _speak(root: Path, questions: list[str]) -> dict[str, list[str]]:
@@ -80,7 +80,7 @@ def _speak(root: Path, questions: list[str]) -> dict[str, list[str]]:
 
 
 def _record(
-    asked: list[tuple[str, str]],
+    pairs: list[tuple[str, str]],
     picture: str,
     voices: dict[str, list[str]],
     generator: np.random.Generator,
@@ -88,7 +88,7 @@ def _record(
     turns, audios = [], []
     count = 1 + int(generator.choice(len(TURNS), p=TURNS))
     for number in range(count):
-        question, answer = asked[int(generator.integers(len(asked)))]
+        question, answer = pairs[int(generator.integers(len(pairs)))]
         text = question
         if generator.random() < SPOKEN:
             text = "<audio>"

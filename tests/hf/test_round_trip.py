@@ -1,4 +1,4 @@
-"""Through folders and back a checkpoint loses nothing, and a failure leaves nothing behind."""
+"""Export and import lose nothing, and a failure leaves nothing behind."""
 
 import json
 import shutil
@@ -71,8 +71,8 @@ def flags_for_every_part(folders):
 @pytest.mark.parametrize("how", ["folders", "a flag for every part"])
 def test_all_parts_come_back_bit_equal(trained, exported, tmp_path, how):
     folders, _ = exported
-    given = ["--folders", folders] if how == "folders" else flags_for_every_part(folders)
-    flags = ("from-hf", "--model-provider", PROVIDER, *map(str, given))
+    folder_flags = ["--folders", folders] if how == "folders" else flags_for_every_part(folders)
+    flags = ("from-hf", "--model-provider", PROVIDER, *map(str, folder_flags))
     run = run_command("convert.py", *flags, "--save", str(tmp_path / "again"))
     assert run.returncode == 0, run.stderr
     assert "random weights" not in run.stderr
@@ -152,7 +152,7 @@ def test_a_failed_import_leaves_nothing(exported, tmp_path, monkeypatch, build_m
 
 
 def test_embeddings_beyond_the_vocabulary_come_back(tmp_path, build_model):
-    """Rows that an imported config.json does not count, changed by training."""
+    """Embeddings that an imported config.json does not count, changed by training."""
     case = CASES["llama"]
     case.build().save_pretrained(tmp_path / "theirs")
     extra = OUR_VOCABULARY - VOCABULARY

@@ -30,7 +30,7 @@ def both():
 
 @pytest.mark.parametrize("name", ["input", "weight", "bias"])
 def test_gradients_in_16_bits_are_rounded_once(both, name):
-    ours, exact = (found[name] for found in both)
+    ours, exact = (result[name] for result in both)
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).norm() / exact.norm() < BOUND
 

@@ -24,13 +24,13 @@ from examples.mimo.train import train
 from examples.mimo.training.layout import rank_groups, run_shape
 from examples.mimo.training.pretrain import transformer_config
 
-found = {}
+built = {}
 setup = megatron_training.setup_model_and_optimizer
 
 
 def remember(*positional, **named):
     model, optimizer, scheduler = setup(*positional, **named)
-    found.update(model=model, optimizer=optimizer)
+    built.update(model=model, optimizer=optimizer)
     return model, optimizer, scheduler
 
 
@@ -42,7 +42,7 @@ def optimizer_bytes(model_parameters):
     """Adam's moments, and the parameters in 32 bits that it keeps beside the model's."""
     total = 0
     # A module on ranks of its own has its optimizer inside another.
-    held = getattr(found["optimizer"], "own", found["optimizer"])
+    held = getattr(built["optimizer"], "own", built["optimizer"])
     for optimizer in held.chained_optimizers:
         adam = optimizer.optimizer
         moments = [t for state in adam.state.values() for t in state.values()]
@@ -64,8 +64,8 @@ def predicted(flags):
 
 def measured():
     """What this rank holds after training."""
-    parameters = [p for chunk in found["model"] for p in chunk.parameters()]
-    buffers = [buffer for chunk in found["model"] for buffer in chunk.buffers]
+    parameters = [p for chunk in built["model"] for p in chunk.parameters()]
+    buffers = [buffer for chunk in built["model"] for buffer in chunk.buffers]
     return {
         "parameters": size(parameters),
         "gradients": size(buffer.grad_data for buffer in buffers),

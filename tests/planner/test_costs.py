@@ -27,13 +27,13 @@ def count(monkeypatch):
 
 def test_a_layers_attention_skips_what_the_mask_hides(count, tiny):
     whole = language_layer_flops(tiny.language, WORK.seq_length)
-    wanted = WORK.batch_size * (whole.weights + whole.attention / 2)
-    assert count(1).layer.forward == wanted
-    assert count(1).layer.both == 3 * wanted
-    assert count(2, "--context-parallel-size", "2").layer.forward == wanted / 2
+    expected = WORK.batch_size * (whole.weights + whole.attention / 2)
+    assert count(1).layer.forward == expected
+    assert count(1).layer.both == 3 * expected
+    assert count(2, "--context-parallel-size", "2").layer.forward == expected / 2
 
 
-def test_encoders_on_ranks_of_their_own_run_ahead_of_the_first_stage(count):
+def test_noncolocated_encoders_run_ahead_of_the_first_stage(count):
     shared, own = count(1), count(3, *NONCOLOCATED)
     assert shared.ahead == {}
     assert own.first.both == 0
@@ -44,9 +44,9 @@ def test_encoders_on_ranks_of_their_own_run_ahead_of_the_first_stage(count):
     assert len(others) == len(shared.chunks((1, 1)))
 
 
-def test_copies_of_an_encoder_share_the_work_of_the_language_models_copies(count):
-    one = count(3, *NONCOLOCATED).ahead["images"].both
+def test_encoder_replicas_share_the_work_of_language_model_replicas(count):
+    encoder = count(3, *NONCOLOCATED).ahead["images"].both
     two_language_models = count(4, *NONCOLOCATED).ahead["images"].both
     two_encoders = count(4, "--encoder-ranks", "images=0-1", "audios=2").ahead["images"].both
-    assert two_language_models == pytest.approx(2 * one)
-    assert two_encoders == pytest.approx(one / 2)
+    assert two_language_models == pytest.approx(2 * encoder)
+    assert two_encoders == pytest.approx(encoder / 2)

@@ -70,11 +70,11 @@ def test_a_cluster_is_planned_from_one_process():
 
 
 def drawn_rows(text):
-    found = (re.match(r" +(\S+) [0-9a-z.]{96}$", line) for line in text.splitlines())
-    return [match[1] for match in found if match]
+    result = (re.match(r" +(\S+) [0-9a-z.]{96}$", line) for line in text.splitlines())
+    return [match[1] for match in result if match]
 
 
-def test_encoders_on_ranks_of_their_own_are_planned():
+def test_noncolocated_encoders_are_planned():
     done = run_train(
         *("--dry-run", "160", "--model-provider", "llava_avlm_tuned", "--bf16"),
         *("--encoder-ranks", "images=0-15", "audios=16-31"),
@@ -101,9 +101,9 @@ def test_balanced_stages_wait_less():
     bubbles, layers = [], []
     for extra in ((), ("--balance-stages",)):
         text = run_train(*flags, *extra).stdout
-        found = re.search(r"layers by stage (\d), (\d); .* bubble of (\d+) %", text)
-        layers.append(tuple(map(int, found.groups()[:2])))
-        bubbles.append(int(found[3]))
+        result = re.search(r"layers by stage (\d), (\d); .* bubble of (\d+) %", text)
+        layers.append(tuple(map(int, result.groups()[:2])))
+        bubbles.append(int(result[3]))
     assert layers[0] == (4, 4)
     assert layers[1] == (2, 6)
     assert bubbles[1] < bubbles[0] / 2

@@ -32,15 +32,15 @@ def test_the_count_is_what_runs(tiny, build_model, frozen):
     media_tokens = {
         name: int((batch.input_ids == m.token_id).sum()) for name, m in tiny.modalities.items()
     }
-    items = {name: len(found) for name, found in batch.items.items()}
+    items = {name: len(files) for name, files in batch.items.items()}
     counted = training_flops(tiny, 4, batch.seq_length, items, media_tokens, frozen)
     # The first layer of a trained encoder takes no gradient of its inputs.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_attention_grows_with_the_square(tiny):
-    def cost(columns):
-        return training_flops(tiny, 1, columns, {}, {})
+    def cost(length):
+        return training_flops(tiny, 1, length, {}, {})
 
     assert cost(256) > 2 * cost(128)
 

@@ -20,8 +20,8 @@ def test_1f1b_of_equal_stages_takes_the_known_time(stages, micro_batches):
 def test_virtual_stages_divide_the_bubble(stages, virtual, micro_batches):
     """(P - 1) / V of a micro-batch's time: arXiv:2104.04473, section 2.2.2."""
     timeline = simulate([EQUAL] * (stages * virtual), stages, micro_batches)
-    wanted = 3.0 * (virtual * micro_batches + stages - 1)
-    assert timeline.seconds == pytest.approx(wanted)
+    expected = 3.0 * (virtual * micro_batches + stages - 1)
+    assert timeline.seconds == pytest.approx(expected)
 
 
 def test_the_slowest_stage_sets_the_pace():

@@ -30,14 +30,14 @@ def options(manifest, output, **fields):
 
 def samples(folder):
     """Key -> part -> content, and the split of each key."""
-    found, splits = collections.defaultdict(dict), {}
+    result, splits = collections.defaultdict(dict), {}
     for tar in sorted(folder.glob("*.tar")):
         with tarfile.open(tar) as members:
             for member in members:
                 key, _, part = member.name.partition(".")
-                found[key][part] = members.extractfile(member).read()
+                result[key][part] = members.extractfile(member).read()
                 splits[key] = tar.name.rpartition("-")[0]
-    return dict(found), splits
+    return dict(result), splits
 
 
 def rejected(folder):
@@ -47,12 +47,12 @@ def rejected(folder):
 
 def test_a_manifest_becomes_shards(data_folder, tiny, tmp_path):
     about = prepare_shards(options(data_folder / "train.jsonl", tmp_path / "out"), tiny)
-    found, splits = samples(tmp_path / "out")
+    result, splits = samples(tmp_path / "out")
     records = list(map(json.loads, (data_folder / "train.jsonl").read_text().splitlines()))
     keys = [record["key"] for record in records]
-    assert list(found) == sorted(keys, key=lambda key: splits[key])
+    assert list(result) == sorted(keys, key=lambda key: splits[key])
     for record in records:
-        parts = dict(found[record["key"]])
+        parts = dict(result[record["key"]])
         written = json.loads(parts.pop("json"))
         assert written["conversations"] == record["conversations"]
         for name in ("images", "audios"):
@@ -70,8 +70,8 @@ def test_a_manifest_becomes_shards(data_folder, tiny, tmp_path):
 
 def test_a_key_is_always_in_the_same_split():
     halves = {"train": 0.5, "val": 0.5}
-    found = [split_of(f"key-{n}", halves) == "train" for n in range(8)]
-    assert found == [False, False, True, False, False, True, False, True]
+    result = [split_of(f"key-{n}", halves) == "train" for n in range(8)]
+    assert result == [False, False, True, False, False, True, False, True]
     shares = collections.Counter(split_of(str(n), {"a": 8, "b": 1, "c": 1}) for n in range(10_000))
     assert shares["a"] / 10_000 == pytest.approx(0.8, abs=0.02)
     assert shares["b"] / 10_000 == pytest.approx(0.1, abs=0.02)
@@ -109,8 +109,8 @@ def test_sixty_broken_samples_are_refused_each_for_its_reason(tiny, tmp_path):
     expected = write_broken(tmp_path / "in")
     assert len(expected) >= 60
     about = prepare_shards(options(tmp_path / "in/manifest.jsonl", tmp_path / "out"), tiny)
-    found, reasons = samples(tmp_path / "out")[0], rejected(tmp_path / "out")
-    assert set(found) == {f"good-{number}" for number in range(NUM_GOOD)}
+    result, reasons = samples(tmp_path / "out")[0], rejected(tmp_path / "out")
+    assert set(result) == {f"good-{number}" for number in range(NUM_GOOD)}
     assert about["rejected"] == len(reasons) == len(expected)
     for key, words in expected.items():
         assert re.search(words, reasons[key]), (key, reasons[key])
@@ -210,13 +210,13 @@ def test_a_llava_list_is_taken_as_it_is(tiny, tmp_path):
     about = prepare_shards(
         options(tmp_path / "llava.json", tmp_path / "out", splits={"train": 1.0}), tiny
     )
-    found, _ = samples(tmp_path / "out")
-    first, second, third = found
+    result, _ = samples(tmp_path / "out")
+    first, second, third = result
     assert third == "7"
     assert first != second
     for name, question in ((first, "what?"), (second, "who?")):
         assert re.fullmatch(r"000_1_x-[0-9a-f]{12}", name)
-        record = json.loads(found[name]["json"])
+        record = json.loads(result[name]["json"])
         assert (record["key"], record["images"]) == ("000/1.x", ["images.0.png"])
         assert record["conversations"][0]["value"] == f"<image>\n{question}"
     assert about["rejected"] == 0
@@ -230,8 +230,8 @@ def test_keys_that_cannot_be_file_names_stay_apart(tiny, tmp_path):
     lines.append(json.dumps({"key": "t", "tags": ["x"], "conversations": broken.turns("q")}))
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     prepare_shards(options(tmp_path / "m.jsonl", tmp_path / "out", splits={"train": 1.0}), tiny)
-    found, _ = samples(tmp_path / "out")
-    kept = [json.loads(parts["json"])["key"] for parts in found.values()]
+    result, _ = samples(tmp_path / "out")
+    kept = [json.loads(parts["json"])["key"] for parts in result.values()]
     assert kept == ["0", "a/b", "a_b", "x" * 300 + "1", "x" * 300 + "2", "5"]
     reasons = rejected(tmp_path / "out")
     assert "was used before" in reasons["a/b"]
@@ -252,11 +252,11 @@ def test_another_model_checks_again(tiny, tmp_path):
 def test_shards_of_megatrons_example_are_taken_as_they_are(tiny, tmp_path):
     source = write_megatron_example(tmp_path / "in")
     about = prepare_shards(options(source, tmp_path / "out", splits={"train": 1.0}), tiny)
-    found, _ = samples(tmp_path / "out")
+    result, _ = samples(tmp_path / "out")
     assert about["samples"] == {"train": 12}
-    record = json.loads(found["s3_100"]["json"])
+    record = json.loads(result["s3_100"]["json"])
     assert record["audios"] == ["audios.0.flac", "audios.1.flac"]
-    assert found["s3_100"]["images.0.img"] == broken.GOOD["good.png"]
+    assert result["s3_100"]["images.0.img"] == broken.GOOD["good.png"]
 
 
 @pytest.mark.slow

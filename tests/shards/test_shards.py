@@ -85,23 +85,23 @@ def keys(batches, number):
 
 
 def flat(lists):
-    return [key for found in lists for key in found]
+    return [key for result in lists for key in result]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_see_disjoint_samples_and_an_epoch_all_of_them(read, count, workers):
     epoch = count // 2 // max(1, workers) * max(1, workers)
-    found = [flat(keys(read(rank, 2, workers, size=1), epoch)) for rank in range(2)]
-    assert not set(found[0]) & set(found[1])
-    for mine in found:
+    result = [flat(keys(read(rank, 2, workers, size=1), epoch)) for rank in range(2)]
+    assert not set(result[0]) & set(result[1])
+    for mine in result:
         assert len(set(mine)) == epoch
-    assert count - len(set(flat(found))) <= 2 * max(1, workers)
+    assert count - len(set(flat(result))) <= 2 * max(1, workers)
 
 
 def test_another_epoch_comes_in_another_order(read, count):
-    found = flat(keys(read(size=1), 2 * count))
-    assert sorted(found[:count]) == sorted(found[count:])
-    assert found[:count] != found[count:]
+    result = flat(keys(read(size=1), 2 * count))
+    assert sorted(result[:count]) == sorted(result[count:])
+    assert result[:count] != result[count:]
 
 
 def test_peers_see_the_same_and_another_seed_another_order(read):
@@ -233,11 +233,11 @@ def broken_shards(tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_samples_are_skipped_and_named(read, broken_shards, workers):
     batches = read(path=broken_shards, workers=workers, size=1)
-    found = [next(batches) for _ in range(60)]
+    result = [next(batches) for _ in range(60)]
     good = {f"good-{number}" for number in range(60)}
     # What comes after the last good sample is named by the next epoch's first batch.
-    assert set(flat(batch.keys for batch in found)) <= good
-    bad_samples = {bad.key: bad.reason for batch in found for bad in batch.bad_samples}
+    assert set(flat(batch.keys for batch in result)) <= good
+    bad_samples = {bad.key: bad.reason for batch in result for bad in batch.bad_samples}
     cases = broken.cases()
     assert len(cases) == 60
     assert len(bad_samples) >= 50

@@ -70,8 +70,8 @@ def rows(work):
     """Iteration -> what its last run said of it."""
     file = work / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("}")]
-    return {row["iteration"]: row for row in found if "loss" in row}
+    result = [json.loads(line) for line in lines if line.endswith("}")]
+    return {row["iteration"]: row for row in result if "loss" in row}
 
 
 def train(shards, work, *more, processes=2):
@@ -81,21 +81,21 @@ def train(shards, work, *more, processes=2):
     return rows(work)
 
 
-def keys(found):
-    return {iteration: row["keys"] for iteration, row in found.items()}
+def keys(result):
+    return {iteration: row["keys"] for iteration, row in result.items()}
 
 
 def test_peers_read_the_same_and_ranks_different_samples(spoken, tmp_path):
     short = ("--train-iters", "6", "--eval-iters", "2", "--eval-interval", "3")
     layouts = {"one": (1, ()), "tp": (2, TP2), "pp": (2, PP2), "dp": (2, ())}
     layouts["own"] = (3, ("--encoder-ranks", "images=0", "audios=1"))
-    found = {
+    result = {
         name: train(spoken, tmp_path / name, *more, *short, processes=processes)
         for name, (processes, more) in layouts.items()
     }
     for peer in ("tp", "pp", "own"):
-        assert keys(found[peer]) == keys(found["one"])
-    seen = [key for row in found["dp"].values() for key in row["keys"]]
+        assert keys(result[peer]) == keys(result["one"])
+    seen = [key for row in result["dp"].values() for key in row["keys"]]
     assert len(seen) == len(set(seen)) == 24
 
 
@@ -127,15 +127,15 @@ def test_going_on_at_another_layout(spoken, tmp_path):
     ],
     ids=["one for two", "two for one"],
 )
-def test_copies_of_encoders_read_what_they_encode(spoken, tmp_path, shared, own):
+def test_encoder_replicas_read_what_they_encode(spoken, tmp_path, shared, own):
     more = ("--train-iters", "6", "--num-workers", "0")
     whole = train(spoken, tmp_path / "shared", *shared[1], *more, processes=shared[0])
     half = (*more, "--exit-interval", "3")
     train(spoken, tmp_path / "own", *shared[1], *half, processes=shared[0])
-    found = train(spoken, tmp_path / "own", *own[1], *more, processes=own[0])
-    assert keys(found) == keys(whole)
+    result = train(spoken, tmp_path / "own", *own[1], *more, processes=own[0])
+    assert keys(result) == keys(whole)
     for iteration, row in whole.items():
-        assert found[iteration]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert result[iteration]["loss"] == pytest.approx(row["loss"], rel=1e-5)
 
 
 def write_long_inputs(folder):
@@ -173,17 +173,17 @@ def test_windows_and_tiles_train_alike_at_every_layout(data_folder, tmp_path):
     shards, start = tmp_path / "shards", tmp_path / "start"
     train(shards, start, *more, "--train-iters", "4", "--exit-interval", "1", processes=1)
     layouts = {"one": (1, ()), "pp": (2, PP2), "cp": (2, ("--context-parallel-size", "2"))}
-    found = {}
+    result = {}
     for name, (processes, layout) in layouts.items():
         shutil.copytree(start, tmp_path / name)
         run = (*more, *layout, "--train-iters", "4")
-        found[name] = train(shards, tmp_path / name, *run, processes=processes)
-    assert found["one"][4]["items"] == {"images": 4, "audios": 4}
+        result[name] = train(shards, tmp_path / name, *run, processes=processes)
+    assert result["one"][4]["items"] == {"images": 4, "audios": 4}
     for name in ("pp", "cp"):
-        assert keys(found[name]) == keys(found["one"])
-        for iteration, row in found["one"].items():
-            assert found[name][iteration]["loss"] == pytest.approx(row["loss"], rel=1e-5)
-            assert found[name][iteration]["tokens"] == row["tokens"]
+        assert keys(result[name]) == keys(result["one"])
+        for iteration, row in result["one"].items():
+            assert result[name][iteration]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+            assert result[name][iteration]["tokens"] == row["tokens"]
 
 
 def test_videos_in_the_layout_of_megatrons_example_train(data_folder, tmp_path):
@@ -206,12 +206,12 @@ def test_videos_in_the_layout_of_megatrons_example_train(data_folder, tmp_path):
     small += ("videos.encoder.hidden_size=64", "videos.encoder.num_attention_heads=4")
     small += ("videos.encoder.image_size=56",)
     more = ("--model-provider", "video_llava_vlm", "--dataset-provider", "video_llava_vlm", *small)
-    found = train(
+    result = train(
         folder, tmp_path / "run", *more, *("--tokenizer-model", str(data_folder)),
         *("--train-iters", "3"), *TP2,
     )  # fmt: skip
-    assert [row["items"] for row in found.values()] == [{"videos": 4}] * 3
-    assert all(len(row["keys"]) == 4 for row in found.values())
+    assert [row["items"] for row in result.values()] == [{"videos": 4}] * 3
+    assert all(len(row["keys"]) == 4 for row in result.values())
 
 
 @pytest.mark.slow
@@ -257,28 +257,28 @@ def test_packed_sequences_train(spoken, tmp_path):
         "--micro-batch-size",
         "1",
     )
-    found = train(spoken, tmp_path / "one", *packed, "--train-iters", "6", *TP2)
-    for row in found.values():
+    result = train(spoken, tmp_path / "one", *packed, "--train-iters", "6", *TP2)
+    for row in result.values():
         assert row["slots"] == 4 * 256
         assert len(row["keys"]) > 8
-    assert sum(row["tokens"] for row in found.values()) / (6 * 4 * 256) > 0.93
+    assert sum(row["tokens"] for row in result.values()) / (6 * 4 * 256) > 0.93
     half = (*packed, "--train-iters", "6", *TP2)
     train(spoken, tmp_path / "two", *half, "--exit-interval", "3")
-    assert keys(train(spoken, tmp_path / "two", *half)) == keys(found)
+    assert keys(train(spoken, tmp_path / "two", *half)) == keys(result)
 
 
 @pytest.mark.slow
 def test_packed_sequences_of_the_shapes_are_97_percent_full(shapes, tmp_path):
     packed = ("--packing-buffer-size", "300", "--total-seq-length", "512")
-    found = train(shapes, tmp_path / "one", *packed, "--micro-batch-size", "1", "--train-iters=50")
-    samples = sum(len(row["keys"]) for row in found.values())
-    slots = sum(row["slots"] for row in found.values())
+    result = train(shapes, tmp_path / "one", *packed, "--micro-batch-size", "1", "--train-iters=50")
+    samples = sum(len(row["keys"]) for row in result.values())
+    slots = sum(row["slots"] for row in result.values())
     assert slots == 50 * 4 * 512
     assert samples > 1_500
-    assert sum(row["tokens"] for row in found.values()) / slots >= 0.97
+    assert sum(row["tokens"] for row in result.values()) / slots >= 0.97
 
 
-def test_bad_samples_are_counted_named_and_bounded(data_folder, tmp_path):
+def test_bad_samples_are_counted_named_and_limited(data_folder, tmp_path):
     shards = broken.write_shard(tmp_path / "shards", good=90)
     index_shards(shards, ["train-0.tar"], ["train"], 1)
     more = ("--tokenizer-model", str(data_folder), "--save-interval", "4", "--train-iters", "12")

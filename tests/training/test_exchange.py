@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on at any other; loaded and saved again it is the same bytes."""
+"""A checkpoint of any layout resumes at any other; loaded and saved again it is bit-identical."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run that dies goes on as if nothing had happened, at the same layout and at another."""
+"""A killed run resumes with the same losses, at the same layout and at another."""
 
 import json
 import os

@@ -42,7 +42,7 @@ def flags_for(model, dataset, data_folder):
     if dataset == "spoken_questions":
         flags += ["--data-path", str(data_folder)]
     if model == "qwen3_avlm":
-        # Its 151,936 words at 8,192 places are most of the time, and half of these hold its media.
+        # The logits of 151,936 words at 8,192 positions are most of the time; half hold its media.
         flags += ["--seq-length", "4096"]
     return [*flags, "--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "2"]
 
@@ -58,7 +58,7 @@ def test_every_provider_starts(model, dataset, data_folder, tmp_path):
     assert all(0 < row["loss"] < 20 for row in rows)
 
 
-def test_a_model_that_hears_nothing_refuses_spoken_questions(data_folder):
+def test_a_model_without_audio_refuses_spoken_questions(data_folder):
     flags = flags_for("llava_vlm", "spoken_questions", data_folder)
     done = run_command("train.py", *flags)
     assert done.returncode == 2

@@ -184,7 +184,7 @@ def weight_fields(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def latest_weights(folder: Path, flag: str = "--ckpt") -> Path:
-    """The iteration inside `folder` that is loaded; ValueError when it is not there whole."""
+    """The iteration inside `folder` that is loaded; ValueError when it is missing or incomplete."""
     tracker = folder / TRACKER
     if not tracker.is_file():
         raise ValueError(f"{flag} {folder}: nothing has been saved here yet ({TRACKER} is missing)")
@@ -231,8 +231,8 @@ def overlay(base: Any, values: Any, where: str = "config") -> Any:
 
 def _same_keys(names: set[str], values: Any, where: str) -> None:
     if not isinstance(values, dict) or set(values) != names:
-        found = sorted(values) if isinstance(values, dict) else type(values).__name__
+        actual = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise ValueError(
-            f"{where} has the fields {found} in the checkpoint, but this package expects "
+            f"{where} has the fields {actual} in the checkpoint, but this package expects "
             f"{sorted(names)}; use the package version that wrote it"
         )

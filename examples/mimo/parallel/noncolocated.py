@@ -181,7 +181,7 @@ def build_noncolocated_model(
 
 
 class ModuleGroups(MultiModuleProcessGroupCollection):
-    """The groups of this rank's module, which also answers for them as if there was no other."""
+    """The groups of all modules; attributes are those of this rank's own module."""
 
     def __getattr__(self, name: str) -> Any:
         (own,) = self.__dict__["module_pgs"].values()
@@ -212,7 +212,7 @@ class OneFormatOptimizer(MimoOptimizer):
         self.is_stub_optimizer = optimizer.is_stub_optimizer
 
     def state_dict(self) -> Any:
-        """As the module's own optimizer; so are the next two."""
+        """The state of the module's own optimizer, as in the two methods below."""
         return self.own.state_dict()
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -223,7 +223,7 @@ class OneFormatOptimizer(MimoOptimizer):
 
 
 class NonColocatedRun(NamedTuple):
-    """What `pretrain()` is given where encoders have ranks of their own; else all None."""
+    """What `pretrain()` is given with non-colocated encoders; all None without."""
 
     grids: dict[str, HyperCommGrid] | None = None
     bridges: Bridges | None = None

@@ -64,9 +64,6 @@ DRAWN_ROUNDS = 3
 # Per trained parameter: two moments in fp32.
 ADAM_BYTES = 8
 FP32_COPY_BYTES = 4
-MIB = 2**20
-# More micro-batches than this make a drawing that shows nothing.
-DRAWN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
