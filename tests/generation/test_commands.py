@@ -150,7 +150,7 @@ BAD = [
     ('{"prompt": "x", "audios": ["' + "a" * 300 + '.wav"]}', "cannot be read (File name too long)"),
     (r'{"key": "\ud800", "prompt": 5}', "prompt must be text, not 5"),
     ("[" * 100_000, "not JSON"),
-    ('{"prompt": "' + "a " * 6_000_000 + '"}', "a line of more than 10,000,000 bytes"),
+    ('{"prompt": "' + "a " * 6_000_000 + '"}', "bytes in one line, more than 10,000,000"),
 ]
 
 

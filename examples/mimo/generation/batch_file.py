@@ -19,6 +19,7 @@ from examples.mimo.data.conversation import ANSWER_ROLES, FilesInside, Sample
 from examples.mimo.generation.api import Mimo, on_rank_zero
 from examples.mimo.generation.sampling import Options
 from examples.mimo.generation.scheduler import Answer
+from examples.mimo.modalities.files import json_lines
 
 MAX_LINE_BYTES = 10_000_000
 # Every line of the output starts so, which tells our own files from others.
@@ -106,8 +107,11 @@ def question_record(line: object, model: Mimo, key: str) -> dict[str, Any]:
 def _questions(
     model: Mimo, source: Path, samples: int, done: set[tuple[int, int]]
 ) -> Iterator[Question]:
-    """The lines that lack an answer, read by rank 0 for every rank."""
-    lines = _lines(source) if os.environ["RANK"] == "0" else None
+    """The lines that lack an answer, read by rank 0 for every rank.
+
+    Read one by one: the file may exceed the memory.
+    """
+    lines = json_lines(source, MAX_LINE_BYTES) if os.environ["RANK"] == "0" else None
 
     def next_question() -> Question | None:
         assert lines is not None
@@ -120,38 +124,16 @@ def _questions(
         yield question
 
 
-def _question(model: Mimo, source: Path, number: int, text: bytes) -> Question:
+def _question(model: Mimo, source: Path, number: int, line: Any) -> Question:
+    if isinstance(line, ValueError):
+        return Question(number, error=str(line))
     key = None
     try:
-        if len(text) > MAX_LINE_BYTES:
-            raise ValueError(f"a line of more than {MAX_LINE_BYTES:,} bytes")
-        line = json.loads(text)
         key = str(line["key"]) if isinstance(line, dict) and "key" in line else None
         record = question_record(line, model, key or f"line {number}")
         return Question(number, key, model.encode(record, FilesInside(source.parent)))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        return Question(number, error=f"not JSON ({error})")
     except ValueError as error:
         return Question(number, key, error=" ".join(str(error).split()))
-
-
-def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers from 1, without blank ones; an oversized one is cut.
-
-    A bad line is an answer here and not the end of the run, and a file may exceed the memory, so
-    this is not `read_records`.
-    """
-    # k2: json_lines(source, MAX_LINE_BYTES) of data/datasets.py replaces this function, and the
-    # JSON errors in `_question`.
-    with source.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            rest = line
-            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                rest = file.readline(MAX_LINE_BYTES + 1)
-            if line.strip():
-                yield number, line
 
 
 def _open_files(source: Path, target: Path) -> tuple[int, set[tuple[int, int]]]:
@@ -166,7 +148,7 @@ def _open_files(source: Path, target: Path) -> tuple[int, set[tuple[int, int]]]:
     if target.exists():
         with target.open("rb+") as file:
             done = _read_answered(target, file)
-    return sum(1 for _ in _lines(source)), done
+    return sum(1 for _ in json_lines(source, MAX_LINE_BYTES)), done
 
 
 def _read_answered(target: Path, file: BinaryIO) -> set[tuple[int, int]]:
