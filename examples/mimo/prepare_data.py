@@ -355,7 +355,7 @@ def _add_tokenizer(tasks: Any) -> None:
     )
     words.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder")
     words.add_argument(
-        "--vocab-size", type=int, metavar="N", help="at most so many tokens (default: the model's)"
+        "--vocab-size", type=int, metavar="N", help="at most N tokens (default: the model's)"
     )
     words.add_argument("--overwrite", action="store_true", help="replace a tokenizer.model there")
     _add_model(words, None)
@@ -382,7 +382,7 @@ def _add_webdataset(tasks: Any) -> None:
         nargs="+",
         default=["train=0.98", "val=0.02"],
         metavar="NAME=SHARE",
-        help="a sample's key decides, the same way for ever (default train=0.98 val=0.02)",
+        help="shares by a hash of the sample's key (default train=0.98 val=0.02)",
     )
     shards.add_argument("--shard-megabytes", type=int, default=250, metavar="N", help="%(default)s")
     shards.add_argument(
@@ -411,7 +411,11 @@ def _add_show(tasks: Any) -> None:
     show_task.add_argument("--html", type=Path, metavar="FILE", help="the page (default DIR.html)")
     show_task.add_argument("--samples", type=int, default=24, metavar="N", help="on it (24)")
     show_task.add_argument(
-        "--limit", type=int, default=1_000, metavar="N", help="of each shard, count so many (1000)"
+        "--limit",
+        type=int,
+        default=1_000,
+        metavar="N",
+        help="read the first N of each shard (1000)",
     )
     show_task.add_argument("--tokenizer", type=Path, metavar="PATH", help="(default: in DIR)")
     show_task.add_argument("--seq-length", type=int, metavar="N", help="refuse longer samples")

@@ -41,7 +41,7 @@ def size(tensors):
 def optimizer_bytes(model_parameters):
     """Adam's moments, and the parameters in 32 bits that it keeps beside the model's."""
     total = 0
-    # A module on ranks of its own has its optimizer inside another.
+    # A non-colocated module's optimizer is inside another.
     held = getattr(built["optimizer"], "own", built["optimizer"])
     for optimizer in held.chained_optimizers:
         adam = optimizer.optimizer

@@ -375,7 +375,7 @@ def _check_virtual_stages(args: argparse.Namespace) -> None:
     if args.dataset_provider in SHARDED:
         raise ValueError(
             f"--dataset-provider {args.dataset_provider} runs without virtual stages: Megatron "
-            "saves the place in the data of one iterator a rank, not of one a virtual stage"
+            "saves the position of one data iterator per rank, not of one per virtual stage"
         )
     stages, count = args.pipeline_model_parallel_size, run_shape(args).num_micro_batches
     left = count % (args.microbatch_group_size_per_vp_stage or stages)

@@ -247,7 +247,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="PART",
         help="parts that start with random weights while all others load strictly: a modality, or "
         "MODALITY.encoder, MODALITY.projector, language; with --pretrained-checkpoint, or --load "
-        "and --finetune. So a trained model gets another modality",
+        "and --finetune. This adds a modality to a trained model",
     )
     group.add_argument(
         "--balance-stages",
@@ -259,15 +259,15 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--encoder-ranks",
         nargs="+",
         metavar="MODALITY=RANKS",
-        help="give each encoder, with its projector, ranks of its own, such as images=0 "
-        "audios=1-2; the others are the language model's (default: all share all ranks)",
+        help="non-colocated encoders: the ranks of each, with its projector, such as images=0 "
+        "audios=1-2; the others are the language model's (default: colocated with it)",
     )
     group.add_argument(
         "--encoder-tensor-model-parallel-size",
         nargs="+",
         metavar="N",
         help="split encoders and projectors over N ranks. Colocated, those are N of each "
-        "tensor-parallel group, whose encoder replicas share the media (default: as the "
+        "tensor-parallel group, which then holds several replicas of the encoders (default: as the "
         "language model). With --encoder-ranks: a number, or images=N audios=N (default 1)",
     )
     group.add_argument(
@@ -281,8 +281,8 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--dry-run",
         type=int,
         metavar="PROCESSES",
-        help="say what this run would hold and compute on so many processes, and end; start it "
-        "without torchrun",
+        help="print what this run would hold and compute on PROCESSES processes, and end; start "
+        "it without torchrun",
     )
     group.add_argument(
         "--set",
