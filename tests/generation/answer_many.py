@@ -91,11 +91,11 @@ def without_a_cache(sample, steps):
 
 def cached(sample, steps):
     engine = Engine(model.model, model.config, eos_id=-1)
-    reports = engine.start([SequenceRequest(0, sample, steps, logprobs=True, prompt_logprobs=True)])
+    outputs = engine.start([SequenceRequest(0, sample, steps, logprobs=True, prompt_logprobs=True)])
     while engine.sequences:
-        reports += engine.step()
-    prompt = reports[0].prompt_logprobs
-    return [r.token for r in reports], [r.logprob for r in reports], prompt
+        outputs += engine.step()
+    prompt = outputs[0].prompt_logprobs
+    return [r.token for r in outputs], [r.logprob for r in outputs], prompt
 
 
 def error(sample, steps):

@@ -47,22 +47,22 @@ def sample(config, parts, name="s"):
     )
 
 
-def drain(engine, reports):
+def drain(engine, outputs):
     result = defaultdict(list)
     while True:
-        for report in reports:
-            result[report.number].append(report.token)
+        for output in outputs:
+            result[output.number].append(output.token)
         if not engine.sequences:
             return dict(result)
-        reports = engine.step()
+        outputs = engine.step()
 
 
-def answer(model, config, jobs, **more):
+def answer(model, config, requests, **more):
     engine = Engine(model, config, eos_id=-1, **more)
-    return drain(engine, engine.start(jobs))
+    return drain(engine, engine.start(requests))
 
 
-def mixed_jobs(config):
+def mixed_requests(config):
     parts = [
         [words(9, 1)],
         [("images", 1), words(9, 2)],
@@ -79,23 +79,23 @@ def mixed_jobs(config):
 
 
 def test_answers_together_are_those_of_each_alone(model, tiny):
-    jobs = mixed_jobs(tiny)
-    together = answer(model, tiny, jobs)
-    alone = {job.number: answer(model, tiny, [job])[job.number] for job in jobs}
+    requests = mixed_requests(tiny)
+    together = answer(model, tiny, requests)
+    alone = {request.number: answer(model, tiny, [request])[request.number] for request in requests}
     assert together == alone
     assert [len(together[n]) for n in range(6)] == [5, 8, 11, 14, 17, 20]
 
 
 def test_sequences_join_later_and_are_stopped(model, tiny):
-    jobs = mixed_jobs(tiny)
-    whole = answer(model, tiny, jobs)
+    requests = mixed_requests(tiny)
+    whole = answer(model, tiny, requests)
     engine = Engine(model, tiny, eos_id=-1)
-    reports = engine.start(jobs[3:])
-    reports += engine.step()
+    outputs = engine.start(requests[3:])
+    outputs += engine.step()
     engine.stop(4)
     assert [s.request.number for s in engine.sequences] == [3, 5]
-    reports += engine.start(jobs[:3])
-    result = drain(engine, reports)
+    outputs += engine.start(requests[:3])
+    result = drain(engine, outputs)
     assert result.pop(4) == whole.pop(4)[:2]
     assert result == whole
     engine.stop(4)
@@ -132,27 +132,27 @@ def test_steps_that_are_replayed_choose_the_same_tokens(model, tiny, monkeypatch
         return Recorded(step)
 
     monkeypatch.setattr(engine_file, "DecodingGraphs", lambda of: DecodingGraphs(of, capture))
-    jobs = mixed_jobs(tiny)
-    expected = answer(model, tiny, jobs[:3])
+    requests = mixed_requests(tiny)
+    expected = answer(model, tiny, requests[:3])
     engine = Engine(model, tiny, eos_id=-1, cuda_graphs=True)
-    result = drain(engine, engine.start(jobs[:3]))
+    result = drain(engine, engine.start(requests[:3]))
     assert result == expected
     # Of 5, 8 and 11 tokens: three sequences decode, then two, then one, each captured once.
     length = engine.cache.length
     assert captured == [(3, length), (2, length), (1, length)]
-    assert drain(engine, engine.start(jobs[:3])) == expected
+    assert drain(engine, engine.start(requests[:3])) == expected
     assert len(captured) == 3
-    longer = dataclasses.replace(jobs[0], max_new_tokens=length)
+    longer = dataclasses.replace(requests[0], max_new_tokens=length)
     assert drain(engine, engine.start([longer])) == answer(model, tiny, [longer])
     assert captured[3:] == [(1, engine.cache.length)]
 
 
 def test_the_end_token_ends_a_sequence(model, tiny):
-    jobs = mixed_jobs(tiny)[:4]
-    whole = answer(model, tiny, jobs)
+    requests = mixed_requests(tiny)[:4]
+    whole = answer(model, tiny, requests)
     eos = whole[3][6]
     engine = Engine(model, tiny, eos_id=eos)
-    result = drain(engine, engine.start(jobs))
+    result = drain(engine, engine.start(requests))
     cut = {n: of[: of.index(eos) + 1] if eos in of else of for n, of in whole.items()}
     assert result == cut
     assert len(result[3]) <= 7
@@ -199,13 +199,13 @@ def test_a_second_question_about_the_same_media_reuses_the_prefix(model, tiny, m
 
 
 def test_questions_prefilled_together_share_the_prefix(model, tiny, monkeypatch):
-    jobs = [SequenceRequest(n, s, 6) for n, s in enumerate(questions(tiny))]
-    expected = answer(model, tiny, jobs)
+    requests = [SequenceRequest(n, s, 6) for n, s in enumerate(questions(tiny))]
+    expected = answer(model, tiny, requests)
     engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
     watch = Watch(engine, monkeypatch)
-    assert drain(engine, engine.start(jobs)) == expected
+    assert drain(engine, engine.start(requests)) == expected
     assert watch.encoded == ["images", "audios"]
-    length = len(jobs[0].sample.tokens.ids)
+    length = len(requests[0].sample.tokens.ids)
     assert watch.tokens == length + 2 * 8 + 3 * 5
 
 

@@ -58,12 +58,12 @@ def chi_square_bound(freedom):
 def test_what_is_drawn_has_the_exact_distribution(logits, name):
     sampling, seen = CASES[name], [0, 3, 3, 7]
     expected = exactly(logits, sampling, seen)
-    draws = SequenceGenerator(11)
+    generator = SequenceGenerator(11)
     ids = torch.tensor(seen)
     batch = logits.expand(100, -1)
     counts = torch.zeros(VOCABULARY)
     for _ in range(DRAWN // 100):
-        result = choose(batch, [sampling] * 100, [draws] * 100, [ids] * 100)
+        result = choose(batch, [sampling] * 100, [generator] * 100, [ids] * 100)
         counts += result.bincount(minlength=VOCABULARY)
     assert counts.sum() == DRAWN
     possible = [i for i, p in enumerate(expected) if p]
@@ -126,8 +126,8 @@ def test_a_forbidden_token_is_never_drawn(logits):
     forbidden = logits.clone()
     forbidden[0, [1, 4]] = float("-inf")
     hot = Sampling(temperature=50.0)
-    draws = SequenceGenerator(0)
-    result = {int(choose(forbidden, [hot], [draws], [])[0]) for _ in range(2_000)}
+    generator = SequenceGenerator(0)
+    result = {int(choose(forbidden, [hot], [generator], [])[0]) for _ in range(2_000)}
     assert result == set(range(VOCABULARY)) - {1, 4}
 
 

@@ -28,10 +28,10 @@ def batch_with(mask, labels=None):
 def test_only_target_tokens_count():
     losses = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     batch = batch_with([[0, 1, 1], [1, 0, 0]])
-    total, count, report = pretrain.training_loss(batch, losses)
+    total, count, metrics = pretrain.training_loss(batch, losses)
     assert total == 14
     assert count == 3
-    assert report["lm loss"].tolist() == [14, 3]
+    assert metrics["lm loss"].tolist() == [14, 3]
 
 
 def test_padding_may_hold_anything():
@@ -64,10 +64,10 @@ def test_exact_match_needs_every_target_of_a_sequence(tiny, build_model):
     logits[1, 2] = 0
     logits[1, 2, 9] = 10
     batch = batch_with([[0, 1, 1], [0, 1, 1], [0, 0, 0]], labels)
-    _, count, report = pretrain.evaluation_loss(stage, batch, logits)
+    _, count, metrics = pretrain.evaluation_loss(stage, batch, logits)
     assert count == 4
-    assert report["exact match"].tolist() == [1, 2]
+    assert metrics["exact match"].tolist() == [1, 2]
     exact = torch.nn.functional.cross_entropy(
         logits[:2, 1:].flatten(0, 1), labels[:2, 1:].flatten()
     )
-    assert report["lm loss"][0] / 4 == pytest.approx(exact.item(), rel=1e-5)
+    assert metrics["lm loss"][0] / 4 == pytest.approx(exact.item(), rel=1e-5)

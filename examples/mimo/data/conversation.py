@@ -288,11 +288,11 @@ def check_media(
 ) -> None:
     """ValueError unless every item has a placeholder and every placeholder an item."""
     for name, modality in config.modalities.items():
-        num_places = sum(isinstance(p, MediaPiece) and p.modality == name for p in pieces)
+        num_placeholders = sum(isinstance(p, MediaPiece) and p.modality == name for p in pieces)
         num_items = len(media.get(name, ()))
-        if num_places != num_items:
+        if num_placeholders != num_items:
             raise ValueError(
-                f"{num_places} {modality.placeholder} in the text, but {num_items} "
+                f"{num_placeholders} {modality.placeholder} in the text, but {num_items} "
                 f"{modality.singular} files; give one file for each placeholder"
             )
 

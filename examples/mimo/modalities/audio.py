@@ -77,7 +77,7 @@ class WhisperConfig(EncoderConfig):
 
     @property
     def max_inputs(self) -> int:
-        """Windows."""
+        """The most windows of a recording."""
         return self.max_windows
 
     def read(self, source: Source) -> np.ndarray:

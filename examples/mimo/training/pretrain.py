@@ -317,7 +317,7 @@ def next_batch(
 
 
 def training_loss(batch: Batch, losses: torch.Tensor) -> Reduced:
-    """(B, S / CP) per-token losses -> their sum over targets, the number of targets, a report.
+    """(B, S / CP) per-token losses -> their sum over targets, the number of targets, metrics.
 
     Megatron divides the sum over all micro-batches and ranks by the number over all of them.
     """
@@ -352,8 +352,8 @@ def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -
     dist.all_reduce(per_sequence, group=mpu.get_context_parallel_group())
     num_wrong, num_targets = per_sequence
     is_right = (num_wrong == 0) & (num_targets > 0)
-    report = {
+    metrics = {
         "lm loss": torch.stack([total, count]),
         "exact match": torch.stack([is_right.sum(), (num_targets > 0).sum()]).float(),
     }
-    return total, count.int(), report
+    return total, count.int(), metrics
