@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -248,6 +249,17 @@ def test_tokens_of_a_hugging_face_tokenizer(tiny, byte_tokenizer, text, ordinary
         return
     with pytest.raises(ValueError, match="of <image> is the ordinary token"):
         SampleEncoder(config, byte_tokenizer, 128)
+
+
+def test_a_byte_that_no_utf8_text_holds_is_free_and_the_refusal_names_one(tiny, tokenizer):
+    """The demo's tokenizer leaves no id unused, but 13 byte tokens can never occur."""
+    byte = tokenizer.model.piece_to_id("<0xFF>")
+    SampleEncoder(with_token_id(tiny, "images", byte), tokenizer, 128)
+    accent = tokenizer.model.piece_to_id("<0xC3>")
+    with pytest.raises(ValueError, match="choose an unused id, such as") as refusal:
+        SampleEncoder(with_token_id(tiny, "images", accent), tokenizer, 128)
+    named = int(re.search("such as ([0-9]+)", str(refusal.value))[1])
+    SampleEncoder(with_token_id(tiny, "images", named), tokenizer, 128)
 
 
 @pytest.mark.parametrize("name", MODEL_PROVIDERS)

@@ -55,13 +55,11 @@ def inference_parser() -> argparse.ArgumentParser:
 def add_modality_flags(parser: argparse.ArgumentParser, config: MimoConfig) -> None:
     """Add --NAME-path, and a flag for each encoder field that may change when answering."""
     for modality in config.modalities.values():
-        parser.add_argument(
-            f"--{modality.singular}-path", type=Path, action="append", default=[], metavar="FILE"
-        )
+        flag = _flag(modality.singular)
+        parser.add_argument(f"{flag}-path", type=Path, action="append", default=[], metavar="FILE")
         for field in _changeable_fields(modality.encoder):
             parser.add_argument(
-                f"--{modality.singular}-{field.name.replace('_', '-')}",
-                choices=field.metadata["choices"],
+                flag + _flag(field.name).removeprefix("-"), choices=field.metadata["choices"]
             )
 
 
@@ -85,6 +83,10 @@ def media_paths(config: MimoConfig, args: argparse.Namespace) -> dict[str, list[
     return {n: getattr(args, f"{m.singular}_path") for n, m in config.modalities.items()}
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _changeable_fields(encoder: Any) -> list[dataclasses.Field]:
     """Fields with a few values to choose from, on which no weight depends."""
     return [
@@ -104,7 +106,7 @@ def check_flags(args: argparse.Namespace, config: MimoConfig) -> str:
         raise ValueError("--input and --output go together: questions and answers, as JSON lines")
     mode = "--input" if args.input else "--interactive" if args.interactive else ""
     paths = media_paths(config, args)
-    others = [f"--{config.modalities[name].singular}-path" for name in paths if paths[name]]
+    others = [f"{_flag(config.modalities[name].singular)}-path" for name in paths if paths[name]]
     others += [f"--{name}" for name in ("prompt", "json", "stream") if getattr(args, name)]
     if mode and others:
         raise ValueError(f"{others[0]} does not go with {mode}")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.tokenizer import Tokenizer, is_ordinary_token
+from examples.mimo.data.tokenizer import Tokenizer, free_id_hint, is_ordinary_token
 from examples.mimo.modalities.files import Blob, Source
 
 HUMAN_ROLES = ("human", "user")
@@ -122,6 +122,7 @@ class SampleEncoder:
             )
         # An item's token id must never come out of text: `tokenise` drops it there, since it would
         # ask for an item, so an ordinary word in its place would vanish from what people write.
+        taken = {modality.token_id for modality in self.config.modalities.values()}
         for modality in self.config.modalities.values():
             token_id, placeholder = modality.token_id, modality.placeholder
             if token_id in (self.tokenizer.bos_id, self.tokenizer.eos_id):
@@ -132,8 +133,8 @@ class SampleEncoder:
                 continue
             raise ValueError(
                 f"{name}: token id {token_id} of {placeholder} is {meaning} in this tokenizer; "
-                f"choose an unused id with --hf-assign-unused-tokens {placeholder},ID, or the "
-                "tokenizer the model was made for"
+                f"choose an unused id{free_id_hint(self.tokenizer, taken)} in the config or with "
+                f"--hf-assign-unused-tokens {placeholder},ID, or the tokenizer of the model"
             )
 
     def encode(

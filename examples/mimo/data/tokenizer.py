@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,7 +93,7 @@ def is_ordinary_token(tokenizer: Tokenizer, token_id: int, placeholder: str = ""
         added = tokenizer.model.added_tokens_decoder.get(token_id)
         if added is not None and added.special:
             return False
-    elif _RESERVED.fullmatch(text):
+    elif _RESERVED.fullmatch(text) or tokenizer.model.id_to_piece(token_id) in _NEVER_IN_UTF_8:
         return False
     # A part of a character, which spells characters that the vocabulary lacks.
     if "\ufffd" in text:
@@ -102,8 +102,22 @@ def is_ordinary_token(tokenizer: Tokenizer, token_id: int, placeholder: str = ""
     return any(token_id in tokenizer.encode(start + text) for start in ("", " ", "a ", "a"))
 
 
+def free_id_hint(tokenizer: Tokenizer, taken: Collection[int]) -> str:
+    """`, such as 261,`: an id that is not `taken` and that no text uses; empty without any."""
+    control = {*taken, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+    # Reserved tokens stand at either end of a vocabulary, bytes at its beginning.
+    last = range(tokenizer.size - 1, max(tokenizer.size - 300, 300), -1)
+    for token_id in (*range(min(tokenizer.size, 300)), *last):
+        if token_id not in control and not is_ordinary_token(tokenizer, token_id):
+            return f", such as {token_id},"
+    return ""
+
+
 # How tokenizers spell tokens that are kept for later: <unused7>, [unused7], <|reserved_7|>.
 _RESERVED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+
+# Byte tokens of SentencePiece that no text is spelled with (RFC 3629), so they are free as well.
+_NEVER_IN_UTF_8 = {f"<0x{byte:02X}>" for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
 
 
 HUGGING_FACE, SENTENCE_PIECE = "tokenizer.json", "tokenizer.model"

@@ -85,13 +85,20 @@ def shard_options(args: argparse.Namespace, replicas: range) -> Any:
 
 
 def tokenizer_path(args: argparse.Namespace) -> Path | None:
-    """`--tokenizer-model`, else the data folder's, else that of the weights, else none."""
+    """`--tokenizer-model`, else that of the weights, else the data folder's, else none.
+
+    Trained weights know only the tokens that they were trained with, and a data folder may hold
+    the tokenizer of another model.
+    """
     if args.tokenizer_model:
         return Path(args.tokenizer_model)
+    start = starting_point(args)
+    of_weights = start / TOKENIZER if start and (start / TOKENIZER).is_dir() else None
+    if of_weights and LANGUAGE not in fresh_parts(args):
+        return of_weights
     if args.data_path and holds_tokenizer(Path(args.data_path[0])):
         return Path(args.data_path[0])
-    start = starting_point(args)
-    return start / TOKENIZER if start and (start / TOKENIZER).is_dir() else None
+    return of_weights
 
 
 def starting_point(args: argparse.Namespace) -> Path | None:
