@@ -123,7 +123,7 @@ def is_split(args: argparse.Namespace) -> bool:
 
 
 def layout_name(args: argparse.Namespace) -> str:
-    """`TP 2 x PP 2 + sequence parallel`."""
+    """The layout in one line: `TP 2 x PP 2 + sequence parallel`."""
     sizes = {
         "TP": args.tensor_model_parallel_size,
         "PP": args.pipeline_model_parallel_size,
@@ -162,12 +162,12 @@ def _on_ranks(placement: Placement) -> str:
 
 
 def span(ranks: range) -> str:
-    """`4` or `4-7`."""
+    """Ranks as text: `4` or `4-7`."""
     return f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
 
 
 def numerics(args: argparse.Namespace) -> str:
-    """`float32, local layers`."""
+    """Data type and layer implementation: `float32, local layers`."""
     kind = str(args.params_dtype).removeprefix("torch.")
     return f"{kind}, {args.transformer_impl.replace('_', ' ')} layers"
 

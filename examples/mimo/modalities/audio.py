@@ -57,7 +57,7 @@ class WhisperConfig(EncoderConfig):
 
     @property
     def window_samples(self) -> int:
-        """Samples in the window."""
+        """The number of samples in a window."""
         return round(self.window_seconds * SAMPLE_RATE_HZ)
 
     @property

@@ -143,7 +143,7 @@ class VitConfig(EncoderConfig):
 
     @property
     def num_patches(self) -> int:
-        """Patches in a picture."""
+        """The number of patches of an encoder input."""
         return self.patches_per_side**2
 
     @property

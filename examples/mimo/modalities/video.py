@@ -145,7 +145,7 @@ class VideoConfig(VitConfig):
         return [view for frame in raw for view in super(VideoConfig, self).preview(frame)]
 
     def blank(self, raw: Any) -> Any:
-        """As many black frames."""
+        """Black frames, as many as there are."""
         return [super(VideoConfig, self).blank(frame) for frame in raw]
 
     def preprocess(self, raw: Any) -> dict[str, torch.Tensor]:

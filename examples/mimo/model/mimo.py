@@ -309,7 +309,7 @@ def language_spec(
     post_process: bool,
     vp_stage: int | None,
 ) -> ModuleSpec:
-    """A stage of the GPT."""
+    """The spec of this stage's part of the language model, a Megatron GPTModel."""
     num_layers = get_num_layers_to_build(transformer_config, vp_stage, pg_collection.pp.rank())
     impl, qk_norm = transformer_config.transformer_impl, transformer_config.qk_layernorm
     layers = block_submodules(impl, AttnMaskType.causal, num_layers, qk_norm)

@@ -30,7 +30,7 @@ class Cost:
 
     @property
     def both(self) -> float:
-        """Forward and backward."""
+        """Forward and backward pass together."""
         return self.forward + self.backward
 
 
