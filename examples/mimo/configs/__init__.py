@@ -69,8 +69,8 @@ def _call(flag: str, module_name: str, function: str) -> Any:
     returns_config = returns is MimoConfig or (
         isinstance(returns, str) and returns.rpartition(".")[2] == MimoConfig.__name__
     )
-    is_own = inspect.isfunction(builder) and builder.__module__ == module_name
-    if not (is_own and returns_config):
+    # In one condition, so that mypy sees a function below.
+    if not (inspect.isfunction(builder) and builder.__module__ == module_name and returns_config):
         raise ValueError(
             f"{flag}: {module_name} defines no function `def {function}() -> MimoConfig:`, and "
             "nothing else is called"
