@@ -76,11 +76,12 @@ def data(tmp_path_factory):
             distance = int(generator.integers(1, 9))
             grid = generator.normal(distance, 0.1, generator.integers(5, 33, 2))
             np.save(folder / f"{number}.npy", grid)
+            shown = bool(number % 4)
             turns = [
-                {"from": "human", "value": PROMPT},
+                {"from": "human", "value": "<depth>" * shown + PROMPT},
                 {"from": "gpt", "value": f"{distance} metres"},
             ]
-            depths = [f"{number}.npy"] if number % 4 else []
+            depths = [f"{number}.npy"] * shown
             record = {"key": str(number), "conversations": turns, "depths": depths}
             lines.write(json.dumps(record) + "\n")
     texts = ("--text", str(folder / "train.jsonl"), str(ROOT / "LICENSE"))
@@ -108,7 +109,7 @@ def train(data, written, tmp_path_factory):
             *(*PROVIDER, "--dataset-provider", "conversations", "--data-path", str(data)),
             *("--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "10"),
             *("--lr", "1e-3", "--load", str(written), "--finetune", "--save", str(folder)),
-            *("--metrics-file", str(folder / "metrics.jsonl"), *flags),
+            *("--metrics-file", str(folder / "metrics.jsonl"), "--max-bad-samples", "0", *flags),
             processes=processes,
         )
         assert run.returncode == 0, run.stderr
@@ -148,7 +149,7 @@ def test_it_is_asked_and_evaluated(one_process, data, tmp_path):
             "key": text,
             "depths": ["3.npy"],
             "conversations": [
-                {"from": "human", "value": PROMPT},
+                {"from": "human", "value": f"<depth>{PROMPT}"},
                 {"from": "gpt", "value": text},
             ],
         }
