@@ -1,6 +1,7 @@
 """A modality that only this file knows: trained in parallel, asked, exported and evaluated."""
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 
@@ -76,11 +77,12 @@ def data(tmp_path_factory):
             distance = int(generator.integers(1, 9))
             grid = generator.normal(distance, 0.1, generator.integers(5, 33, 2))
             np.save(folder / f"{number}.npy", grid)
+            shown = bool(number % 4)
             turns = [
-                {"from": "human", "value": PROMPT},
+                {"from": "human", "value": "<depth>" * shown + PROMPT},
                 {"from": "gpt", "value": f"{distance} metres"},
             ]
-            depths = [f"{number}.npy"] if number % 4 else []
+            depths = [f"{number}.npy"] * shown
             record = {"key": str(number), "conversations": turns, "depths": depths}
             lines.write(json.dumps(record) + "\n")
     texts = ("--text", str(folder / "train.jsonl"), str(ROOT / "LICENSE"))
@@ -100,72 +102,69 @@ def written(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(data, written, tmp_path_factory):
-    """A function from flags to the losses of ten iterations, and to what they saved."""
+    """A function from flags to the losses of ten iterations, and to the folder they saved."""
 
-    def losses(*flags, processes=1):
+    @functools.cache
+    def run(*flags):
         folder = tmp_path_factory.mktemp("run")
-        run = run_train(
+        done = run_train(
             *(*PROVIDER, "--dataset-provider", "conversations", "--data-path", str(data)),
             *("--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "10"),
             *("--lr", "1e-3", "--load", str(written), "--finetune", "--save", str(folder)),
-            *("--metrics-file", str(folder / "metrics.jsonl"), *flags),
-            processes=processes,
+            *("--metrics-file", str(folder / "metrics.jsonl"), "--max-bad-samples", "0", *flags),
+            processes=2 if flags else 1,
         )
-        assert run.returncode == 0, run.stderr
+        assert done.returncode == 0, done.stderr
         rows = (folder / "metrics.jsonl").read_text().splitlines()
         return [json.loads(row)["loss"] for row in rows], folder
 
-    return losses
-
-
-@pytest.fixture(scope="module")
-def one_process(train):
-    return train()
+    return run
 
 
 @pytest.mark.parametrize("flags", [TP2, PP2], ids=["TP 2", "PP 2"])
-def test_it_trains_in_parallel_as_on_one_process(train, one_process, flags):
-    losses, _ = train(*flags, processes=2)
-    expected, _ = one_process
+def test_it_trains_in_parallel_as_on_one_process(train, flags):
+    losses, _ = train(*flags)
+    expected, _ = train()
     assert len(set(expected)) == 10
     assert losses[0] == pytest.approx(expected[0], rel=FIRST_LOSS_BOUND)
     assert losses == pytest.approx(expected, rel=TEN_LOSSES_BOUND)
 
 
-def test_it_is_asked_and_evaluated(one_process, data, tmp_path):
-    _, checkpoint = one_process
+def test_it_is_asked_and_evaluated(train, data, tmp_path):
+    _, checkpoint = train(*TP2)
     file = data / "3.npy"
     flags = ("--ckpt", str(checkpoint), "--depth-path", str(file), "--prompt", PROMPT)
-    done = run_command("avlm_inference.py", *flags)
+    done = run_command("avlm_inference.py", *flags, "--max-new-tokens", "32", "--json")
     assert done.returncode == 0, done.stderr
-    answer = done.stdout.rstrip("\n")
-    assert answer
+    answer = json.loads(done.stdout)["answer"]
 
-    # Its own answer is right, word for word, and one that it does not give is wrong.
+    # What the model says, whatever that is, is right, and anything else is wrong.
     (tmp_path / "3.npy").write_bytes(file.read_bytes())
     records = [
         {
             "key": text,
             "depths": ["3.npy"],
             "conversations": [
-                {"from": "human", "value": PROMPT},
+                {"from": "human", "value": f"<depth>{PROMPT}"},
                 {"from": "gpt", "value": text},
             ],
         }
-        for text in (answer, "something else")
+        for text in (answer or "nothing", "something else")
     ]
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     flags = ("--ckpt", str(checkpoint), "--data", str(tmp_path), "--splits", "heldout")
     output = tmp_path / "eval.json"
     done = ranks.run("examples/mimo/evaluate.py", *flags, "--output", str(output))
     assert done.returncode == 0, done.stderr
-    scores = json.loads(output.read_text())["scores"]
-    assert scores["heldout"]["exact_match"] == 0.5
+    report = json.loads(output.read_text())
+    assert report["example"]["answer"] == answer
+    scores = report["scores"]
+    assert scores["heldout"]["exact_match"] == (0.5 if answer else 0)
     assert scores["heldout, depth blanked"]["samples"] == 2
 
 
-def test_it_is_exported_and_read_back(one_process, tmp_path):
-    _, checkpoint = one_process
+def test_it_is_exported_and_read_back(train, tmp_path):
+    _, checkpoint = train(*PP2)
     folders = tmp_path / "folders"
     run = ("examples/mimo/convert.py", "to-hf", "--load", str(checkpoint), "--save", str(folders))
     done = ranks.run(*run)

@@ -1,6 +1,8 @@
-"""python examples/mimo/avlm_inference.py --ckpt DIR --image-path FILE --audio-path FILE
+"""Answers a prompt about a picture and a recording.
 
-Answers a prompt about a picture and a recording. Everything else it needs is in the checkpoint.
+python examples/mimo/avlm_inference.py --ckpt DIR --image-path FILE --audio-path FILE
+
+Everything else it needs is in the checkpoint.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def train(argv: list[str]) -> None:
     # So far all ranks had the same input and failed alike; from here on one may fail alone.
     command.report_every_rank()
     with observer.explains_errors():
-        separate = prepare_noncolocated(
+        noncolocated = prepare_noncolocated(
             args, transformer_config(args), compat.install_for_noncolocated
         )
         # `pretrain` calls these with its own arguments only, so what is ours is bound beforehand.
@@ -99,9 +99,9 @@ def train(argv: list[str]) -> None:
             functools.partial(data_provider, config, observer.bad_samples),
             ModelType.encoder_or_decoder,
             functools.partial(forward_step, observer),
-            functools.partial(model_provider, config, separate.grids),
-            p2p_communicator=separate.bridges,
-            pg_collection=separate.groups,
+            functools.partial(model_provider, config, noncolocated.grids),
+            p2p_communicator=noncolocated.bridges,
+            pg_collection=noncolocated.groups,
         )
 
 

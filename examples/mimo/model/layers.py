@@ -89,6 +89,7 @@ class SdpaCoreAttention(MegatronModule):
         # An encoder's items are not sharded along their sequence: its config says 1.
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.attn_mask_type = attn_mask_type
+        # Megatron's `sharded_state_dict` reads it, else it takes the global group.
         self.tp_group = pg_collection.tp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)

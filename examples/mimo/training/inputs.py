@@ -33,9 +33,9 @@ def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
         folder = getattr(args, flag)
         if folder:
             # A run that resumes, or saves into what is there, has all parts of the checkpoint.
-            fresh = flag == "pretrained_checkpoint" or (flag == "load" and args.finetune)
-            fresh_parts = args.fresh if fresh else ()
-            check_same_model(f"--{flag.replace('_', '-')}", Path(folder), config, fresh_parts)
+            may_lack = flag == "pretrained_checkpoint" or (flag == "load" and args.finetune)
+            fresh = args.fresh if may_lack else ()
+            check_same_model(f"--{flag.replace('_', '-')}", Path(folder), config, fresh)
     if resumes and not args.finetune and not args.no_load_optim:
         check_same_optimizer(Path(args.load), args.use_distributed_optimizer)
     if resumes and args.encoder_ranks:
