@@ -411,11 +411,7 @@ def _add_show(tasks: Any) -> None:
     show_task.add_argument("--html", type=Path, metavar="FILE", help="the page (default DIR.html)")
     show_task.add_argument("--samples", type=int, default=24, metavar="N", help="on it (24)")
     show_task.add_argument(
-        "--limit",
-        type=int,
-        default=1_000,
-        metavar="N",
-        help="read the first N of each shard (1000)",
+        "--limit", type=int, default=1_000, metavar="N", help="the first N of each shard (1000)"
     )
     show_task.add_argument("--tokenizer", type=Path, metavar="PATH", help="(default: in DIR)")
     show_task.add_argument("--seq-length", type=int, metavar="N", help="refuse longer samples")

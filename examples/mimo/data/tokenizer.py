@@ -106,8 +106,8 @@ def free_id_hint(tokenizer: Tokenizer, taken: Collection[int]) -> str:
     """`, such as 261,`: an id that is not `taken` and that no text uses; empty without any."""
     control = {*taken, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
     # Reserved tokens stand at either end of a vocabulary, bytes at its beginning.
-    last = range(tokenizer.size - 1, max(tokenizer.size - 300, 300), -1)
-    for token_id in (*range(min(tokenizer.size, 300)), *last):
+    near = [i for i in range(tokenizer.size) if i < 300 or i >= tokenizer.size - 300]
+    for token_id in reversed(near):
         if token_id not in control and not is_ordinary_token(tokenizer, token_id):
             return f", such as {token_id},"
     return ""
