@@ -95,9 +95,10 @@ def is_ordinary_token(tokenizer: Tokenizer, token_id: int, placeholder: str = ""
             return False
     elif _RESERVED.fullmatch(text):
         return False
-    elif isinstance(tokenizer, SentencePieceTokenizer):
-        if tokenizer.model.id_to_piece(token_id) in _NEVER_IN_UTF_8:
-            return False
+    elif isinstance(tokenizer, SentencePieceTokenizer) and (
+        tokenizer.model.id_to_piece(token_id) in _NEVER_IN_UTF_8
+    ):
+        return False
     # A part of a character, which spells characters that the vocabulary lacks.
     if "\ufffd" in text:
         return True
