@@ -93,10 +93,9 @@ def is_ordinary_token(tokenizer: Tokenizer, token_id: int, placeholder: str = ""
         added = tokenizer.model.added_tokens_decoder.get(token_id)
         if added is not None and added.special:
             return False
-    elif _RESERVED.fullmatch(text):
-        return False
-    elif isinstance(tokenizer, SentencePieceTokenizer) and (
-        tokenizer.model.id_to_piece(token_id) in _NEVER_IN_UTF_8
+    elif _RESERVED.fullmatch(text) or (
+        isinstance(tokenizer, SentencePieceTokenizer)
+        and tokenizer.model.id_to_piece(token_id) in _NEVER_IN_UTF_8
     ):
         return False
     # A part of a character, which spells characters that the vocabulary lacks.
