@@ -253,7 +253,7 @@ def layers_per_chunk(transformer_config: TransformerConfig) -> tuple[int, ...]:
 
 
 def describe_pipeline(split: Split) -> str:
-    """The split in one line: `layers by stage 1, 3; 8 micro-batches; a bubble of 20 % predicted`."""
+    """One line: `layers by stage 1, 3; 8 micro-batches; a bubble of 20 % predicted`."""
     layers = ", ".join(map(str, split.layers))
     count = split.num_micro_batches
     return (
