@@ -90,7 +90,9 @@ def measure(folder: Path) -> tuple[str, bool]:
         json.loads(line) for line in spoken_shapes.write(folder, SAMPLES).read_text().splitlines()
     ]
     config = get_model_config("llava_avlm")
-    eye, ear = (config.modalities[name].encoder for name in ("images", "audios"))
+    image_encoder, audio_encoder = (
+        config.modalities[name].encoder for name in ("images", "audios")
+    )
     pictures = [folder / file for record in records for file in record["images"]]
     sounds = [folder / file for record in records for file in record["audios"]]
     assert all(file.suffix in AUDIO_SUFFIXES for file in sounds)
@@ -105,18 +107,18 @@ def measure(folder: Path) -> tuple[str, bool]:
         return whisper(soundfile.read(file)[0], sampling_rate=16_000, return_tensors="pt")
 
     image = compare(
-        lambda: [eye.preprocess(eye.read(file)) for file in pictures],
+        lambda: [image_encoder.preprocess(image_encoder.read(file)) for file in pictures],
         lambda: [their_picture(file) for file in pictures],
         len(pictures),
     )
     audio = compare(
-        lambda: [ear.preprocess(ear.read(file)) for file in sounds],
+        lambda: [audio_encoder.preprocess(audio_encoder.read(file)) for file in sounds],
         lambda: [their_sound(file) for file in sounds],
         len(sounds),
     )
     window = torch.rand(30 * 16_000).numpy()
     full = compare(
-        lambda: [ear.preprocess(window) for _ in range(20)],
+        lambda: [audio_encoder.preprocess(window) for _ in range(20)],
         lambda: [whisper(window, sampling_rate=16_000, return_tensors="pt") for _ in range(20)],
         20,
     )
@@ -149,8 +151,13 @@ def by_stage(
 ) -> dict[str, float]:
     """Seconds per file or sample, the median of the rounds."""
     tokenizer = load_tokenizer(folder)
-    eye, ear = (config.modalities[name].encoder for name in ("images", "audios"))
-    raw_pictures, raw_sounds = [eye.read(f) for f in pictures], [ear.read(f) for f in sounds]
+    image_encoder, audio_encoder = (
+        config.modalities[name].encoder for name in ("images", "audios")
+    )
+    raw_pictures, raw_sounds = (
+        [image_encoder.read(f) for f in pictures],
+        [audio_encoder.read(f) for f in sounds],
+    )
     reader, find = SampleEncoder(config, tokenizer, SEQ_LENGTH), FilesInside(folder)
     samples = [reader.encode(record, find) for record in records]
     pieces = [to_pieces(parse_turns(r["conversations"]), config) for r in records]
@@ -166,13 +173,16 @@ def by_stage(
             tokenise(conversation, count, config, tokenizer)
 
     work = {
-        "decode a picture": (lambda: [eye.read(f) for f in pictures], len(pictures)),
+        "decode a picture": (lambda: [image_encoder.read(f) for f in pictures], len(pictures)),
         "resize and normalise it": (
-            lambda: [eye.preprocess(p) for p in raw_pictures],
+            lambda: [image_encoder.preprocess(p) for p in raw_pictures],
             len(pictures),
         ),
-        "decode a recording": (lambda: [ear.read(f) for f in sounds], len(sounds)),
-        "its mel features": (lambda: [ear.preprocess(s) for s in raw_sounds], len(sounds)),
+        "decode a recording": (lambda: [audio_encoder.read(f) for f in sounds], len(sounds)),
+        "its mel features": (
+            lambda: [audio_encoder.preprocess(s) for s in raw_sounds],
+            len(sounds),
+        ),
         "tokenise a conversation": (tokenise_all, len(records)),
         f"pack, {BUFFER} at a time": (lambda: pack(lengths[:BUFFER], SEQ_LENGTH), BUFFER),
         "a whole sample": (lambda: [reader.encode(r, find) for r in records], len(records)),

@@ -70,8 +70,8 @@ def read(tiny, tokenizer, shards):
     def start(rank=0, ranks=1, workers=0, path=shards, packing=None, max_bad=100, seed=1, size=4):
         packed = functools.partial(collate_packed, multiple=SEQ_LENGTH)
         encoder = ConversationEncoder(reader, packed if packing else collate, max_bad, packing)
-        places = worker_config(rank, ranks, workers, seed)
-        loader = training_loader(path, "train", encoder, places, size, 20)
+        workers_config = worker_config(rank, ranks, workers, seed)
+        loader = training_loader(path, "train", encoder, workers_config, size, 20)
         started.append(ShardBatches([loader]))
         return started[-1]
 

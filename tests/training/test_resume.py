@@ -93,7 +93,7 @@ def test_goes_on_at_another_layout(data_folder, uninterrupted, tmp_path, layout)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--use-distributed-optimizer",), "saved without the distributed optimizer; leave away"),
+        (("--use-distributed-optimizer",), "saved without the distributed optimizer; drop"),
         (("--train-iters", "20"), "trained on another schedule"),
     ],
 )
