@@ -4,13 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 
 from tests.helpers import ranks
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.ranks import ROOT
 
 TP2 = ("--tensor-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
