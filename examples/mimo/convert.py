@@ -103,7 +103,7 @@ def convert_to_hf(args: argparse.Namespace) -> None:
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.hf.to_hf import to_hf
 
-    to_hf(open_checkpoint(args.load), args.save, _say)
+    to_hf(open_checkpoint(args.load, "--load"), args.save, _say)
 
 
 def _say(text: str) -> None:

@@ -24,6 +24,11 @@ def changed(config, name="images", **fields):
         ({"placeholder": ""}, "image: the placeholder is empty; write <image>"),
         ({"placeholder": " "}, "the placeholder is empty"),
         ({"placeholder": "<audio>"}, "audios and images share placeholder <audio>"),
+        ({"placeholder": "<audio"}, "images's placeholder <audio is a part of audios's <audio>"),
+        (
+            {"placeholder": "an <audio>"},
+            "audios's placeholder <audio> is a part of images's an <au",
+        ),
         ({"token_id": 5}, "audios and images share token id 5"),
         ({"token_id": 512}, "token id 512 of images is outside the vocabulary of 512"),
         ({"token_id": -1}, "token id -1 of images is outside"),

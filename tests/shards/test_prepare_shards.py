@@ -169,7 +169,7 @@ def test_commands_know_the_model_from_the_folder(image_questions, data_folder, t
     assert done.returncode == 0, done.stderr
     assert "train 15 samples for llava_vlm in 1 shards; 5 refused" in done.stderr
     assert set(rejected(output).values()) == {
-        "holds audios, but llava_vlm takes images; choose another --model-provider or --train-split"
+        "holds audios, but llava_vlm takes images; choose another model or other data"
     }
     page = ("--html", str(tmp_path / "page.html"))
     shown = run_command("prepare_data.py", "show", str(output), *page)

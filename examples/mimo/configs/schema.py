@@ -131,17 +131,19 @@ class MimoConfig:
                     f"{self.name}: token id {modality.token_id} of {name} is outside the "
                     f"vocabulary of {self.language.vocab_size}"
                 )
-        for attribute, words in (
-            ("token_id", "token id"),
-            ("placeholder", "placeholder"),
-            ("singular", "singular"),
-        ):
+            for other, item in self.modalities.items():
+                if item.placeholder != modality.placeholder in item.placeholder:
+                    raise ValueError(
+                        f"{self.name}: {name}'s placeholder {modality.placeholder} is a part of "
+                        f"{other}'s {item.placeholder}; choose another"
+                    )
+        for attribute in ("token_id", "placeholder", "singular"):
             owners: dict[Any, str] = {}
             for name, modality in self.modalities.items():
                 value = getattr(modality, attribute)
                 if value in owners:
+                    same = f"{attribute.replace('_', ' ')} {value}"
                     raise ValueError(
-                        f"{self.name}: {name} and {owners[value]} share {words} {value}; give "
-                        "each its own"
+                        f"{self.name}: {name} and {owners[value]} share {same}; give each its own"
                     )
                 owners[value] = name

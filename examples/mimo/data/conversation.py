@@ -187,8 +187,8 @@ class SampleEncoder:
         if length > self.seq_length:
             spent = ", ".join(f"{sum(n)} for {name}" for name, n in num_tokens.items())
             raise ValueError(
-                f"{where}: {length} tokens ({spent or 'all text'}) do not fit --seq-length "
-                f"{self.seq_length}; raise it or shorten the conversation"
+                f"{where}: {length} tokens ({spent or 'all text'}) do not fit a sequence of "
+                f"{self.seq_length}; shorten the conversation, or train with a longer --seq-length"
             )
 
 
@@ -272,8 +272,7 @@ def find_media(
         if is_media and name not in config.modalities:
             raise ValueError(
                 f"holds {name}, but {config.name} takes "
-                f"{', '.join(config.modalities) or 'text only'}; choose another "
-                "--model-provider or --train-split"
+                f"{', '.join(config.modalities) or 'text only'}; choose another model or other data"
             )
     media = {}
     for name in config.modalities:
