@@ -1,6 +1,6 @@
 import pytest
 
-from examples.mimo.evaluate import bootstrap, is_right
+from examples.mimo.evaluate import bootstrap, heldout_splits, is_right
 
 
 def record(answer, **fields):
@@ -34,3 +34,12 @@ def test_samples_of_a_group_count_once():
     assert low == pytest.approx(0.3, abs=0.11)
     assert high == pytest.approx(0.9, abs=0.11)
     assert bootstrap([True] * 5, list("abcde")) == (1.0, 1.0)
+
+
+def test_the_held_out_splits_are_those_of_the_folder(tmp_path):
+    """A folder of one's own need not have the demo's second split."""
+    (tmp_path / "heldout.jsonl").touch()
+    assert heldout_splits(tmp_path) == ["heldout"]
+    (tmp_path / "heldout_pairs.jsonl").touch()
+    (tmp_path / "train.jsonl").touch()
+    assert heldout_splits(tmp_path) == ["heldout", "heldout_pairs"]

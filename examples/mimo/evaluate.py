@@ -57,11 +57,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--data {args.data}: no such folder; prepare_data.py makes one")
     if args.samples is not None and args.samples < 1:
         raise ValueError(f"--samples {args.samples}: at least 1")
-    records = {s: read_records(args.data / f"{s}.jsonl")[: args.samples] for s in args.splits}
+    splits = args.splits or heldout_splits(args.data)
+    records = {s: read_records(args.data / f"{s}.jsonl")[: args.samples] for s in splits}
     answerer = Mimo(checkpoint, args.tp, args.pp)
     scores: dict[str, Any] = {"checkpoint": str(checkpoint.weights), "scores": {}}
-    first = args.splits[0]
-    for split in args.splits:
+    first = splits[0]
+    for split in splits:
         scores["scores"][split] = _score(answerer, records[split], args.data, split)
     for name, modality in answerer.config.modalities.items():
         title = f"{first}, {modality.singular} blanked"
@@ -73,6 +74,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     for score in scores["scores"].values():
         score.pop("first_answer", None)
     return scores
+
+
+def heldout_splits(data: Path) -> list[str]:
+    """`heldout` and the other held-out splits of a data folder."""
+    return ["heldout", *sorted(path.stem for path in data.glob("heldout_*.jsonl"))]
 
 
 def _score(
@@ -161,8 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--splits",
         nargs="+",
-        default=["heldout", "heldout_pairs"],
-        help="JSON-lines files; the first is also scored with each modality blanked",
+        help="JSON-lines files; the first is also scored with each modality blanked (default: "
+        "heldout, and all heldout_*)",
     )
     parser.add_argument("--samples", type=int, metavar="N", help="only the first N of each split")
     parser.add_argument("--output", type=Path, help="default CKPT/eval.json")

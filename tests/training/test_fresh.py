@@ -1,11 +1,16 @@
 """`--fresh`: a third modality is added to a trained model, whose other parts keep their weights."""
 
+import argparse
+from pathlib import Path
+
 import pytest
 import torch
 
-from examples.mimo.checkpoint.description import open_checkpoint
+from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, open_checkpoint
+from examples.mimo.data.tokenizer import SENTENCE_PIECE
 from examples.mimo.hf.io import CheckpointReader
 from examples.mimo.model.parts import part_names, part_prefix
+from examples.mimo.training.inputs import tokenizer_path
 from tests.helpers.commands import run_train
 
 SHORT = ("--micro-batch-size", "1", "--global-batch-size", "2", "--eval-iters", "0")
@@ -74,6 +79,26 @@ def test_a_part_that_the_checkpoint_has_starts_fresh_when_named(trained, tmp_pat
     for part in part_names(open_checkpoint(trained).config):
         kept = same(tensors(trained, part), tensors(tmp_path / "more", part))
         assert kept == (part != "images.projector"), part
+
+
+def test_weights_bring_their_tokenizer_along_unless_the_language_model_is_fresh(tmp_path):
+    """A data folder made for another model has a tokenizer whose ids mean something else."""
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    for file in (weights / TRACKER, weights / TOKENIZER / SENTENCE_PIECE, data / SENTENCE_PIECE):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+    def path(fresh=(), **flags):
+        given = {"tokenizer_model": None, "load": None, "pretrained_checkpoint": str(weights)}
+        return tokenizer_path(
+            argparse.Namespace(**{**given, "data_path": [str(data)], "fresh": fresh, **flags})
+        )
+
+    assert path() == path(fresh=("depths",)) == weights / TOKENIZER
+    assert path(fresh=("language",)) == path(pretrained_checkpoint=None) == data
+    assert path(tokenizer_model="mine") == Path("mine")
+    (data / SENTENCE_PIECE).unlink()
+    assert path(fresh=("language",)) == weights / TOKENIZER
 
 
 @pytest.mark.parametrize(
