@@ -139,10 +139,10 @@ def test_overflow_truncates_when_told(checkpoint, media, tiny):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--image-path", "none.png"), "none.png: no such image file"),
-        (("--image-path", "empty.png"), "empty.png: "),
-        (("--image-path", "second.wav"), "second.wav: "),
-        (("--audio-path", "white.png"), "white.png: "),
+        (("--image-path", "none.png"), "none.png, images: no such image file"),
+        (("--image-path", "empty.png"), "empty.png, images: "),
+        (("--image-path", "second.wav"), "second.wav, images: "),
+        (("--audio-path", "white.png"), "white.png, audios: "),
         (("--audio-path", "long.flac"), "5.00 seconds of sound, but 2.4 fit"),
         (
             ("--image-path", "white.png", "--prompt", "<image><image>?"),

@@ -55,7 +55,7 @@ def client(tiny, tokenizer):
         tiny.modalities["images"],
         singular="sensor",
         placeholder="<sensor>",
-        token_id=6,
+        token_id=261,  # <0xFF>, a byte that no text uses
         encoder=SensorConfig(),
     )
     modalities = {**tiny.modalities, "sensors": sensors}
