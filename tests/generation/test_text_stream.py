@@ -39,7 +39,7 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end():
 
 
 @pytest.mark.parametrize(
-    ("text", "stops", "wanted"),
+    ("text", "stops", "expected"),
     [
         ("one. two", ["."], "one"),
         ("ab<en<end>x", ["<end>"], "ab<en"),
