@@ -63,7 +63,7 @@ def _call(flag: str, module_name: str, function: str) -> Any:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ValueError(f"{flag}: importing {module_name} failed: {_one_line(error)}") from error
-    builder = getattr(module, function, None)
+    builder: Any = getattr(module, function, None)
     # Annotations are strings under `from __future__ import annotations`.
     returns = getattr(builder, "__annotations__", {}).get("return")
     returns_config = returns is MimoConfig or (
