@@ -93,3 +93,37 @@ def test_progress_is_printed_by_rank_0_and_not_more_often_than_every_few_seconds
     monkeypatch.setenv("RANK", "1")
     progress(2)
     assert capsys.readouterr().err == ""
+
+
+def test_the_line_is_printed_when_another_rank_meets_the_wrong_input_before_rank_0(tmp_path):
+    script = tmp_path / "wrong.py"
+    script.write_text(
+        "import os, time\n"
+        "from examples.mimo.cli import command\n"
+        "def main():\n"
+        "    time.sleep(2 if os.environ['RANK'] == '0' else 0)\n"
+        "    raise ValueError('3 of 4')\n"
+        "command.run('wrong.py', main)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
+    assert [line for line in done.stderr.splitlines() if "3 of 4" in line] == [
+        "wrong.py: error: 3 of 4"
+    ]
+
+
+def test_a_rank_that_meets_an_error_alone_reports_it_with_its_number(monkeypatch, capsys):
+    monkeypatch.setattr(command, "RANK_ZERO_REPORTS_WITHIN", 0)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def main():
+        raise ValueError("no file")
+
+    with pytest.raises(SystemExit) as exited:
+        command.run("x.py", main)
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == "x.py [rank 1]: error: no file\n"

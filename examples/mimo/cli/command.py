@@ -27,12 +27,15 @@ ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }
 
+# Seconds: on a busy machine one rank may import the same code many seconds later than another.
+RANK_ZERO_REPORTS_WITHIN = 20
+
 
 def run(command: str, main: Callable[[], None]) -> None:
     """Call `main`; a ValueError ends the process with one line on stderr and exit status 2.
 
-    Under torchrun every rank meets a wrong input alike, so rank 0 reports for all; once ranks
-    differ (`report_every_rank`), each reports its own errors.
+    Under torchrun every rank meets a wrong input alike, so rank 0 reports for all, and the others
+    wait for torchrun to end them; once ranks differ (`report_every_rank`), each reports its own.
     """
     try:
         check_source_tree()
@@ -44,10 +47,14 @@ def run(command: str, main: Callable[[], None]) -> None:
         raise
     except ValueError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or _every_rank_reports:
-            single = os.environ.get("WORLD_SIZE", "1") == "1"
-            who = f" [rank {rank}]" if _every_rank_reports and not single else ""
-            log_line(f"{command}{who}: error: {' '.join(str(error).split())}")
+        if rank != 0 and not _every_rank_reports:
+            # torchrun ends all ranks as soon as one exits: before rank 0 has reported, if this
+            # rank is faster. A rank that outlives the wait met an error that rank 0 did not.
+            time.sleep(RANK_ZERO_REPORTS_WITHIN)
+        single = os.environ.get("WORLD_SIZE", "1") == "1"
+        names_rank = rank != 0 or (_every_rank_reports and not single)
+        who = f" [rank {rank}]" if names_rank else ""
+        log_line(f"{command}{who}: error: {' '.join(str(error).split())}")
         _exit_now(2)
     except KeyboardInterrupt:
         _exit_now(130)
