@@ -55,7 +55,7 @@ class DepthConfig(EncoderConfig):
         return [squares.reshape(-1, self.input_size)]
 
 
-def depth_lm():
+def depth_lm() -> MimoConfig:
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128}
     depths = ModalityConfig(
         singular="depth",
