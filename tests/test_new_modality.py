@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from examples.mimo.checkpoint.description import open_checkpoint
-from examples.mimo.configs.schema import ModalityConfig
+from examples.mimo.configs.schema import MimoConfig, ModalityConfig
 from examples.mimo.configs.sensor_lm import sensor_lm
 from examples.mimo.hf.io import CheckpointReader
 from examples.mimo.modalities.base import EncoderConfig, MLPProjectorConfig
