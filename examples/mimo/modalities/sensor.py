@@ -34,14 +34,16 @@ class SensorConfig(EncoderConfig):
         return self.patch_size * self.num_channels
 
     def read(self, source: Source) -> np.ndarray:
-        """(steps, channels) float32, from what `numpy.save` writes; nothing is unpickled."""
+        """(steps, channels) float32, from what `numpy.save` writes; nothing is unpickled.
+
+        The size is checked before memory is taken: a small file's header may promise terabytes.
+        """
         with open_source(source, "sensor") as stream:
             try:
                 np.lib.format.read_magic(stream)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
             except Exception:  # damaged headers raise errors of many types
                 raise ValueError(f"{source}: not an array that numpy.save wrote") from None
-            # Before any memory is taken: the header of a small file may promise terabytes.
             if len(shape) != 2 or shape[1] != self.num_channels or dtype.kind not in "fiu":
                 needed = f"numbers of shape (steps, {self.num_channels}) are needed"
                 raise ValueError(f"{source}: {dtype} of shape {shape}, but {needed}")
