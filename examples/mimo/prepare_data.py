@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from examples.mimo.checkpoint.description import ABOUT, DatasetModel
 from examples.mimo.cli import command
 from examples.mimo.cli.command import ProgressBar
 from examples.mimo.configs import MODEL_PROVIDERS
-from examples.mimo.shards.manifest import ABOUT, DatasetModel
 
 if TYPE_CHECKING:
     from examples.mimo.configs.schema import MimoConfig

@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from examples.mimo.shards.manifest import DatasetModel, Entry
+from examples.mimo.checkpoint.description import DatasetModel
+from examples.mimo.shards.manifest import Entry
 from examples.mimo.shards.write import Item, Shard, WriteOptions, prepare_shards, split_of
 from tests.helpers import broken
 from tests.helpers.commands import ROOT, run_command

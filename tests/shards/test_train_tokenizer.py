@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from examples.mimo.checkpoint.description import DatasetModel
 from examples.mimo.data.tokenizer import SentencePieceTokenizer, train_tokenizer
-from examples.mimo.shards.manifest import DatasetModel
 from tests.helpers.commands import run_command
 
 TEXTS = [f"What is {n} times {m}? It is {n * m}." for n in range(30) for m in range(9)]

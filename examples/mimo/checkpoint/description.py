@@ -1,4 +1,4 @@
-"""`mimo.json` beside the weights: the model's config, and the tokenizer's folder."""
+"""What a folder is for: `mimo.json` beside weights, `about.json` beside data, the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import copy_tokenizer
 
+ABOUT = "about.json"
 FILE_NAME = "mimo.json"
 FORMAT = 1
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -236,3 +237,40 @@ def _same_keys(names: set[str], values: Any, where: str) -> None:
             f"{where} has the fields {actual} in the checkpoint, but this package expects "
             f"{sorted(names)}; use the package version that wrote it"
         )
+
+
+@dataclass(frozen=True)
+class DatasetModel:
+    """The model that a data folder is for: its `--model-provider` and the fields of `--set`."""
+
+    model_provider: str
+    config_fields: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Writes the folder's about.json."""
+        text = json.dumps(dataclasses.asdict(self), indent=2)
+        (folder / ABOUT).write_text(f"{text}\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> DatasetModel | None:
+        """The model in the folder's about.json; None where it names none.
+
+        ValueError for a model outside the registry: data from elsewhere must not choose which code
+        is imported.
+        """
+        file = folder / ABOUT
+        if not file.is_file():
+            return None
+        try:
+            about = json.loads(file.read_text(encoding="utf-8"))
+            if "model_provider" not in about:
+                return None
+            name, fields = str(about["model_provider"]), tuple(map(str, about["config_fields"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}: damaged ({error!r})") from None
+        if name not in MODEL_PROVIDERS:
+            raise ValueError(
+                f"{file}: these data are for {name}, which is no model of this package; if you "
+                f"trust it, add --model-provider {name}"
+            )
+        return cls(name, fields)

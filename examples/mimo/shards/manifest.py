@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import tarfile
@@ -13,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from examples.mimo.configs import MODEL_PROVIDERS
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import FilesInside, FindFile
 from examples.mimo.modalities.files import Blob, json_lines
@@ -22,7 +20,6 @@ MAX_LIST_BYTES = 4 * 2**30
 MAX_FILE_BYTES = 2**30
 MAX_RECORD_BYTES = 4 * 2**20
 
-ABOUT = "about.json"
 META = ".nv-meta"
 FIELDS = {"path", "weight", "split_part"}
 
@@ -177,43 +174,6 @@ def tar_samples(tar: Path) -> Iterator[TarParts]:
             parts[part] = (member.offset_data, member.size)
     if parts:
         yield TarParts(tar, key, parts)
-
-
-@dataclass(frozen=True)
-class DatasetModel:
-    """The model that a data folder is for: its `--model-provider` and the fields of `--set`."""
-
-    model_provider: str
-    config_fields: tuple[str, ...] = ()
-
-    def write(self, folder: Path) -> None:
-        """Writes the folder's about.json."""
-        text = json.dumps(dataclasses.asdict(self), indent=2)
-        (folder / ABOUT).write_text(f"{text}\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, folder: Path) -> DatasetModel | None:
-        """The model in the folder's about.json; None where it names none.
-
-        ValueError for a model outside the registry: data from elsewhere must not choose which code
-        is imported.
-        """
-        file = folder / ABOUT
-        if not file.is_file():
-            return None
-        try:
-            about = json.loads(file.read_text(encoding="utf-8"))
-            if "model_provider" not in about:
-                return None
-            name, fields = str(about["model_provider"]), tuple(map(str, about["config_fields"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}: damaged ({error!r})") from None
-        if name not in MODEL_PROVIDERS:
-            raise ValueError(
-                f"{file}: these data are for {name}, which is no model of this package; if you "
-                f"trust it, add --model-provider {name}"
-            )
-        return cls(name, fields)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from examples.mimo.checkpoint.description import ABOUT, DatasetModel
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import (
     check_media,
@@ -38,10 +39,8 @@ from examples.mimo.data.conversation import (
 from examples.mimo.data.tokenizer import copy_tokenizer
 from examples.mimo.modalities.files import Blob, Source
 from examples.mimo.shards.manifest import (
-    ABOUT,
     MAX_FILE_BYTES,
     META,
-    DatasetModel,
     Entry,
     TarParts,
     error_reason,
