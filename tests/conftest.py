@@ -50,9 +50,11 @@ def build_model():
     from examples.mimo.model.mimo import build_mimo_model
     from examples.mimo.training.pretrain import transformer_config
 
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    # A test that writes a checkpoint may have done so in this process already.
+    if not parallel_state.model_parallel_is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(0)
 
     def build(config):
