@@ -53,14 +53,8 @@ def train(argv: list[str]) -> None:
     from examples.mimo.cli.arguments import balance_stages, parse_arguments
     from examples.mimo.cli.observer import RunObserver
     from examples.mimo.training import inputs
+    from examples.mimo.training import pretrain as providers
     from examples.mimo.training.layout import prepare_noncolocated
-    from examples.mimo.training.pretrain import (
-        check_data,
-        data_provider,
-        forward_step,
-        model_provider,
-        transformer_config,
-    )
 
     # `config` says what the model is, `args` holds Megatron's flags with its sizes as defaults.
     args, config = parse_arguments(argv)
@@ -69,7 +63,7 @@ def train(argv: list[str]) -> None:
         # Megatron lowered the root logger's level when it was imported.
         logging.getLogger().setLevel(logging.WARNING)
     inputs.check_inputs(args, config)
-    check_data(args, config)
+    providers.check_data(args, config)
     set_global_variables(args)
 
     # The description goes to --save before any weights do: from the first checkpoint on, even of a
@@ -80,8 +74,7 @@ def train(argv: list[str]) -> None:
         sources = open_checkpoint(start).sources if start and described else {}
         for part in inputs.fresh_parts(args):
             sources.pop(part, None)
-        tokenizer = inputs.tokenizer_path(args)
-        save_description(Path(args.save), config, tokenizer, sources)
+        save_description(Path(args.save), config, inputs.tokenizer_path(args), sources)
 
     observer = RunObserver(args, config)
     compat.install_for_training(observer, saves_checkpoints=bool(args.save))
@@ -91,15 +84,15 @@ def train(argv: list[str]) -> None:
     command.report_every_rank()
     with observer.explains_errors():
         noncolocated = prepare_noncolocated(
-            args, transformer_config(args), compat.install_for_noncolocated
+            args, providers.transformer_config(args), compat.install_for_noncolocated
         )
         # `pretrain` calls these with its own arguments only, so what is ours is bound beforehand.
         pretrain(
             pretrain_cfg_container_from_args(args),
-            functools.partial(data_provider, config, observer.bad_samples),
+            functools.partial(providers.data_provider, config, observer.bad_samples),
             ModelType.encoder_or_decoder,
-            functools.partial(forward_step, observer),
-            functools.partial(model_provider, config, noncolocated.grids),
+            functools.partial(providers.forward_step, observer),
+            functools.partial(providers.model_provider, config, noncolocated.grids),
             p2p_communicator=noncolocated.bridges,
             pg_collection=noncolocated.groups,
         )

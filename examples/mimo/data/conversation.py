@@ -263,10 +263,8 @@ def to_pieces(turns: Sequence[Turn], config: MimoConfig) -> list[Piece]:
     return pieces
 
 
-def find_media(
-    record: Mapping[str, Any], config: MimoConfig, find_file: FindFile
-) -> dict[str, list[Source]]:
-    """Modality -> the files of its items; ValueError for a modality that `config` lacks."""
+def refuse_other_modalities(record: Mapping[str, Any], config: MimoConfig) -> None:
+    """ValueError for files of a modality that `config` lacks."""
     for name, items in record.items():
         is_media = isinstance(items, list) and items and isinstance(items[0], (str, Path, Blob))
         if is_media and name not in config.modalities:
@@ -274,6 +272,13 @@ def find_media(
                 f"holds {name}, but {config.name} takes "
                 f"{', '.join(config.modalities) or 'text only'}; choose another model or other data"
             )
+
+
+def find_media(
+    record: Mapping[str, Any], config: MimoConfig, find_file: FindFile
+) -> dict[str, list[Source]]:
+    """Modality -> the files of its items; ValueError for a modality that `config` lacks."""
+    refuse_other_modalities(record, config)
     media = {}
     for name in config.modalities:
         items = record.get(name, [])

@@ -19,6 +19,8 @@ from examples.mimo.data.conversation import (
     Sample,
     SampleEncoder,
     TokenSequence,
+    errors_named,
+    refuse_other_modalities,
 )
 from examples.mimo.modalities.files import json_lines
 
@@ -57,12 +59,13 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
         shuffle: bool = False,
         max_bad_samples: int = 0,
     ) -> None:
-        if not root.is_dir():
-            raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
         self.file = root / f"{split}.jsonl"
         self.find_file = FilesInside(root)
         self.encoder = encoder
         self.records = read_records(self.file)
+        for line, record in enumerate(self.records, start=1):
+            with errors_named(f"sample {record.get('key', f'{self.file.name}, line {line}')}"):
+                refuse_other_modalities(record, encoder.config)
         self.num_samples = len(self.records) if num_samples is None else num_samples
         self.seed = seed
         self.shuffle = shuffle
