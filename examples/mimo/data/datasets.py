@@ -59,6 +59,8 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
         shuffle: bool = False,
         max_bad_samples: int = 0,
     ) -> None:
+        if not root.is_dir():
+            raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
         self.file = root / f"{split}.jsonl"
         self.find_file = FilesInside(root)
         self.encoder = encoder

@@ -1,8 +1,4 @@
-"""Model provider, data provider, forward step and loss for Megatron's `pretrain()`.
-
-`model_provider` and `data_provider` are called once; `forward_step` once a micro-batch, by
-Megatron's schedules.
-"""
+"""Model provider, data provider, forward step and loss for Megatron's `pretrain()`."""
 
 from __future__ import annotations
 
