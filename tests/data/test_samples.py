@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,8 +215,13 @@ def test_the_begin_and_end_tokens_are_no_placeholders(tiny, tokenizer):
 def test_an_id_that_no_text_gives_may_be_a_placeholder(tiny, tokenizer):
     language = dataclasses.replace(tiny.language, vocab_size=tokenizer.size + 8)
     larger = dataclasses.replace(tiny, language=language)
+    text = {"conversations": [{"from": "human", "value": "Is it seven, or nine?"}]}
+    ids = SampleEncoder(larger, tokenizer, 128).encode(text, Path).tokens.ids
     for token_id in (4, tokenizer.size, tokenizer.size + 7):
-        SampleEncoder(with_token_id(larger, "images", token_id), tokenizer, 128)
+        encoder = SampleEncoder(with_token_id(larger, "images", token_id), tokenizer, 128)
+        # What people write is not touched by the choice.
+        assert encoder.encode(text, Path).tokens.ids == ids
+        assert token_id not in ids
 
 
 @pytest.fixture(scope="module")
@@ -270,4 +276,7 @@ def test_placeholders_of_shipped_models_fit_a_tokenizer_that_ends_before_them(
     """Those of tiny_avlm are tokens of its own tokenizer, the others come after the words."""
     config = get_model_config(name)
     ids = [modality.token_id for modality in config.modalities.values()]
-    SampleEncoder(config, tokenizer if max(ids) < tokenizer.size else byte_tokenizer, 128)
+    fitting = tokenizer if max(ids) < tokenizer.size else byte_tokenizer
+    text = {"conversations": [{"from": "human", "value": "The cat and the dog."}]}
+    tokens = SampleEncoder(config, fitting, 1024).encode(text, Path).tokens.ids
+    assert not {*ids} & {*tokens}

@@ -134,9 +134,9 @@ def test_what_a_modality_must_say():
         def read(self, source):
             return source
 
-    with pytest.raises(NotImplementedError, match="Short needs patches, or an own preprocess"):
+    with pytest.raises(ValueError, match="Short needs patches, or an own preprocess"):
         Short(**SIZES).preprocess(None)
-    with pytest.raises(NotImplementedError, match="Short needs input_size, or an own stem"):
+    with pytest.raises(ValueError, match="Short needs input_size, or an own stem"):
         Short(**SIZES).stem()
 
 

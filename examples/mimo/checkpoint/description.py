@@ -97,15 +97,7 @@ def _config_named(name: Any, where: str) -> MimoConfig:
         raise ValueError(
             f"{where} {name!r}, which this package does not have; use the version that wrote it"
         )
-    try:
-        return get_model_config(name, where)
-    except ValueError as error:
-        if name in MODEL_PROVIDERS:
-            raise
-        raise ValueError(
-            f"{error}; a model of one's own comes with its code: start in the folder that holds "
-            "the module, or put that folder on PYTHONPATH"
-        ) from error
+    return get_model_config(name, where)
 
 
 def check_same_model(

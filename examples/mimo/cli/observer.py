@@ -53,15 +53,6 @@ COLUMNS = (
     ("data wait", 10),
     ("left", 9),
 )
-BAD_SAMPLES_FILE = "bad_samples.jsonl"
-# What gloo and NCCL say when the other side of a connection is gone.
-LOST_RANK_MESSAGES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "remote process exited",
-)
 
 
 @dataclass(frozen=True)

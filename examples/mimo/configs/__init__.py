@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +25,10 @@ MODEL_PROVIDERS = {
 def get_model_config(name: str, flag: str = "--model-provider") -> MimoConfig:
     """The config of an entry of the registry, or what `package.module:function` returns.
 
-    The module is found as Python finds it, and then in the current directory. Whatever goes wrong
-    is a ValueError of one line that begins with `flag` and `name`. A config from a function of
-    one's own is named by its path, so that a checkpoint knows where it came from. Checkpoints come
-    from elsewhere: of what a name can lead to, only functions that say that they return a
+    The module is found as Python finds any: installed, or in a folder of PYTHONPATH. Whatever goes
+    wrong is a ValueError of one line that begins with `flag` and `name`. A config from a function
+    of one's own is named by its path, so that a checkpoint knows where it came from. Checkpoints
+    come from elsewhere: of what a name can lead to, only functions that say that they return a
     `MimoConfig` are called.
     """
     flag = f"{flag} {name}"
@@ -45,22 +43,17 @@ def get_model_config(name: str, flag: str = "--model-provider") -> MimoConfig:
             f"unknown {flag}; choose one of {', '.join(MODEL_PROVIDERS)}, or write "
             "package.module:function"
         )
-    # At the end of the path and for this import only: nothing in the current directory may stand
-    # in for a package that is imported later, or that is not installed.
-    folder = os.getcwd()
-    is_new = folder not in sys.path
-    if is_new:
-        sys.path.append(folder)
-    try:
-        return replace(_call(flag, module, function), name=name)
-    finally:
-        if is_new:
-            sys.path.remove(folder)
+    return replace(_call(flag, module, function), name=name)
 
 
 def _call(flag: str, module_name: str, function: str) -> Any:
     try:
         module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{flag}: importing {module_name} failed: {_one_line(error)}; install it, or put its "
+            "folder on PYTHONPATH"
+        ) from error
     except Exception as error:
         raise ValueError(f"{flag}: importing {module_name} failed: {_one_line(error)}") from error
     builder: Any = getattr(module, function, None)

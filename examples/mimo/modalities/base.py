@@ -83,11 +83,11 @@ class EncoderConfig(ABC):
     @property
     def input_size(self) -> int:
         """The number of features in a patch, from which one token is made."""
-        raise NotImplementedError(f"{type(self).__name__} needs input_size, or an own stem")
+        raise ValueError(f"{type(self).__name__} needs input_size, or an own stem")
 
     def patches(self, raw: Any) -> list[np.ndarray]:
         """An item's encoder inputs, each of shape (tokens, input_size)."""
-        raise NotImplementedError(f"{type(self).__name__} needs patches, or an own preprocess")
+        raise ValueError(f"{type(self).__name__} needs patches, or an own preprocess")
 
     # Data: defaults for items that are arrays.
 
