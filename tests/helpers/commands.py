@@ -16,7 +16,10 @@ QUESTION = "Digit eight. Which digit is this?"
 
 
 def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
-    """A command of the package as a user types it, under torchrun when `processes` is given."""
+    """A command of the package as a user types it, under torchrun when `processes` is given.
+
+    PYTHONPATH leads to the models that tests define themselves.
+    """
     launch = [sys.executable]
     if processes:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -24,7 +27,7 @@ def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.Comp
     return subprocess.run(
         [*launch, str(ROOT / "examples/mimo" / script), *flags],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
