@@ -70,8 +70,7 @@ def train(argv: list[str]) -> None:
     # run that breaks, the folder can be answered from and resumed.
     if args.save and args.rank == 0:
         start = inputs.starting_point(args)
-        described = start is not None and (start / FILE_NAME).is_file()
-        sources = open_checkpoint(start).sources if start and described else {}
+        sources = open_checkpoint(start).sources if start and (start / FILE_NAME).is_file() else {}
         for part in inputs.fresh_parts(args):
             sources.pop(part, None)
         save_description(Path(args.save), config, inputs.tokenizer_path(args), sources)

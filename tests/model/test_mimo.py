@@ -84,7 +84,6 @@ def test_gradients_flow_through_frozen_parts(tiny, model, build_model):
 
 def test_a_wrong_count_names_sample_file_and_both_numbers(tiny, model):
     batch = batch_of(tiny, {"images"})
-    sample = MockDataset(tiny, 128, 400, seed=0)[0]
     short = [i for i in batch.input_ids[0].tolist() if i != 4]
     short += [4] * 15
     tokens = TokenSequence(short, [*short[1:], 0], [0] * len(short))

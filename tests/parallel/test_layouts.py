@@ -37,6 +37,7 @@ ALWAYS = {
     "bf16, TP 2, sequence parallel",
     "bf16, DP 2, distributed optimizer, overlap",
 }
+assert {layout.name for layout in layouts.LAYOUTS} >= ALWAYS, "a layout that is not run"
 CASES = [
     pytest.param(layout, id=layout.name, marks=() if layout.name in ALWAYS else pytest.mark.slow)
     for layout in layouts.LAYOUTS

@@ -19,6 +19,7 @@ NINE = {
     "packed": (1, PACKED),
 }
 ALWAYS = {"TP 2, sequence parallel", "PP 2", "non-colocated: encoder 1, language 1"}
+assert set(NINE) >= ALWAYS, "a layout that is not run"
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ EXCHANGES = (
         ),
     ),
 )
-LAYOUTS = {layout.name: layout for layout in layouts.LAYOUTS}
+LAYOUTS = {layout.name: layout for layout in (layouts.ONE, *layouts.LAYOUTS)}
 # These pairs run on every change; the others are slow.
 ALWAYS = (
     ("TP 2", "non-colocated: encoders 1 + 1, language DP 2"),
@@ -56,12 +56,8 @@ ALWAYS = (
         "TP 2 x DP 2, encoders TP 1, distributed optimizer, overlap",
     ),
 )
-PAIRS = [
-    pytest.param(saver, loader, marks=() if (saver, loader) in ALWAYS else pytest.mark.slow)
-    for savers, loaders in EXCHANGES
-    for saver in savers
-    for loader in loaders
-]
+PAIRS = [(saver, loader) for savers, loaders in EXCHANGES for saver in savers for loader in loaders]
+assert set(ALWAYS) <= set(PAIRS), "a pair that is not run"
 AGAIN = (
     "PP 2, 2 virtual stages",
     "TP 2 x PP 2, encoders TP 1",
@@ -71,7 +67,7 @@ AGAIN = (
 
 
 def train(name, *flags):
-    layout = LAYOUTS.get(name, layouts.ONE)
+    layout = LAYOUTS[name]
     done = run_train(*layouts.COMMON, *layout.flags, *flags, processes=layout.processes)
     assert done.returncode == 0, done.stderr
 
@@ -102,7 +98,7 @@ def saved(start, tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(start, tmp_path_factory):
     metrics = tmp_path_factory.mktemp("uninterrupted") / "metrics.jsonl"
-    train("one process", *WHOLE, *start, "--metrics-file", str(metrics))
+    train(layouts.ONE.name, *WHOLE, *start, "--metrics-file", str(metrics))
     return losses(metrics)
 
 
@@ -111,7 +107,10 @@ def losses(metrics):
     return {row["iteration"]: row["loss"] for row in rows}
 
 
-@pytest.mark.parametrize(("saver", "loader"), PAIRS)
+@pytest.mark.parametrize(
+    ("saver", "loader"),
+    [pytest.param(*p, marks=() if p in ALWAYS else pytest.mark.slow) for p in PAIRS],
+)
 def test_goes_on_at_another_layout(saver, loader, saved, uninterrupted, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     train(loader, *WHOLE, "--load", str(saved(saver)), "--metrics-file", str(metrics))

@@ -1,6 +1,7 @@
 """Every listed provider starts; what a run shows and writes."""
 
 import json
+import shutil
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -8,21 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from tests.helpers.commands import run_command, run_train
 
-# LLaVA's width and depth are for clusters; its shapes otherwise stay.
+# Widths and depths that are for clusters; all else of a config stays.
 SMALL = (
     *("--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128"),
     *("--num-attention-heads", "4", "--num-query-groups", "2", "--kv-channels", "16"),
 )
-SMALL_ENCODERS = {
-    "images": ("images.encoder.num_layers=2", "images.encoder.hidden_size=64"),
-    "audios": ("audios.encoder.num_layers=1", "audios.encoder.hidden_size=64"),
-    "videos": ("videos.encoder.num_layers=2", "videos.encoder.hidden_size=64"),
-}
-SMALL_HEADS = {name: (f"{name}.encoder.num_attention_heads=4",) for name in SMALL_ENCODERS}
-MODALITIES = {"llava_vlm": ("images",), "video_llava_vlm": ("videos",)}
-MODALITIES["llava_avlm"] = ("images", "audios")
-for name in ("scale_1b_avlm", "llava_avlm_tuned", "qwen3_avlm", "smollm2_avlm"):
-    MODALITIES[name] = MODALITIES["llava_avlm"]
+SMALL_ENCODER = ("num_layers=2", "hidden_size=64", "num_attention_heads=4")
 
 # Spoken questions are asked about images.
 PAIRS = [
@@ -35,10 +27,10 @@ PAIRS = [
 
 def flags_for(model, dataset, data_folder):
     flags = ["--model-provider", model, "--dataset-provider", dataset]
-    if model in MODALITIES:
+    config = get_model_config(model)
+    if config.language.hidden_size > 128:
         flags += [*SMALL, "--set"]
-        for name in MODALITIES[model]:
-            flags += [*SMALL_ENCODERS[name], *SMALL_HEADS[name]]
+        flags += [f"{name}.encoder.{size}" for name in config.modalities for size in SMALL_ENCODER]
     if dataset == "spoken_questions":
         flags += ["--data-path", str(data_folder)]
     if model == "qwen3_avlm":
@@ -147,8 +139,6 @@ def test_another_model_is_refused_and_nothing_saved_is_lost(run, data_folder):
 
 
 def test_damaged_weights_end_with_one_line(run, tmp_path):
-    import shutil
-
     folder = tmp_path / "checkpoint"
     shutil.copytree(run[0] / "checkpoint", folder)
     for file in folder.glob("iter_*/*.distcp"):

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from examples.mimo.configs.schema import (
-    ChatTemplate,
-    LanguageConfig,
-    MimoConfig,
-    ModalityConfig,
-)
+from examples.mimo.configs.schema import ChatTemplate, LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.modalities.audio import WhisperConfig
 from examples.mimo.modalities.base import MLPProjectorConfig
 from examples.mimo.modalities.image import VitConfig

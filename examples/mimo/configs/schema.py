@@ -111,9 +111,8 @@ class MimoConfig:
 
     name: str = field(metadata=FREE)
     language: LanguageConfig
-    modalities: dict[str, ModalityConfig] = field(
-        default_factory=dict
-    )  # encoders run in this order
+    # Encoders run in this order.
+    modalities: dict[str, ModalityConfig] = field(default_factory=dict)
     chat: ChatTemplate = ChatTemplate()
     prompt: str = field(default="", metadata=FREE)
     add_bos: bool = True

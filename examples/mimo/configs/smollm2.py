@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from examples.mimo.configs.schema import (
-    ChatTemplate,
-    LanguageConfig,
-    MimoConfig,
-    ModalityConfig,
-)
+from examples.mimo.configs.schema import ChatTemplate, LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.modalities.audio import WhisperConfig
 from examples.mimo.modalities.base import MLPProjectorConfig
 from examples.mimo.modalities.image import VitConfig

@@ -23,12 +23,11 @@ SHARDS = "examples.mimo.shards.resume"
 
 def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
     """ValueError for a folder that is not there, before anything is built."""
-    start = args.pretrained_checkpoint
-    resumes = args.load and (Path(args.load) / TRACKER).is_file()
-    if args.load and not resumes and args.load != args.save and not start:
-        raise ValueError(f"--load {args.load}: no checkpoint in this folder")
-    if start and not resumes and not (Path(start) / TRACKER).is_file():
-        raise ValueError(f"--pretrained-checkpoint {start}: no checkpoint in this folder")
+    if starting_point(args) is None:
+        if start := args.pretrained_checkpoint:
+            raise ValueError(f"--pretrained-checkpoint {start}: no checkpoint in this folder")
+        if args.load and args.load != args.save:
+            raise ValueError(f"--load {args.load}: no checkpoint in this folder")
     for flag in ("load", "pretrained_checkpoint", "save"):
         folder = getattr(args, flag)
         if folder:
@@ -36,9 +35,9 @@ def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
             may_lack = flag == "pretrained_checkpoint" or (flag == "load" and args.finetune)
             fresh = args.fresh if may_lack else ()
             check_same_model(f"--{flag.replace('_', '-')}", Path(folder), config, fresh)
-    if resumes and not args.finetune and not args.no_load_optim:
+    if resumes(args) and not args.no_load_optim:
         check_same_optimizer(Path(args.load), args.use_distributed_optimizer)
-    if resumes and args.encoder_ranks:
+    if resumes(args) and args.encoder_ranks:
         sizes = args.encoder_tensor_model_parallel_size
         if not has_random_states(Path(args.load), sizes):
             args.no_load_rng = True
@@ -57,7 +56,8 @@ def from_shards(args: argparse.Namespace, function: str) -> Any:
 
 def shard_options(args: argparse.Namespace, replicas: range) -> Any:
     """The flags about shards as a `ShardOptions`, for a rank that reads for `replicas`."""
-    resumes = args.load and getattr(args, "iteration", 0) and not args.finetune
+    # Megatron sets the iteration when it loads; a dry run has none.
+    iteration = getattr(args, "iteration", 0) if resumes(args) else 0
     samples = args.eval_iters * (args.eval_global_batch_size or 0) // args.data_parallel_size
     # Only the language model's first context-parallel rank saves; a dry run has no ranks.
     running = torch.distributed.is_initialized()
@@ -79,7 +79,7 @@ def shard_options(args: argparse.Namespace, replicas: range) -> Any:
         sample_multiple=cp_multiple(args),
         eval_micro_batch_size=args.eval_micro_batch_size,
         eval_batches=samples // args.eval_micro_batch_size if args.eval_iters else 0,
-        checkpoint=Path(args.load) / f"iter_{args.iteration:07d}" if resumes else None,
+        checkpoint=Path(args.load) / f"iter_{iteration:07d}" if iteration else None,
         saves_state=saves and module_of_rank(args) in (None, LANGUAGE),
     )
 
@@ -111,5 +111,9 @@ def starting_point(args: argparse.Namespace) -> Path | None:
 
 def fresh_parts(args: argparse.Namespace) -> tuple[str, ...]:
     """The parts that keep their random weights when this run loads; none when it resumes."""
-    resumes = args.load and (Path(args.load) / TRACKER).is_file() and not args.finetune
-    return () if resumes else tuple(args.fresh)
+    return () if resumes(args) else tuple(args.fresh)
+
+
+def resumes(args: argparse.Namespace) -> bool:
+    """Whether this run goes on from --load with its optimizer, iteration and place in the data."""
+    return bool(args.load) and (Path(args.load) / TRACKER).is_file() and not args.finetune

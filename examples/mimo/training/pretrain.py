@@ -138,11 +138,11 @@ def data_provider(
     build = DATASETS[args.dataset_provider]
     train, valid = build(args, config, num_samples[0], num_samples[1] or 0)
     consumed, size = args.consumed_train_samples, args.micro_batch_size
-    train_iterator = _batches(train, consumed, size, args.num_workers, collate_train)
+    train_iterator = _batches(args, train, consumed, size, collate_train)
     if valid is None or args.eval_iters == 0:
         return train_iterator, None, None
     consumed, size = args.consumed_valid_samples, args.eval_micro_batch_size
-    return train_iterator, _batches(valid, consumed, size, args.num_workers, collate_valid), None
+    return train_iterator, _batches(args, valid, consumed, size, collate_valid), None
 
 
 def mock_datasets(
@@ -203,29 +203,29 @@ def sample_encoder(args: argparse.Namespace, config: MimoConfig) -> SampleEncode
 
 
 def _batches(
+    args: argparse.Namespace,
     dataset: Dataset[Sample],
     consumed: int,
     micro_batch_size: int,
-    num_workers: int,
     collate_fn: Collate,
 ) -> Iterator[Batch]:
     """This data-parallel rank's micro-batches from sample `consumed` on."""
     if consumed >= len(dataset):  # type: ignore[arg-type]
         return iter(())
-    share = data_share(get_args().data_parallel_size)
+    share = data_share(args.data_parallel_size)
     served = len(share.replicas)
     sampler = MegatronPretrainingSampler(
         total_samples=len(dataset),  # type: ignore[arg-type]
         consumed_samples=consumed,
         micro_batch_size=micro_batch_size * served,  # an encoder replica may serve several
         data_parallel_rank=share.replicas.start // served,
-        data_parallel_size=get_args().data_parallel_size // served,
+        data_parallel_size=args.data_parallel_size // served,
     )
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
         collate_fn=share.of(collate_fn),
     )
     return iter(loader)
