@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -53,15 +52,6 @@ COLUMNS = (
     ("data wait", 10),
     ("left", 9),
 )
-BAD_SAMPLES_FILE = "bad_samples.jsonl"
-# What gloo and NCCL say when the other side of a connection is gone.
-LOST_RANK_MESSAGES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "remote process exited",
-)
 
 
 @dataclass(frozen=True)
@@ -109,7 +99,7 @@ class ProgressTable:
                 "loss": self.losses[-1] if self.losses else None,
                 "grad_norm": grad_norm,
                 "learning_rate": lr,
-                **dataclasses.asdict(totals),
+                **asdict(totals),
                 **metrics,
             }
         )

@@ -41,6 +41,8 @@ from examples.mimo.model.parts import part_names, part_prefix
 Progress = Callable[[str], None]
 # Megatron key -> the pieces of that tensor.
 ShardedTensors = dict[str, list[ShardedTensor]]
+# Flat positions in a tensor, and the values there.
+Elements = tuple[torch.Tensor, torch.Tensor]
 
 
 def initialize_single_process(seed: int) -> None:
@@ -247,10 +249,6 @@ def _read_family(
             )
     _check_leftovers(part_config, family, folder, names, read)
     return iter(chunks)
-
-
-# Flat positions in a tensor, and the values there.
-Elements = tuple[torch.Tensor, torch.Tensor]
 
 
 def _checked_remainder(folder: Folder, prefix: str, tensors: ShardedTensors) -> dict[str, Elements]:
