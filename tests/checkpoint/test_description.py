@@ -113,6 +113,15 @@ def test_a_modality_that_the_checkpoint_lacks_must_start_afresh(folder, tiny):
     assert not "modalities.images.token_id".startswith(paths)
 
 
+@pytest.mark.parametrize("damaged", [None, 5, "language"])
+def test_a_value_of_another_type_is_named(folder, damaged):
+    description = json.loads((folder / FILE_NAME).read_text())
+    description["config"]["frozen"] = damaged
+    (folder / FILE_NAME).write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"^mimo\.json\.frozen is .* in the checkpoint, but this"):
+        open_checkpoint(folder)
+
+
 def test_fields_say_themselves_whether_weights_depend_on_them():
     @dataclasses.dataclass(frozen=True)
     class Part:

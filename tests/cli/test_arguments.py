@@ -4,8 +4,10 @@ import sys
 import pytest
 
 from examples.mimo.cli.arguments import balance_stages, parse_arguments
-from examples.mimo.cli.flags import NEEDS, help_parser
+from examples.mimo.cli.flags import DATASET_PROVIDERS, NEEDS, SHARDED, help_parser
+from examples.mimo.cli.overrides import whisper_assignments, with_fields
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+from examples.mimo.training import pretrain
 from tests.helpers import ranks
 from tests.helpers.commands import PP2, ROOT, TP2
 
@@ -55,6 +57,22 @@ def test_a_released_whispers_sizes_and_other_token_ids(parse):
         1, "--model-provider=llava_avlm", *named[:2], "--set=audios.encoder.num_layers=1"
     )
     assert over.modalities["audios"].encoder.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "released"),
+    [("llava_avlm", "base"), ("qwen3_avlm", "large-v3"), ("smollm2_avlm", "tiny.en")],
+)
+def test_configs_have_the_sizes_of_released_whispers(name, released):
+    config = get_model_config(name)
+    sizes = whisper_assignments(config, f"openai/whisper-{released}")
+    assert with_fields(config, sizes) == config
+
+
+def test_training_has_every_provider_that_the_flag_offers():
+    assert set(pretrain.DATASETS) == set(DATASET_PROVIDERS)
+    sharded = {name for name, build in pretrain.DATASETS.items() if build == pretrain.SHARDS}
+    assert sharded == set(SHARDED)
 
 
 def test_longer_sequences_need_no_second_flag(parse):

@@ -7,10 +7,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
-from examples.mimo.hf.from_hf import from_hf, part_config_of
+from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import Folder
 from examples.mimo.hf.weights import family_of
-from examples.mimo.model.parts import part_prefix, parts
+from examples.mimo.model.parts import part_config_of, part_prefix, parts
 from tests.hf.cases import CASES
 from tests.hf.run_parity import encode
 

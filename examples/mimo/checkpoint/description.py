@@ -211,15 +211,16 @@ def overlay(base: Any, values: Any, where: str = "config") -> Any:
         _same_keys(set(base), values, where)
         return {key: overlay(base[key], values[key], f"{where}.{key}") for key in base}
     if isinstance(base, (list, tuple)):
-        return tuple(values)
-    if base is not None and values is not None and type(base) is not type(values):
-        if isinstance(base, float) and isinstance(values, int):
-            return float(values)
-        raise ValueError(
-            f"{where} is {values!r} in the checkpoint, but this package expects "
-            f"{type(base).__name__} ({base!r})"
-        )
-    return values
+        if isinstance(values, list):
+            return tuple(values)
+    elif base is None or values is None or type(base) is type(values):
+        return values
+    elif isinstance(base, float) and isinstance(values, int):
+        return float(values)
+    raise ValueError(
+        f"{where} is {values!r} in the checkpoint, but this package expects "
+        f"{type(base).__name__} ({base!r})"
+    )
 
 
 def _same_keys(names: set[str], values: Any, where: str) -> None:

@@ -26,7 +26,7 @@ from examples.mimo.checkpoint.description import Checkpoint, latest_weights
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
-from examples.mimo.model.parts import part_prefix
+from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
 SEED = 1234
 TIMEOUT = timedelta(minutes=10)
@@ -85,11 +85,8 @@ def check_layout(config: MimoConfig, tp: int, pp: int) -> None:
             f"--tp {tp} x --pp {pp} needs {tp * pp} processes, but {world_size} run; start "
             f"with torchrun --nproc-per-node {tp * pp}"
         )
-    parts: dict[str, Any] = {"language": config.language}
-    for name, modality in config.modalities.items():
-        parts |= {f"{name}.encoder": modality.encoder, f"{name}.projector": modality.projector}
-    for name, part in parts.items():
-        for path, size in tensor_parallel_sizes(name, part).items():
+    for part in reversed(part_names(config)):  # the language model first
+        for path, size in tensor_parallel_sizes(config, part).items():
             if size % tp:
                 raise ValueError(
                     f"{path} {size} is not divisible by --tp {tp}; choose a divisor of {size}"
@@ -101,9 +98,10 @@ def check_layout(config: MimoConfig, tp: int, pp: int) -> None:
         )
 
 
-def tensor_parallel_sizes(name: str, part: Any) -> dict[str, int]:
-    """The sizes of a part's config that tensor parallelism divides: `name.field` -> size."""
-    sizes = {f"{name}.{field}": getattr(part, field, None) for field in DIVIDED_FIELDS}
+def tensor_parallel_sizes(config: MimoConfig, part: str) -> dict[str, int]:
+    """The sizes of a part that tensor parallelism divides: `part.field` -> size."""
+    part_config = part_config_of(config, part)
+    sizes = {f"{part}.{field}": getattr(part_config, field, None) for field in DIVIDED_FIELDS}
     return {path: size for path, size in sizes.items() if size is not None}
 
 
@@ -250,7 +248,7 @@ def has_random_states(folder: Path, sizes: Mapping[str, int]) -> bool:
     `sizes` are their tensor-parallel sizes. Megatron checks those of the language model.
     """
     names = _tensor_names(folder)
-    return all(f"{name}.rng_state/shard_0.0_1.{size}" in names for name, size in sizes.items())
+    return all(f"{name}.{RANDOM_STATE}/shard_0.0_1.{size}" in names for name, size in sizes.items())
 
 
 def _tensor_names(folder: Path) -> Collection[str]:

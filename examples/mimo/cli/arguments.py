@@ -261,7 +261,7 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if not args.encoder_ranks:
         check_world(args.world_size, args)
-    sizes = tensor_parallel_sizes("language", config.language)
+    sizes = tensor_parallel_sizes(config, "language")
     flags = {f"--{path.split('.')[1].replace('_', '-')}": size for path, size in sizes.items()}
     _check_divisible(flags, "--tensor-model-parallel-size", tp)
     uneven = (
@@ -302,9 +302,9 @@ def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
         _check_noncolocated(args)
     else:
         _check_colocated(args, colocated_encoder_tp(args))
-    for name, modality in config.modalities.items():
-        for part in ("encoder", "projector"):
-            widths = tensor_parallel_sizes(f"{name}.{part}", getattr(modality, part))
+    for name in config.modalities:
+        for part in (f"{name}.encoder", f"{name}.projector"):
+            widths = tensor_parallel_sizes(config, part)
             _check_divisible(widths, "--encoder-tensor-model-parallel-size", sizes[name])
 
 

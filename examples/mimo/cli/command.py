@@ -29,6 +29,8 @@ ENVIRONMENT = {
 
 # Seconds: on a busy machine one rank may import the same code many seconds later than another.
 RANK_ZERO_REPORTS_WITHIN = 20
+# Between two lines of a `ProgressBar`.
+PROGRESS_SECONDS = 5.0
 
 
 def run(command: str, main: Callable[[], None]) -> None:
@@ -148,9 +150,6 @@ def stdout_to(path: str) -> Iterator[None]:
     """Send what libraries print to the file `path`; a command prints its results outside."""
     with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         yield
-
-
-PROGRESS_SECONDS = 5.0
 
 
 class ProgressBar:

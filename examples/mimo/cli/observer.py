@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -100,7 +99,7 @@ class ProgressTable:
                 "loss": self.losses[-1] if self.losses else None,
                 "grad_norm": grad_norm,
                 "learning_rate": lr,
-                **dataclasses.asdict(totals),
+                **asdict(totals),
                 **metrics,
             }
         )

@@ -102,6 +102,7 @@ def replacements() -> dict[str, list[Replacement]]:
     """Every entry that this machine needs, by the commands that put it in place."""
     entries = install()
     from examples.mimo.compat import megatron
+    from examples.mimo.parallel.noncolocated import parallel_state_globals
 
     return {
         "every command and Mimo.load": entries,
@@ -111,7 +112,7 @@ def replacements() -> dict[str, list[Replacement]]:
             *megatron.results_queue_replacement(None),
         ],
         "train.py --encoder-ranks": megatron.noncolocated_replacements(
-            megatron.parallel_state_globals(), lambda build: build
+            parallel_state_globals(), lambda build: build
         ),
     }
 

@@ -140,12 +140,6 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
-def parallel_state_globals() -> dict[str, Any]:
-    """Megatron's process groups and sizes of this rank: the globals of `parallel_state`."""
-    state = vars(parallel_state)
-    return {name: state[name] for name in state if name.startswith("_") and name.isupper()}
-
-
 def noncolocated_replacements(
     state: dict[str, Any], wrap_optimizer: Callable[..., Any]
 ) -> list[Replacement]:

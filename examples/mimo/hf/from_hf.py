@@ -35,12 +35,14 @@ from examples.mimo.hf.io import (
 )
 from examples.mimo.hf.weights import Family, WeightMapping, families_for, family_of
 from examples.mimo.model.mimo import build_part
-from examples.mimo.model.parts import part_names, part_prefix
+from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
 # What a user is told while a conversion runs, a line at a time.
 Progress = Callable[[str], None]
 # Megatron key -> the pieces of that tensor.
 ShardedTensors = dict[str, list[ShardedTensor]]
+# Flat positions in a tensor, and the values there.
+Elements = tuple[torch.Tensor, torch.Tensor]
 
 
 def initialize_single_process(seed: int) -> None:
@@ -89,14 +91,6 @@ def from_hf(
         language = folders.get("language")
         save_description(draft, config, language.path if language else None, sources)
         (draft / TRACKER).write_text(RELEASE)
-
-
-def part_config_of(config: MimoConfig, part: str) -> Any:
-    """The config of one part by its name: `language`, `images.encoder`, `images.projector`."""
-    if part == "language":
-        return config.language
-    modality, side = part.split(".")
-    return getattr(config.modalities[modality], side)
 
 
 def modalities_that_take(model_type: str, config: MimoConfig) -> list[str]:
@@ -247,10 +241,6 @@ def _read_family(
             )
     _check_leftovers(part_config, family, folder, names, read)
     return iter(chunks)
-
-
-# Flat positions in a tensor, and the values there.
-Elements = tuple[torch.Tensor, torch.Tensor]
 
 
 def _checked_remainder(folder: Folder, prefix: str, tensors: ShardedTensors) -> dict[str, Elements]:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from examples.mimo.checkpoint.description import Checkpoint
 from examples.mimo.data.tokenizer import copy_tokenizer
-from examples.mimo.hf.from_hf import Progress, part_config_of
+from examples.mimo.hf.from_hf import Progress
 from examples.mimo.hf.io import (
     CONFIG,
     INDEX,
@@ -29,7 +29,7 @@ from examples.mimo.hf.io import (
     draft_folder,
 )
 from examples.mimo.hf.weights import Family, WeightMapping, family_for_export, family_of
-from examples.mimo.model.parts import part_names, part_prefix
+from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
 SHARD_BYTES = 2 * 2**30
 

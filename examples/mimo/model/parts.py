@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,14 @@ def part_prefix(part: str) -> str:
     name, side = part.split(".")
     inside = "input_projections.0" if side == "projector" else f"encoders.{ENCODER}"
     return f"modality_submodules.{name}.{inside}."
+
+
+def part_config_of(config: MimoConfig, part: str) -> Any:
+    """The config of one part by its name."""
+    if part == "language":
+        return config.language
+    name, side = part.split(".")
+    return getattr(config.modalities[name], side)
 
 
 def part_names(config: MimoConfig) -> list[str]:

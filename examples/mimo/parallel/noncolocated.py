@@ -275,11 +275,16 @@ def create_groups(
     for placement in placements:
         initialize_module_parallel(placement, **options)
         if placement == own:
-            state = vars(parallel_state)
-            kept = {name: state[name] for name in state if name.startswith("_") and name.isupper()}
+            kept = parallel_state_globals()
         # Forgets the groups and leaves them as they are.
         mpu.destroy_model_parallel()
     return kept
+
+
+def parallel_state_globals() -> dict[str, Any]:
+    """Megatron's process groups and sizes of this rank: the globals of `parallel_state`."""
+    state = vars(parallel_state)
+    return {name: state[name] for name in state if name.startswith("_") and name.isupper()}
 
 
 def initialize_module_parallel(placement: Placement, **options: Any) -> None:
