@@ -108,13 +108,15 @@ class Pair:
     def generate(self, samples: list[Sample], prefix_cache: int = 0) -> tuple[Timed, Engine]:
         """Answers of the engine; `eos_id` -1 so that every sequence takes all its tokens."""
         engine = Engine(self.ours, self.config, eos_id=-1, prefix_cache=prefix_cache)
-        jobs = [SequenceRequest(number, sample, NEW) for number, sample in enumerate(samples)]
-        reports = engine.start(jobs)
+        requests = [SequenceRequest(number, sample, NEW) for number, sample in enumerate(samples)]
+        outputs = engine.start(requests)
         started = _now()
         while engine.sequences:
-            reports += engine.step()
+            outputs += engine.step()
         seconds = _now() - started
-        tokens = [[r.token for r in reports if r.number == n] for n in range(len(samples))]
+        tokens = [
+            [output.token for output in outputs if output.number == n] for n in range(len(samples))
+        ]
         return Timed(tokens, seconds), engine
 
     def peer(self, samples: list[Sample], cache: str) -> Timed:

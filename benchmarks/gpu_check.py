@@ -173,12 +173,12 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
     length = opened.config.language.seq_length // 2
     sample = MockDataset(opened.config, length, 1, seed=3)[0]
     count = min(NEW_TOKENS, opened.config.language.seq_length - len(sample.tokens.ids))
-    jobs = [SequenceRequest(number, sample, count) for number in range(batch_size)]
+    requests = [SequenceRequest(number, sample, count) for number in range(batch_size)]
 
     def answer(engine: Engine) -> float:
         _synchronize()
         start = time.perf_counter()
-        engine.start(jobs)
+        engine.start(requests)
         while engine.sequences:
             engine.step()
         _synchronize()

@@ -11,8 +11,10 @@ def find_chromium() -> str | None:
     for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
         if path := shutil.which(name):
             return path
-    from playwright.sync_api import sync_playwright
-
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        return None
     with sync_playwright() as playwright:
         path = playwright.chromium.executable_path
         return path if Path(path).exists() else None

@@ -1,7 +1,6 @@
 """Statistics and the page of `prepare_data.py show`, also in a browser where there is one."""
 
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -9,10 +8,11 @@ import pytest
 from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.shards.show import ShownSample, Statistics, inspect_shards, render_page
 from examples.mimo.shards.write import WriteOptions, prepare_shards
+from tests.helpers.chromium import find_chromium
 from tests.helpers.commands import run_command
 
 pytest.importorskip("megatron.energon")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+BROWSER = find_chromium()
 
 # Counts what a person would see and hear, once everything has loaded.
 PROBE = """<script>

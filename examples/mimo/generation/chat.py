@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from examples.mimo.data.conversation import errors_named
 from examples.mimo.generation.api import Mimo, on_rank_zero
 from examples.mimo.generation.sampling import Options
 
@@ -86,17 +87,9 @@ class ChatSession:
         self._message(f"{file}: {description}")
 
     def _describe(self, name: str, file: Path) -> str:
-        modality = self.model.config.modalities[name]
-        try:
-            return modality.encoder.describe(modality.encoder.read(file))
-        except ValueError:
-            raise
-        except Exception as error:
-            # Decoders raise whatever they like at damaged files; the conversation goes on.
-            raise ValueError(
-                f"{file}: the {modality.singular} file cannot be read "
-                f"({type(error).__name__}: {error})"
-            ) from error
+        encoder = self.model.config.modalities[name].encoder
+        with errors_named(str(file), drop=f"{file}: "):
+            return encoder.describe(encoder.read(file))
 
     def _answer(self, prompt: str) -> None:
         record = self.model.with_placeholders(self.conversation.record(prompt))

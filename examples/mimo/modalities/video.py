@@ -39,7 +39,7 @@ def read_frames(
     try:
         import av
     except ImportError:
-        raise ValueError(f"{source}: videos need PyAV: pip install 'mimo-examples[data]'") from None
+        raise ValueError(f"{source}: videos need PyAV: pip install -e '.[data]'") from None
     try:
         with (
             open_source(source, "video") as stream,

@@ -30,6 +30,13 @@ from examples.mimo.generation.scheduler import Answer, Piece
 from examples.mimo.serving.openai import Chat, Reply, parse
 from examples.mimo.serving.worker import QueueFullError, Worker
 
+PAGE = Path(__file__).with_name("page.html")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "script-src 'unsafe-inline'; img-src data: blob:; media-src data: blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -70,15 +77,6 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
-
-
-PAGE = Path(__file__).with_name("page.html")
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; "
-    "script-src 'unsafe-inline'; img-src data: blob:; media-src data: blob:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from examples.mimo.modalities.files import Blob, json_lines
 MAX_LIST_BYTES = 4 * 2**30
 MAX_FILE_BYTES = 2**30
 MAX_RECORD_BYTES = 4 * 2**20
-
+# Energon's folder of indices in a folder of shards, and what an entry of a mixture may say.
 META = ".nv-meta"
-FIELDS = {"path", "weight", "split_part"}
+ENTRY_FIELDS = {"path", "weight", "split_part"}
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _mixture_entries(content: Any, path: Path) -> list[dict[str, Any]]:
     checked = []
     for entry in entries:
         has_path = isinstance(entry, dict) and isinstance(entry.get("path"), str)
-        if not has_path or set(entry) - FIELDS:
+        if not has_path or set(entry) - ENTRY_FIELDS:
             raise ValueError(
                 f"{path}: {entry!r} is not an entry of a mixture; give path, and weight and "
                 "split_part if needed, one or several under blend"

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -85,6 +86,9 @@ def prepare_shards(
     ValueError when more than half of the entries were refused: the output is then left as it was,
     and the reasons are in OUTPUT.rejected.jsonl beside it.
     """
+    # Used last, to index what was written; its absence should not cost the time of writing.
+    if importlib.util.find_spec("megatron.energon") is None:
+        raise ValueError("shards need megatron-energon; pip install -e '.[data]'")
     entries = read_entries(options.manifest, options.media, config)
     draft = options.output.with_name(f".{options.output.name}.draft")
     draft.mkdir(parents=True, exist_ok=True)
@@ -385,12 +389,8 @@ def index_shards(
     folder: Path, shards: Sequence[str], splits: Sequence[str], num_workers: int
 ) -> None:
     """Writes energon's index of shards that are named SPLIT-NUMBER: where their samples begin."""
-    try:
-        from megatron.energon.flavors import BaseWebdatasetFactory
-    except ImportError as error:
-        raise ValueError(
-            f"megatron-energon is needed ({error}): pip install 'mimo-examples[data]'"
-        ) from None
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
     # Its own progress goes to stdout, which is for results.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         BaseWebdatasetFactory.prepare_dataset(

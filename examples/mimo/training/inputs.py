@@ -50,7 +50,7 @@ def from_shards(args: argparse.Namespace, function: str) -> Any:
     except ImportError as error:
         raise ValueError(
             f"--dataset-provider {args.dataset_provider} needs megatron-energon ({error}): "
-            "pip install 'mimo-examples[data]'"
+            "pip install -e '.[data]'"
         ) from None
 
 
