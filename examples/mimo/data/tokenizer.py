@@ -191,18 +191,18 @@ class TextEncoder:
         # Of two that begin alike the longer one; "(?!)" matches nowhere.
         longest_first = sorted(self.control, key=len, reverse=True)
         self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        # Many a SentencePiece tokenizer puts a space before a text. Text that goes on must not get
-        # another one, so it is encoded behind a character that merges with nothing.
+        # Many a SentencePiece tokenizer puts a space before a text, or takes away the one it begins
+        # with. Text that goes on must keep its own, so it is encoded behind a character that merges
+        # with nothing.
         self.lead = tokenizer.encode(_LEAD)
-        behind_lead = tokenizer.encode(f"{_LEAD}a")[len(self.lead) :]
-        self.adds_space = behind_lead != tokenizer.encode("a")
-        # Some Hugging Face ones do so after each control token as well.
+        self.needs_lead = any(
+            tokenizer.encode(_LEAD + text)[len(self.lead) :] != tokenizer.encode(text)
+            for text in ("a", " a")
+        )
+        # Some Hugging Face ones put a space behind each control token as well.
         first = next(iter(self.control), "")
-        after_control = tokenizer.encode(f"{first}a")
-        self.restarts = self.adds_space and after_control == [
-            *(tokenizer.encode(first) if first else [-1]),
-            *tokenizer.encode("a"),
-        ]
+        begins = [tokenizer.encode(text) for text in (first, "a", f"{first}a")]
+        self.restarts = self.needs_lead and bool(first) and begins[0] + begins[1] == begins[2]
 
     def split(self, template: str) -> list[str | int]:
         """Text of the template, cut at its control tokens, which become their ids."""
@@ -230,7 +230,7 @@ class TextEncoder:
         return [token_id for token_id in ids if token_id not in self.control_ids]
 
     def _encode(self, text: str, goes_on: bool) -> list[int]:
-        if not (goes_on and self.adds_space):
+        if not (goes_on and self.needs_lead):
             return self.tokenizer.encode(text)
         ids = self.tokenizer.encode(_LEAD + text)
         if ids[: len(self.lead)] != self.lead:

@@ -121,6 +121,11 @@ def parse_turns(
         if role is None:
             raise ValueError(f"a turn is from {written!r:.60}; known are {', '.join(ROLES)}")
         content = turn.get("value", turn.get("content"))
+        if not isinstance(content, str | list | None):
+            raise ValueError(
+                f"a turn from {written} has no text, but {content!r:.60}; write a string or a list "
+                "of parts"
+            )
         parts = _parse_content(content, role, config)
         may_be_empty = role == SYSTEM or (role == ASSISTANT and empty_answers)
         if not may_be_empty and not any(isinstance(p, MediaPlace) or p.strip() for p in parts):
@@ -129,14 +134,12 @@ def parse_turns(
     return turns
 
 
-def _parse_content(content: object, role: str, config: MimoConfig) -> tuple[str | MediaPlace, ...]:
-    if content is None:
-        return ()
+def _parse_content(
+    content: str | list[Any] | None, role: str, config: MimoConfig
+) -> tuple[str | MediaPlace, ...]:
     if isinstance(content, str):
         return split_at_placeholders(content, config) if role == USER else (content,)
-    if not isinstance(content, list):
-        raise ValueError(f"a turn's text must be a string or a list of parts, not {content!r:.60}")
-    parts = tuple(_parse_part(part, config) for part in content)
+    parts = tuple(_parse_part(part, config) for part in content or ())
     if role == ASSISTANT and any(isinstance(part, MediaPlace) for part in parts):
         raise ValueError("an answer holds a part that is no text; models of this package say text")
     return parts

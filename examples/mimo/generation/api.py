@@ -243,7 +243,7 @@ class Mimo:
     def _record(self, prompt: Any, media: Mapping[str, Any], key: str) -> Record:
         prompt = self.config.prompt if prompt is None else prompt
         if not isinstance(prompt, str) and not _is_parts(prompt):
-            raise ValueError(f"a prompt must be a str or a list of parts, not {prompt!r:.60}")
+            raise ValueError(f"a prompt must be a str, not {prompt!r:.60}, or a list of parts")
         sources: dict[str, list[Source]] = {}
         for name, files in media.items():
             if not isinstance(files, list | tuple):
