@@ -79,7 +79,7 @@ def answer_prompt(
     from examples.mimo.generation.batch_file import answer_fields
 
     paths = media_paths(model.config, args)
-    content = prompt_content(prompt, model.config, paths)
+    content = prompt_content(prompt, paths)
     record = {"key": "prompt", "conversations": [{"role": "user", "content": content}], **paths}
     sample = on_rank_zero(lambda: model.encode(record))
     is_rank_zero = os.environ["RANK"] == "0"

@@ -10,7 +10,7 @@ A turn is `{"from": "human", "value": ...}` or `{"role": "user", "content": ...}
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,26 +168,17 @@ def _parse_part(part: object, config: MimoConfig) -> str | MediaPlace:
     raise ValueError(f"a part has the type {kind!r:.60}; {config.name} takes {known}")
 
 
-def split_at_placeholders(
-    text: str, config: MimoConfig, names: Collection[str] | None = None
-) -> tuple[str | MediaPlace, ...]:
-    """Text cut at the placeholders of the modalities `names` (default: all), which are places."""
-    chosen = config.modalities if names is None else names
-    places = {config.modalities[name].placeholder: MediaPlace(name) for name in chosen}
+def split_at_placeholders(text: str, config: MimoConfig) -> tuple[str | MediaPlace, ...]:
+    """Text cut at the placeholders, which are places."""
+    places = {m.placeholder: MediaPlace(name) for name, m in config.modalities.items()}
     # Split with a group keeps what it splits at; "(?!)" matches nowhere.
     pattern = f"({'|'.join(map(re.escape, places)) or '(?!)'})"
     return tuple(places.get(part, part) for part in re.split(pattern, text) if part)
 
 
-def prompt_content(prompt: str, config: MimoConfig, media: Mapping[str, Any]) -> list[dict]:
-    """A prompt as parts: a placeholder is a place if there are files of its kind, else a word."""
-    names = [name for name in config.modalities if media.get(name)]
-    return [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": config.modalities[part.modality].singular}
-        for part in split_at_placeholders(prompt, config, names)
-    ]
+def prompt_content(prompt: str, media: Mapping[str, Any]) -> str | list[dict[str, str]]:
+    """What a prompt says: its placeholders are places if it comes with files, else words."""
+    return prompt if any(media.values()) else [{"type": "text", "text": prompt}]
 
 
 def with_leading_places(

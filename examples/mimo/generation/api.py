@@ -107,9 +107,9 @@ class Mimo:
         the bytes of files, and the fields of `Sampling`, `max_new_tokens` and `stop` (a str or a
         list). For a list of prompts the media are a list for each prompt: `images=[["a.png"], []]`.
         Without a prompt the one in the model's config is used. Files come before the prompt, or
-        where it has placeholders such as `<image>`; without a file of its kind a placeholder is a
-        word. In a list it always is one: a prompt may be parts, `[{"type": "image"}, {"type":
-        "text", "text": "What does <image> mean?"}]`.
+        where it has placeholders such as `<image>`. Without files those are words, and they always
+        are in a list of parts, which a prompt may be as well: `[{"type": "image"}, {"type": "text",
+        "text": "What does <image> mean?"}]`.
         """
         options, media = self._parse_keywords(keywords)
         is_single = prompt is None or isinstance(prompt, str) or _is_parts(prompt)
@@ -252,7 +252,7 @@ class Mimo:
         if isinstance(prompt, str):
             if not prompt.strip() and not any(sources.values()):
                 raise ValueError("nothing to answer: give a prompt or a file")
-            prompt = prompt_content(prompt, self.config, sources)
+            prompt = prompt_content(prompt, sources)
         return {"key": key, "conversations": [{"role": "user", "content": prompt}], **sources}
 
 

@@ -20,7 +20,6 @@ from examples.mimo.data.conversation import Sample
 from examples.mimo.data.turns import (
     FilesInside,
     conversation_of,
-    prompt_content,
     without_last_answer,
 )
 from examples.mimo.generation.api import Mimo, on_rank_zero
@@ -114,10 +113,10 @@ def question_record(line: object, model: Mimo, key: str) -> tuple[dict[str, Any]
             raise ValueError(f"prompt must be text, not {prompt!r:.80}")
         if not prompt.strip() and not any(line.get(name) for name in model.config.modalities):
             raise ValueError("nothing to answer: give a prompt or a file")
-        turns = [{"role": "user", "content": prompt_content(prompt, model.config, line)}]
+        turns = [{"role": "user", "content": prompt}]
     turns, expected = without_last_answer(turns, model.config)
     if expected is not None and not turns:
-        raise ValueError("nothing to answer: the conversation is an answer alone")
+        raise ValueError("the conversation is an answer alone; end with a question, or begin so")
     return {**line, "key": key, "conversations": turns}, expected
 
 
