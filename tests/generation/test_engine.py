@@ -150,7 +150,7 @@ def test_steps_that_are_replayed_choose_the_same_tokens(model, tiny, monkeypatch
 def test_any_of_the_end_tokens_ends_a_sequence(model, tiny):
     requests = mixed_requests(tiny)[:4]
     whole = answer(model, tiny, requests)
-    ends = {whole[3][6], whole[0][9]}
+    ends = {whole[3][6], whole[0][-2]}
     engine = Engine(model, tiny, end_ids=ends)
     result = drain(engine, engine.start(requests))
     cut = {}
@@ -159,7 +159,7 @@ def test_any_of_the_end_tokens_ends_a_sequence(model, tiny):
         cut[number] = tokens[: min(places, default=len(tokens)) + 1]
     assert result == cut
     assert len(result[3]) <= 7
-    assert len(result[0]) <= 10
+    assert len(result[0]) < len(whole[0])
 
 
 class Watch:
