@@ -186,3 +186,41 @@ print({os.waitpid(os.fork() or train(), 0)[1] for _ in range(60)})
 def test_a_forked_process_can_start_many_threads_at_once():
     nine_threads = 9 << 8
     assert run_code(FORK_AND_TRAIN).strip() == f"{{{nine_threads}}}"
+
+
+def test_what_a_megatron_program_asks_of_cuda_is_answered():
+    """As Megatron-LM's own tests of its MIMO model do on their ranks."""
+    cuda = torch.device("cuda", 0)
+    module = torch.nn.Linear(2, 2).to(cuda)
+    moved = [
+        *(module.weight, module.to("cuda").bias, module.to(cuda, torch.bfloat16).weight),
+        *(torch.ones(1).to("cuda:0"), torch.ones(1).to(device=cuda, dtype=torch.float16)),
+        *(torch.ones(1).cuda(), torch.ones(1).pin_memory(), torch.randperm(3, device="cuda")),
+    ]
+    assert {tensor.device.type for tensor in moved} == {"cpu"}
+    assert [moved[2].dtype, moved[4].dtype] == [torch.bfloat16, torch.float16]
+    # Other arguments mean what they meant.
+    assert torch.ones(1).to(torch.int8).dtype == torch.int8
+    assert torch.ones(1).to(torch.zeros(1, dtype=torch.int16)).dtype == torch.int16
+    assert torch.ones(1, device="meta").to("meta").is_meta
+
+    stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+    torch.cuda.set_stream(stream)
+    with torch.cuda.device(0), torch.cuda.stream(stream):
+        event.record(torch.cuda.default_stream())
+    torch.ones(1).record_stream(stream)
+    assert event.elapsed_time(torch.cuda.Event()) >= 0
+    assert not torch.cuda.is_current_stream_capturing()
+    assert torch.cuda.memory_stats()["allocated_bytes.all.current"] == 0
+
+
+def test_a_process_group_over_nccl_is_one_over_gloo():
+    code = (
+        "from examples.mimo import compat; compat.install();"
+        "import torch.distributed as dist; from megatron.core.hyper_comm_grid import HyperCommGrid;"
+        "dist.init_process_group('nccl', store=dist.HashStore(), rank=0, world_size=1);"
+        "grid = HyperCommGrid(shape=[1, 1], dim_names=['tp', 'dp'], backend='nccl');"
+        "groups = [None, grid.create_pg('dp'), dist.new_group([0], backend='cpu:gloo,cuda:nccl')];"
+        "print([dist.get_backend(group) for group in groups])"
+    )
+    assert run_code(code).splitlines()[-1] == "['gloo', 'gloo', 'gloo']"

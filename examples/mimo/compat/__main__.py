@@ -8,7 +8,7 @@ from examples.mimo.cli import command
 from examples.mimo.compat import Replacement, replacements
 
 # Attributes of one owner with one reason: more than these are counted, not listed.
-LISTED = 16
+LISTED = 20
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ refuses an object that it finds under two names with different rules (torch._dyn
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import threading
@@ -22,14 +23,16 @@ CPU = torch.device("cpu")
 PROPERTIES = SimpleNamespace(name="CPU", major=0, minor=0, multi_processor_count=1, total_memory=0)
 FACTORIES = (
     *("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint"),
-    *("empty_like", "zeros_like", "ones_like", "full_like", "linspace", "as_tensor", "eye"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    *("linspace", "as_tensor", "eye", "randperm"),
 )
 
 
 class DoneOnCpu:
     """What streams and events share: everything has already happened."""
 
-    cuda_stream = 0
+    cuda_stream = stream_id = 0
+    device = CPU
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def synchronize(self) -> None: ...
@@ -49,9 +52,22 @@ class DoneOnCpu:
 class StreamOnCpu(DoneOnCpu):
     """A CUDA stream on which everything has already happened."""
 
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """The lowest and the highest priority: there is one."""
+        return 0, 0
+
 
 class EventOnCpu(DoneOnCpu):
     """A CUDA event that has already been reached."""
+
+    def elapsed_time(self, end_event: EventOnCpu) -> float:
+        """Milliseconds between two events, which nobody has timed."""
+        return 0.0
+
+
+class DeviceOnCpu(contextlib.nullcontext):
+    """`with torch.cuda.device(...)`: there is one place to work."""
 
 
 class TensorType(str):
@@ -87,6 +103,33 @@ def _named_alike(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
     return type_or_name
 
 
+def _moves_to_cpu(move: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`Tensor.to` with any spelling of a CUDA device read as the CPU; `Module.to` calls it."""
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], str | torch.device) and "cuda" in str(args[0]):
+            args = (CPU, *args[1:])
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = CPU
+        return move(self, *args, **kwargs)
+
+    return to
+
+
+def _over_gloo(start: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that starts a process group, with gloo where it asks for NCCL."""
+
+    @functools.wraps(start)
+    def start_group(*args: Any, **kwargs: Any) -> Any:
+        args = tuple("gloo" if isinstance(a, str) and "nccl" in a else a for a in args)
+        if "nccl" in str(kwargs.get("backend")):
+            kwargs["backend"] = "gloo"
+        kwargs.pop("device_id", None)
+        return start(*args, **kwargs)
+
+    return start_group
+
+
 def _without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, device_ids=None, **kwargs: barrier(*args, **kwargs)
 
@@ -101,6 +144,14 @@ def _gets_rng_state() -> Callable[..., torch.Tensor]:
 
 def _sets_rng_state() -> Callable[..., None]:
     return lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _seeds(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _no_counts(*args: Any, **kwargs: Any) -> dict[str, int]:
+    return collections.defaultdict(int)
 
 
 @contextlib.contextmanager
@@ -129,65 +180,46 @@ def torch_replacements() -> list[Replacement]:
     with torch.device("cpu"):
         torch.empty(0)  # torch now remembers its own factories, for `with torch.device(...)`
     cuda, tensor, module, comms = torch.cuda, torch.Tensor, torch.nn.Module, torch.distributed
-    type_name, barrier = _named_alike(tensor.type), _without_device_ids(comms.barrier)
+    side_stream = "training.py: get_model wraps with DDP on a side stream"
     factories = "training.py, schedules.py, clip_grads.py: device='cuda', pin_memory"
-    return [
-        Replacement(
-            cuda,
-            "current_device",
-            _returns(CPU),
-            "training.py and 40 more: device=current_device()",
-        ),
-        Replacement(
-            cuda,
-            "device_count",
-            _returns(1),
-            "initialize.py: _set_random_seed asks whether there is any",
-        ),
-        Replacement(
-            cuda, "set_device", _returns(), "initialize.py: _initialize_distributed, its own"
-        ),
-        Replacement(
-            cuda, "get_device_properties", _returns(PROPERTIES), "common_utils.py: architecture"
-        ),
-        Replacement(cuda, "get_device_capability", _returns((0, 0)), "core/utils.py: architecture"),
-        Replacement(
-            cuda, "synchronize", _returns(), "timers.py, p2p_communication.py: wait for kernels"
-        ),
-        Replacement(cuda, "empty_cache", _returns(), "training.py: train_step may empty it"),
-        Replacement(
-            cuda, "Stream", StreamOnCpu, "training.py: get_model wraps with DDP on a side stream"
-        ),
-        Replacement(cuda, "Event", EventOnCpu, "param_and_grad_buffer.py: overlaps communication"),
-        Replacement(
-            cuda,
-            "current_stream",
-            _returns(StreamOnCpu()),
-            "training.py: get_model wraps with DDP on a side stream",
-        ),
-        Replacement(
-            cuda, "stream", _in_stream, "training.py: get_model wraps with DDP on a side stream"
-        ),
-        Replacement(cuda, "get_rng_state", _gets_rng_state(), "checkpointing.py: saves it"),
-        Replacement(
-            cuda.random,
-            "get_rng_state",
-            _gets_rng_state(),
-            "tensor_parallel/random.py: a state per region",
-        ),
-        Replacement(cuda, "set_rng_state", _sets_rng_state(), "checkpointing.py: restores it"),
-        Replacement(
-            cuda,
-            "manual_seed",
-            lambda seed: torch.manual_seed(seed),
-            "tensor_parallel/random.py: seeds",
-        ),
-        Replacement(tensor, "cuda", lambda self, *_, **__: self, "clip_vit_model.py: position_ids"),
-        Replacement(module, "cuda", lambda self, *_, **__: self, "training.py: get_model moves it"),
-        Replacement(tensor, "type", type_name, "optimizer.py, clip_grads.py: compare type names"),
-        Replacement(comms, "barrier", barrier, "parallel_state.py: gloo takes no device_ids"),
-        *(Replacement(torch, name, _on_cpu(getattr(torch, name)), factories) for name in FACTORIES),
+    nccl = "hyper_comm_grid.py: groups over NCCL"
+    entries: list[tuple[Any, str, Any, str]] = [
+        (cuda, "current_device", _returns(CPU), "training.py and 40 more: current_device()"),
+        (cuda, "device_count", _returns(1), "initialize.py: _set_random_seed asks for any"),
+        (cuda, "set_device", _returns(), "initialize.py: _initialize_distributed, its own"),
+        (cuda, "device", DeviceOnCpu, "module.py: work on one device"),
+        (cuda, "get_device_properties", _returns(PROPERTIES), "common_utils.py: architecture"),
+        (cuda, "get_device_capability", _returns((0, 0)), "core/utils.py: architecture"),
+        (cuda, "synchronize", _returns(), "timers.py, p2p_communication.py: wait for kernels"),
+        (cuda, "empty_cache", _returns(), "training.py: train_step may empty it"),
+        (cuda, "memory_stats", _no_counts, "training.py, utils.py: log the allocator's counts"),
+        (cuda, "Stream", StreamOnCpu, side_stream),
+        (cuda, "Event", EventOnCpu, "param_and_grad_buffer.py: overlaps communication"),
+        (cuda, "current_stream", _returns(StreamOnCpu()), side_stream),
+        (cuda, "default_stream", _returns(StreamOnCpu()), "cuda_graphs.py: leaves it"),
+        (cuda, "set_stream", _returns(), "initialize.py: a stream with a priority"),
+        (cuda, "stream", _in_stream, side_stream),
+        (cuda, "is_current_stream_capturing", _returns(False), "token_dispatcher.py: never here"),
+        (cuda, "get_rng_state", _gets_rng_state(), "checkpointing.py: saves it"),
+        (cuda.random, "get_rng_state", _gets_rng_state(), "tensor_parallel/random.py: regions"),
+        (cuda, "set_rng_state", _sets_rng_state(), "checkpointing.py: restores it"),
+        (cuda, "manual_seed", _seeds, "tensor_parallel/random.py: seeds"),
+        (tensor, "cuda", lambda self, *_, **__: self, "clip_vit_model.py: position_ids"),
+        (module, "cuda", lambda self, *_, **__: self, "training.py: get_model moves it"),
+        (tensor, "to", _moves_to_cpu(tensor.to), "hybrid_optimizer.py, and programs: to('cuda')"),
+        (tensor, "pin_memory", lambda self, *_, **__: self, "param_and_grad_buffer.py: pinned"),
+        (tensor, "record_stream", _returns(), "moe_utils.py: a stream that still reads it"),
+        (tensor, "type", _named_alike(tensor.type), "optimizer.py, clip_grads.py: type names"),
+        (comms, "barrier", _without_device_ids(comms.barrier), "parallel_state.py: device_ids"),
     ]
+    # Functions of torch's own module call each other there.
+    entries += [
+        (owner, name, _over_gloo(getattr(owner, name)), nccl)
+        for owner in (comms, comms.distributed_c10d)
+        for name in ("init_process_group", "new_group")
+    ]
+    entries += [(torch, name, _on_cpu(getattr(torch, name)), factories) for name in FACTORIES]
+    return [Replacement(*entry) for entry in entries]
 
 
 def megatron_replacements() -> list[Replacement]:
