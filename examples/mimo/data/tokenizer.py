@@ -22,6 +22,7 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class SentencePieceTokenizer:
@@ -48,6 +49,17 @@ class SentencePieceTokenizer:
         """The text of `ids`; control tokens vanish."""
         return self.model.decode(ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; none for control tokens."""
+        if self.model.is_control(token_id):
+            return b""
+        piece = self.model.id_to_piece(token_id)
+        if self.model.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)])
+        if self.model.is_unknown(token_id):
+            return self.model.decode([token_id]).encode()
+        return piece.replace("▁", " ").encode()
+
 
 class HuggingFaceTokenizer:
     """A folder with `tokenizer.json`; code in the folder is never run."""
@@ -71,6 +83,21 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control tokens vanish."""
         return self.model.decode(ids, skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; none for control tokens."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        added = self.model.added_tokens_decoder.get(token_id)
+        if added is not None:
+            return b"" if added.special else added.content.encode()
+        piece = self.model.convert_ids_to_tokens(token_id)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        if "ByteLevel" in repr(self.model.backend_tokenizer.decoder):
+            return bytes(byte_of[character] for character in piece)
+        return piece.replace("▁", " ").encode()
 
 
 def _check_whole(text: str) -> None:
