@@ -187,6 +187,30 @@ def test_a_conversation_with_a_system_text(served, command):
     assert served.ask(body)[0] == 200
     told = {"messages": [{"role": "system", "content": "Digit eight."}, user("Which is it?")]}
     assert answer_of(served.ask(told)[1]) == command("--prompt", "Digit eight.\nWhich is it?")
+    # In its place; this model's template gives each a line.
+    told = {"messages": [user("One."), {"role": "developer", "content": "Two."}, user("Three.")]}
+    expected = command("--prompt", "One.\nTwo.\nThree.", "--max-new-tokens", "5")
+    assert answer_of(served.ask({**told, "max_tokens": 5})[1]) == expected
+
+
+def test_words_that_spell_a_placeholder_are_words(served, media):
+    """Whoever says them; a file has its place from its part alone."""
+    words = "What does <image> mean?"
+    said = {"role": "assistant", "content": words}
+    system = {"role": "system", "content": words}
+
+    def num_tokens(*messages):
+        status, reply = served.ask({"messages": messages, "max_tokens": 1})
+        assert status == 200, reply
+        return reply["usage"]["prompt_tokens"]
+
+    alone = num_tokens(user(words))
+    assert num_tokens({"role": "user", "content": words}) == alone
+    assert num_tokens(user(words, media, "i")) == alone + 16
+    once = num_tokens(user("hi"))
+    assert num_tokens(system, user("hi")) > once + 5
+    assert num_tokens(user("hi"), said, user("hi")) > 2 * once + 5
+    assert num_tokens({"role": "user", "content": "<image>"}) > num_tokens(user("hi"))
 
 
 @pytest.mark.parametrize("stream", [False, True])

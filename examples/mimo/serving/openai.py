@@ -151,26 +151,7 @@ def _record(messages: object, config: MimoConfig) -> dict[str, Any]:
         raise ValueError("the last message must be the user's")
     if not any(part.get("text", "file").strip() for part in turns[-1]["content"]):
         raise ValueError("the last message has no text and no file")
-    return _legacy({"key": "the conversation", "conversations": turns, **media}, config)
-
-
-def _legacy(record: dict[str, Any], config: MimoConfig) -> dict[str, Any]:
-    """Until encoding takes parts and system turns: texts with placeholders, system texts in them.
-
-    To be deleted with its one call when it does.
-    """
-    placeholders = {m.singular: m.placeholder for m in config.modalities.values()}
-    turns, system = [], ""
-    for turn in record["conversations"]:
-        text = "".join(part.get("text") or placeholders[part["type"]] for part in turn["content"])
-        if turn["role"] == "system":
-            system += f"{text}\n"
-        elif turn["role"] == "user":
-            turns.append({"role": "user", "content": system + text})
-            system = ""
-        else:
-            turns.append({"role": "assistant", "content": text})
-    return {**record, "conversations": turns}
+    return {"key": "the conversation", "conversations": turns, **media}
 
 
 def _check_role(message: Mapping[str, Any], where: str) -> None:
