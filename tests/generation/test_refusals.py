@@ -122,7 +122,7 @@ MALFORMED = [
         after_a_question({"role": "function", "name": "f", "content": "5"}),
         "messages[1]: role function brings the result of a tool",
     ),
-    ({"messages": [*says()["messages"], {"role": "system", "content": "x"}]}, "be the user's"),
+    ({"messages": [{"role": "system", "content": "x"}]}, "must be the user's"),
     (part("image_url", {"url": "data:image/png;base64"}), "must be ;base64"),
     (part("image_url", {"url": "data:;base64x,AAAA"}), "must be ;base64"),
     (part("image_url", {"url": " DATA:image/png;BASE64,A"}), "damaged base64"),

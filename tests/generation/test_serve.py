@@ -188,9 +188,10 @@ def test_a_conversation_with_a_system_text(served, command):
     told = {"messages": [{"role": "system", "content": "Digit eight."}, user("Which is it?")]}
     assert answer_of(served.ask(told)[1]) == command("--prompt", "Digit eight.\nWhich is it?")
     # In its place; this model's template gives each a line.
-    told = {"messages": [user("One."), {"role": "developer", "content": "Two."}, user("Three.")]}
-    expected = command("--prompt", "One.\nTwo.\nThree.", "--max-new-tokens", "5")
-    assert answer_of(served.ask({**told, "max_tokens": 5})[1]) == expected
+    told = [user("One."), {"role": "developer", "content": "Two."}, user("Three.")]
+    for messages, text in ((told, "One.\nTwo.\nThree."), (told[:2], "One.\nTwo.")):
+        expected = command("--prompt", text, "--max-new-tokens", "5")
+        assert answer_of(served.ask({"messages": messages, "max_tokens": 5})[1]) == expected
 
 
 def test_words_that_spell_a_placeholder_are_words(served, media):

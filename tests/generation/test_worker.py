@@ -4,6 +4,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
 from starlette.testclient import TestClient
 
@@ -316,6 +317,9 @@ def test_ranks_fail_together_or_end_together(checkpoint, served):
         assert (status, answer_of(reply)) == (200, expected)
     *_, error = server.stream(says(max_tokens=LATE))
     assert error["error"]["type"] == "server_error"
+    chat = server.client().chat.completions
+    with pytest.raises(openai.APIError, match="its log says why"):
+        list(chat.create(model="m", **says(max_tokens=LATE, stream=True)))
     assert server.get("/health")[0] == 200
     # Rank 0 is in a collective that rank 1 never joins, so both end, and the client is told.
     assert server.ask(says(max_tokens=ALONE))[0] == 500

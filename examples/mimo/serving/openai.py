@@ -147,7 +147,7 @@ def _record(messages: object, config: MimoConfig) -> dict[str, Any]:
         role = message["role"]
         parts = _parts(_content(message, where), where, config, media if role == "user" else None)
         turns.append({"role": "system" if role == "developer" else role, "content": parts})
-    if turns[-1]["role"] != "user":
+    if turns[-1]["role"] == "assistant" or all(turn["role"] != "user" for turn in turns):
         raise ValueError("the last message must be the user's")
     if not any(part.get("text", "file").strip() for part in turns[-1]["content"]):
         raise ValueError("the last message has no text and no file")
