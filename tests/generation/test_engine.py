@@ -311,6 +311,39 @@ def test_a_prompt_that_broke_off_is_not_reused(model, tiny, monkeypatch):
     assert drain(engine, engine.start([SequenceRequest(1, second, 6)]))[1] == expected
 
 
+def test_what_is_aborted_leaves_the_others_as_they_were(model, tiny, monkeypatch):
+    requests = mixed_requests(tiny)
+    whole = answer(model, tiny, requests)
+    engine = Engine(model, tiny, end_ids=(), prefix_cache=2)
+    drain(engine, engine.start([dataclasses.replace(requests[4], number=9)]))
+    outputs = engine.start(requests[3:])
+    outputs += engine.step()
+    forward, calls = engine.transformer.forward, []
+
+    def broken(*inputs):
+        calls.append(None)
+        if len(calls) > 1:
+            raise RuntimeError("no")
+        return forward(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.transformer, "forward", broken)
+        with pytest.raises(RuntimeError, match="no"):
+            engine.start(requests[:3])
+    # The first prompt was through, the second on its way.
+    assert [s.request.number for s in engine.sequences] == [3, 4, 5, 0, 1]
+    engine.abort([0, 1, 2])
+    assert [s.request.number for s in engine.sequences] == [3, 4, 5]
+    assert not engine.prefix_cache.sequences
+    result = drain(engine, outputs)
+    assert result == {number: whole[number] for number in (3, 4, 5)}
+    engine.start(requests)
+    engine.abort()
+    assert not engine.sequences
+    assert engine.cache.batch_size == 0
+    assert drain(engine, engine.start(requests)) == whole
+
+
 def test_only_whole_items_are_reused(tiny):
     prompt = prompt_units(sample(tiny, [words(3, 1), ("images", 1), words(2, 2)]), tiny)
     assert prompt.items == [("images", 0, 3, 19)]
