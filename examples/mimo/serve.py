@@ -55,7 +55,7 @@ def serve(args: argparse.Namespace) -> None:
         # Torchrun signals every rank; rank 0 alone decides when all stop.
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        worker.run()
+        _run(worker)
         return
     import uvicorn
 
@@ -78,10 +78,20 @@ def serve(args: argparse.Namespace) -> None:
         file=sys.stderr,
     )
     try:
-        worker.run()
+        _run(worker)
     finally:
         server.should_exit = True
         http_thread.join()
+
+
+def _run(worker: Worker) -> None:
+    """Run the worker; ValueError, which ends every rank, when it cannot go on."""
+    # A rank that fails alone must not wait for the others, which wait for it.
+    command.report_every_rank()
+    try:
+        worker.run()
+    except Exception:
+        raise ValueError(worker.failure) from None
 
 
 def _serve_http(server: uvicorn.Server, listener: socket.socket, worker: Worker) -> None:

@@ -42,6 +42,8 @@ if pp == 1:
 greedy = Options(max_new_tokens=12)
 drawn = Options(12, Sampling(temperature=1.5, top_k=40, repetition_penalty=1.2, seed=7))
 scored = Options(max_new_tokens=12, logprobs=True, prompt_logprobs=True)
+penalties = Sampling(2.0, frequency_penalty=-1.5, presence_penalty=-0.5, seed=7)
+penalised = Options(12, penalties, logprobs=True, top_logprobs=5)
 
 
 def tokens(options, **more):
@@ -72,6 +74,12 @@ result = {
     "streamed": [list(model.stream_answer(s, greedy))[-1].answer.tokens for s in samples],
     "drawn": tokens(drawn),
     "drawn alone": tokens(drawn, batch_size=1),
+    "penalised": tokens(penalised),
+    "unpenalised": tokens(Options(12, Sampling(2.0, seed=7))),
+    "top": [
+        [piece.output.top_logprobs for piece in model.stream_answer(sample, penalised)]
+        for sample in samples
+    ],
     "logprobs": [a.logprobs for a in model.answer(samples, scored)],
     "prompt logprobs": [a.prompt_logprobs for a in model.answer(samples, scored)],
 }

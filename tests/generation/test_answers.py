@@ -29,11 +29,18 @@ def answers(checkpoint, data_folder):
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS[1:])
 def test_the_same_tokens_at_every_layout(answers, tp, pp):
     assert len(answers[1, 1]["tokens"]) == SAMPLES
-    for name in ("tokens", "drawn"):
+    for name in ("tokens", "drawn", "penalised"):
         assert answers[tp, pp][name] == answers[1, 1][name]
     for name in ("logprobs", "prompt logprobs"):
         for result, expected in zip(answers[tp, pp][name], answers[1, 1][name], strict=True):
             assert result == pytest.approx(expected, abs=1e-4)
+    for results, several in zip(answers[tp, pp]["top"], answers[1, 1]["top"], strict=True):
+        for result, expected in zip(results, several, strict=True):
+            assert [token for token, _ in result] == [token for token, _ in expected]
+            logprobs = [logprob for _, logprob in expected]
+            assert [logprob for _, logprob in result] == pytest.approx(logprobs, abs=1e-4)
+            assert len(result) == 5
+            assert logprobs == sorted(logprobs, reverse=True)
 
 
 def test_a_checkpoint_of_noncolocated_encoders_answers_the_same(
@@ -56,6 +63,7 @@ def test_the_answers_differ_so_the_comparison_means_something(answers):
     """How likely they are tells every prompt apart; what is drawn leaves the known sentences."""
     assert len({tuple(values) for values in answers[1, 1]["logprobs"]}) == SAMPLES
     assert len({tuple(tokens) for tokens in answers[1, 1]["drawn"]}) > SAMPLES // 2
+    assert answers[1, 1]["penalised"] != answers[1, 1]["unpenalised"]
 
 
 def test_greedy_answers_are_known_sentences(answers, tokenizer, sentences):

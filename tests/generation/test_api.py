@@ -62,6 +62,9 @@ def test_sampling_options_are_the_commands(model, command):
     sampling = {"temperature": 2.0, "seed": 3, "top_k": 50, "max_new_tokens": 9}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
     assert model.generate(QUESTION, **sampling) == command("--prompt", QUESTION, *flags)
+    sampling |= {"frequency_penalty": -1.5, "presence_penalty": -0.5}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
+    assert model.generate(QUESTION, **sampling) == command("--prompt", QUESTION, *flags)
     whole = model.generate(QUESTION)
     stop = whole[1:3]
     for stops in (stop, [stop]):
@@ -87,6 +90,7 @@ def test_a_list_of_prompts_gives_a_list(model, media):
         ("x", {"temperature": "hot"}, "temperature 'hot': from 0 to 100"),
         ("x", {"top_k": 1.5}, "top_k 1.5: from 0 to 2.14748e+09, a whole number"),
         ("x", {"max_new_tokens": 0}, "max_new_tokens 0: at least 1"),
+        ("x", {"frequency_penalty": 3}, "frequency_penalty 3: from -2 to 2"),
         ("x", {"images": "white.png"}, "images must be a list of files, not 'white.png'"),
         ("x", {"images": [5]}, "images[0] must be a path or the bytes of a file, not 5"),
         ("x", {"images": ["none.png"]}, "none.png, images: no such image file"),

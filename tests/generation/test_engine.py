@@ -13,7 +13,7 @@ from examples.mimo.generation import engine as engine_file
 from examples.mimo.generation.cuda_graphs import DecodingGraphs
 from examples.mimo.generation.engine import Engine, SequenceRequest
 from examples.mimo.generation.prefix_cache import PrefixCache, prompt_units, usable_length
-from examples.mimo.generation.sampling import Sampling
+from examples.mimo.generation.sampling import Sampling, SequenceGenerator, probabilities
 
 PICTURE, SOUND = 4, 5
 HOT = Sampling(temperature=2.0, seed=5)
@@ -162,6 +162,61 @@ def test_any_of_the_end_tokens_ends_a_sequence(model, tiny):
     assert len(result[0]) < len(whole[0])
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(frequency_penalty=-1.5, presence_penalty=0.4),
+        Sampling(presence_penalty=-2.0),
+        Sampling(1.5, frequency_penalty=-0.3, repetition_penalty=1.1, seed=3),
+    ],
+)
+def test_penalties_and_top_logprobs_are_those_of_plain_arithmetic(model, tiny, sampling):
+    """Each step from a forward pass over everything before it, its penalties counted by hand."""
+    prompt = sample(tiny, [words(9, 2)])
+    forbidden, top, steps = {7, 8, 9}, 4, 24
+    engine = Engine(model, tiny, end_ids=(), forbidden=forbidden)
+    request = SequenceRequest(0, prompt, steps, sampling, logprobs=True, top_logprobs=top)
+    other = SequenceRequest(1, sample(tiny, [words(9, 5)]), steps, logprobs=True, top_logprobs=1)
+    outputs = engine.start([request, other])
+    while engine.sequences:
+        outputs += engine.step()
+    assert all(len(output.top_logprobs) == 1 for output in outputs if output.number == 1)
+
+    ids, answer, generator = list(prompt.tokens.ids), [], SequenceGenerator(sampling.seed)
+    unpenalised = []
+    for output in (output for output in outputs if output.number == 0):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), modality_inputs={})[0, -1]
+        logprobs = logits.log_softmax(dim=-1)
+        allowed = [i for i in range(len(logits)) if i not in forbidden]
+        best = sorted(allowed, key=lambda i: -logprobs[i])[:top]
+        assert [token for token, _ in output.top_logprobs] == best
+        expected = [float(logprobs[token]) for token in best]
+        assert [value for _, value in output.top_logprobs] == pytest.approx(expected, abs=1e-4)
+        assert output.logprob == pytest.approx(float(logprobs[output.token]), abs=1e-4)
+        values = logits.clone()
+        for token in set(ids):
+            factor = sampling.repetition_penalty
+            values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
+        for token in range(len(values)):
+            count = answer.count(token)
+            values[token] -= sampling.frequency_penalty * count
+            values[token] -= sampling.presence_penalty * min(count, 1)
+        values[list(forbidden)] = float("-inf")
+        if sampling.temperature:
+            weights = probabilities(values[None], [sampling])[0].cumsum(0)
+            chosen = int(torch.searchsorted(weights, generator.next() * weights[-1], right=True))
+        else:
+            chosen = int(values.argmax())
+        assert output.token == chosen
+        unpenalised.append(chosen == best[0])
+        answer.append(chosen)
+        ids.append(chosen)
+    assert len(answer) == steps
+    # The penalties decided some of the tokens.
+    assert not all(unpenalised)
+
+
 class Watch:
     """How many tokens went through the layers, and what was encoded."""
 
@@ -254,6 +309,39 @@ def test_a_prompt_that_broke_off_is_not_reused(model, tiny, monkeypatch):
     engine.stop(0)
     assert not engine.sequences
     assert drain(engine, engine.start([SequenceRequest(1, second, 6)]))[1] == expected
+
+
+def test_what_is_aborted_leaves_the_others_as_they_were(model, tiny, monkeypatch):
+    requests = mixed_requests(tiny)
+    whole = answer(model, tiny, requests)
+    engine = Engine(model, tiny, end_ids=(), prefix_cache=2)
+    drain(engine, engine.start([dataclasses.replace(requests[4], number=9)]))
+    outputs = engine.start(requests[3:])
+    outputs += engine.step()
+    forward, calls = engine.transformer.forward, []
+
+    def broken(*inputs):
+        calls.append(None)
+        if len(calls) > 1:
+            raise RuntimeError("no")
+        return forward(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.transformer, "forward", broken)
+        with pytest.raises(RuntimeError, match="no"):
+            engine.start(requests[:3])
+    # The first prompt was through, the second on its way.
+    assert [s.request.number for s in engine.sequences] == [3, 4, 5, 0, 1]
+    engine.abort([0, 1, 2])
+    assert [s.request.number for s in engine.sequences] == [3, 4, 5]
+    assert not engine.prefix_cache.sequences
+    result = drain(engine, outputs)
+    assert result == {number: whole[number] for number in (3, 4, 5)}
+    engine.start(requests)
+    engine.abort()
+    assert not engine.sequences
+    assert engine.cache.batch_size == 0
+    assert drain(engine, engine.start(requests)) == whole
 
 
 def test_only_whole_items_are_reused(tiny):

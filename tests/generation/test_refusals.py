@@ -3,6 +3,7 @@
 import base64
 import http.client
 import io
+import json
 
 import pytest
 from PIL import Image
@@ -28,6 +29,11 @@ def url(data, kind="image/png"):
     return {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}
 
 
+def after_a_question(message):
+    question = says()["messages"]
+    return {"messages": [*question, message, *question]}
+
+
 PICTURE = {"type": "image_url", "image_url": url(b"x")}
 MALFORMED = [
     (b"", "not JSON"),
@@ -46,7 +52,6 @@ MALFORMED = [
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "must be text"),
     ({"messages": [{"role": "user", "content": ""}]}, "has no text and no file"),
     ({"messages": [{"role": "assistant", "content": "hi"}]}, "must be the user's"),
-    ({"messages": [{"role": "user", "content": "<image>"}]}, "0 image files"),
     ({"messages": [{"role": "user", "content": "word " * 1_000}]}, "do not fit"),
     ({"messages": [{"role": "user", "content": "x" * 1_000_001}]}, "more than 1,000,000"),
     (part("video_url", url(b"")), "its type must be one of text, image_url, audio_url"),
@@ -82,6 +87,48 @@ MALFORMED = [
     (says(stream="yes"), "stream must be true or false"),
     (says(tools=[{"type": "function"}]), "tools is not offered"),
     (says(response_format={"type": "json_object"}), "response_format is not offered"),
+    (says(tool_choice="required"), "tool_choice is not offered"),
+    (says(logit_bias={"5": 1}), "logit_bias is not offered"),
+    (says(modalities=["text", "audio"]), "modalities is not offered"),
+    (says(model=5), "model must be text"),
+    (says(stream_options=[]), "stream_options must be an object"),
+    (says(stop=["a", None]), "stop must be text"),
+    (says(max_completion_tokens=None, max_tokens=0), "max_new_tokens 0: at least 1"),
+    (says(top_logprobs=3), "top_logprobs 3: only with logprobs true"),
+    (says(top_logprobs=21, logprobs=True), "top_logprobs 21: from 0 to 20"),
+    (says(top_logprobs=1.5, logprobs=True), "top_logprobs must be a whole number"),
+    (says(logprobs=3), "logprobs must be true or false"),
+    (says(frequency_penalty=2.1), "frequency_penalty 2.1: from -2 to 2"),
+    (says(presence_penalty="much"), "presence_penalty must be a number"),
+    (says(messages=None), "messages must be a list"),
+    ({"messages": [{"role": "user", "content": None}]}, "content must be text"),
+    ({"messages": [{"role": "user"}]}, "content must be text"),
+    (after_a_question({"role": "assistant", "content": 5}), "content must be text"),
+    (after_a_question({"role": "assistant", "content": [PICTURE]}), "must be one of text"),
+    (after_a_question({"role": "assistant", "audio": {"id": "a"}}), "a spoken answer"),
+    (
+        after_a_question({"role": "assistant", "tool_calls": [{"id": "c"}]}),
+        "messages[1]: tool_calls calls a tool, but this server offers no tools; leave the message",
+    ),
+    (
+        after_a_question({"role": "assistant", "content": "", "function_call": {"name": "f"}}),
+        "messages[1]: function_call calls a tool",
+    ),
+    (
+        after_a_question({"role": "tool", "tool_call_id": "c", "content": "5"}),
+        "messages[1]: role tool brings the result of a tool, but this server offers no tools; give",
+    ),
+    (
+        after_a_question({"role": "function", "name": "f", "content": "5"}),
+        "messages[1]: role function brings the result of a tool",
+    ),
+    ({"messages": [{"role": "system", "content": "x"}]}, "must be the user's"),
+    (part("image_url", {"url": "data:image/png;base64"}), "must be ;base64"),
+    (part("image_url", {"url": "data:;base64x,AAAA"}), "must be ;base64"),
+    (part("image_url", {"url": " DATA:image/png;BASE64,A"}), "damaged base64"),
+    (part("input_audio", {"data": "AAAAA=="}), "damaged base64"),
+    (part("input_audio", {"data": "https://example.org/a.wav"}), "damaged base64"),
+    (part("input_audio", {"data": None}), "must be base64"),
 ]
 
 
@@ -107,7 +154,9 @@ def test_other_refusals(served):
     assert served.get("/v1/models", Host="evil.example")[0] == 400
     assert served.send("POST", "/v1/chat/completions", b"{}")[0] == 415
     assert served.get("/v1/chat/completions")[0] == 405
-    assert served.get("/nothing")[0] == 404
+    status, reply = served.get("/nothing")
+    assert status == 404
+    assert json.loads(reply)["error"]["message"] == "no path '/nothing'; a base URL ends in /v1"
     huge = b"x" * 100
     status, _ = served.ask(huge, **{"Content-Length": str(10**12)})
     assert status == 413

@@ -6,7 +6,14 @@ import pytest
 import torch
 from transformers import generation
 
-from examples.mimo.generation.sampling import Sampling, SequenceGenerator, choose, probabilities
+from examples.mimo.generation.sampling import (
+    Options,
+    Sampling,
+    SequenceGenerator,
+    choose,
+    penalise,
+    probabilities,
+)
 
 VOCABULARY, DRAWN = 12, 20_000
 # The chance that a right sampler fails a case.
@@ -18,7 +25,9 @@ CASES = {
     "top p": Sampling(temperature=1.0, top_p=0.8),
     "min p": Sampling(temperature=1.0, min_p=0.1),
     "repetition penalty": Sampling(temperature=1.0, repetition_penalty=1.8),
-    "all": Sampling(1.3, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.3),
+    "frequency penalty": Sampling(temperature=1.0, frequency_penalty=0.9),
+    "presence penalty": Sampling(temperature=1.0, presence_penalty=-1.4),
+    "all": Sampling(*(1.3, 9, 0.9, 0.05, 1.3), frequency_penalty=0.4, presence_penalty=0.3),
 }
 
 
@@ -33,6 +42,11 @@ def exactly(logits, sampling, seen):
     for token in set(seen):
         factor = sampling.repetition_penalty
         values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
+    # OpenAI's formula, over the answer alone: here the last two tokens.
+    for token in seen[-2:]:
+        values[token] -= sampling.frequency_penalty
+    for token in set(seen[-2:]):
+        values[token] -= sampling.presence_penalty
     values = [value / sampling.temperature for value in values]
     order = sorted(range(VOCABULARY), key=lambda i: -values[i])
     if sampling.top_k:
@@ -56,14 +70,15 @@ def chi_square_bound(freedom):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_drawn_has_the_exact_distribution(logits, name):
-    sampling, seen = CASES[name], [0, 3, 3, 7]
+    sampling, seen = CASES[name], [0, 7, 3, 3]
     expected = exactly(logits, sampling, seen)
     generator = SequenceGenerator(11)
     ids = torch.tensor(seen)
     batch = logits.expand(100, -1)
     counts = torch.zeros(VOCABULARY)
     for _ in range(DRAWN // 100):
-        result = choose(batch, [sampling] * 100, [generator] * 100, [ids] * 100)
+        previous, answered = [ids] * 100, [ids[-2:]] * 100
+        result = choose(batch, [sampling] * 100, [generator] * 100, previous, answered)
         counts += result.bincount(minlength=VOCABULARY)
     assert counts.sum() == DRAWN
     possible = [i for i, p in enumerate(expected) if p]
@@ -84,7 +99,7 @@ def test_the_test_sees_a_wrong_distribution(logits):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_probabilities_are_transformers(logits, name):
-    sampling, seen = CASES[name], torch.tensor([[0, 3, 3, 7]])
+    sampling, seen = CASES[name], torch.tensor([[0, 7, 3, 3]])
     steps = [generation.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
     steps.append(generation.TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
@@ -96,9 +111,10 @@ def test_the_probabilities_are_transformers(logits, name):
     theirs = logits.clone()
     for step in steps:
         theirs = step(seen, theirs)
-    penalised = steps[0](seen, logits.clone())
+    penalised = penalise(logits, [sampling], [seen[0]], [seen[0, -2:]])
     result = probabilities(penalised, [sampling])
-    assert (result - theirs.softmax(dim=-1)).abs().max() < 1e-6
+    if not (sampling.frequency_penalty or sampling.presence_penalty):  # which they lack
+        assert (result - theirs.softmax(dim=-1)).abs().max() < 1e-6
     assert result[0].tolist() == pytest.approx(
         exactly(logits, sampling, seen[0].tolist()), abs=1e-6
     )
@@ -107,9 +123,11 @@ def test_the_probabilities_are_transformers(logits, name):
 def test_sequences_are_sampled_each_with_its_own_options(logits):
     rules = [Sampling(), CASES["top k"], Sampling(), CASES["all"]]
     seen = [torch.tensor([0])] * 4
-    together = choose(logits.expand(4, -1), rules, [SequenceGenerator(n) for n in range(4)], seen)
+    generators = [SequenceGenerator(n) for n in range(4)]
+    together = choose(logits.expand(4, -1), rules, generators, seen, seen)
     for number, rule in enumerate(rules):
-        alone = choose(logits, [rule], [SequenceGenerator(number)], [seen[number]])
+        one = [seen[number]]
+        alone = choose(logits, [rule], [SequenceGenerator(number)], one, one)
         assert together[number] == alone[0]
     assert together[0] == together[2] == logits.argmax()
 
@@ -120,6 +138,13 @@ def test_the_tiniest_temperature_is_greedy(logits):
     for temperature in (5e-324, 1e-310, 1e-30):
         result = choose(forbidden, [Sampling(temperature)], [SequenceGenerator(0)], [])
         assert result[0] == forbidden.argmax()
+
+
+def test_penalties_of_an_answer_that_has_not_begun_change_nothing(logits):
+    sampling = Sampling(frequency_penalty=2.0, presence_penalty=2.0)
+    prompt, none = torch.tensor([int(logits.argmax())] * 3), torch.zeros(0, dtype=torch.long)
+    assert torch.equal(penalise(logits, [sampling], [prompt], [none]), logits)
+    assert choose(logits, [sampling], [SequenceGenerator(0)], [prompt])[0] == logits.argmax()
 
 
 def test_a_forbidden_token_is_never_drawn(logits):
@@ -140,9 +165,25 @@ def test_a_forbidden_token_is_never_drawn(logits):
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"min_p": 1.5}, "min_p 1.5: from 0 to 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty 2.5: from -2 to 2"),
+        ({"presence_penalty": -2.1}, "presence_penalty -2.1: from -2 to 2"),
+        ({"presence_penalty": float("nan")}, "presence_penalty nan"),
         ({"seed": -1}, "seed -1"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    ("top", "logprobs", "message"),
+    [
+        (21, True, "top_logprobs 21: from 0 to 20"),
+        (-1, True, "top_logprobs -1"),
+        (1, False, "top_logprobs 1: only with logprobs true"),
+    ],
+)
+def test_so_many_top_logprobs_and_only_beside_logprobs(top, logprobs, message):
+    with pytest.raises(ValueError, match=message):
+        Options(logprobs=logprobs, top_logprobs=top)

@@ -4,12 +4,13 @@ import json
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import psutil
 import pytest
 
 from tests.helpers.commands import QUESTION
-from tests.helpers.served import KEY, Served, answer_of, says, until, user
+from tests.helpers.served import KEY, Served, answer_of, encoded, says, until, user
 
 pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -43,6 +44,125 @@ def test_openais_client(served, media, command):
     assert chunks[-1].usage == seen.usage
 
 
+def test_a_null_is_an_absent_field(served):
+    """Whatever a client's own class of requests has, it may send as null."""
+    question = {"role": "user", "content": QUESTION}
+    expected = answer_of(served.ask({"messages": [question], "max_tokens": 5})[1])
+    names = (
+        *("max_completion_tokens", "stop", "n", "temperature", "top_p", "top_k", "min_p", "seed"),
+        *("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "logprobs"),
+        *("top_logprobs", "stream", "stream_options", "tools", "tool_choice", "functions"),
+        *("function_call", "parallel_tool_calls", "response_format", "modalities", "audio"),
+        *("user", "metadata", "store", "service_tier", "model", "prediction", "reasoning_effort"),
+    )
+    nulls = dict.fromkeys(names)
+    silent = dict.fromkeys(("name", "tool_calls", "function_call", "refusal", "audio"))
+    messages = [question | silent]
+    assert answer_of(served.ask({"messages": messages, "max_tokens": 5, **nulls})[1]) == expected
+    for name in names:
+        status, reply = served.ask({"messages": messages, "max_tokens": 5, name: None})
+        assert (status, answer_of(reply)) == (200, expected), name
+    # Values at which a field changes nothing, and numbers as some languages write them.
+    body = {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "store": False}
+    body |= {"max_tokens": 5.0, "n": 1.0, "seed": -1.0, "metadata": {"a": "b"}, "user": "ann"}
+    assert answer_of(served.ask({"messages": messages, **body})[1]) == expected
+    assert (
+        answer_of(
+            served.ask({"messages": messages, "max_tokens": 9, "max_completion_tokens": 5})[1]
+        )
+        == expected
+    )
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda data: data,
+        lambda data: data.rstrip("="),
+        lambda data: data.replace("+", "-").replace("/", "_"),
+        lambda data: "\r\n".join(data[i : i + 64] for i in range(0, len(data), 64)) + "\n",
+        lambda data: f"data:audio/wav;base64,{data}",
+        lambda data: f" Data:audio/wav;codecs=1;BASE64, {data}\n",
+        lambda data: f"data:;base64,{quote(data, safe='')}",
+    ],
+)
+@pytest.mark.parametrize("kind", ["input_audio", "audio_url", "input_file"])
+def test_base64_as_encoders_write_it(served, media, spell, kind):
+    data = spell(encoded(media / "second.wav"))
+    if kind == "audio_url" and not data.strip().lower().startswith("data:"):
+        data = f"data:audio/x-wav;rate=16000;base64,{data}"
+    part = {
+        "input_audio": {"input_audio": {"data": data, "format": "mp3"}},
+        "audio_url": {"audio_url": {"url": data, "detail": "low"}},
+        "input_file": {"modality": "audios", "data": data},
+    }[kind]
+    plain = user("Name it.", media, "a")
+    message = {"role": "user", "content": [{"type": kind, **part}, plain["content"][1]]}
+    body = {"max_tokens": 2, "logprobs": True}
+    reply = served.ask({"messages": [message], **body})[1]
+    expected = served.ask({"messages": [plain], **body})[1]
+    assert reply["choices"][0]["message"] == expected["choices"][0]["message"]
+    # How likely an answer is tells every recording apart.
+    logprobs = [
+        [e["logprob"] for e in r["choices"][0]["logprobs"]["content"]] for r in (reply, expected)
+    ]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-5)
+
+
+def test_the_model_by_its_name(served):
+    import openai
+
+    client = served.client()
+    assert client.models.retrieve("tiny_avlm") == next(iter(client.models.list()))
+    for name in ("tiny", "tiny_avlm/other", "gpt-4o"):
+        with pytest.raises(openai.NotFoundError) as error:
+            client.models.retrieve(name)
+        assert error.value.body == {
+            "message": f"the model '{name}' does not exist; this server has tiny_avlm",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+    assert served.get("/v1/models/tiny_avlm", Authorization="")[0] == 401
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 3, "seed": 2, "n": 3}])
+def test_streamed_logprobs_come_with_their_text(served, sampling):
+    body = {"messages": [user("Name it.")], "logprobs": True, "top_logprobs": 3, **sampling}
+    whole = served.ask(body)[1]["choices"]
+    streamed = {choice["index"]: [] for choice in whole}
+    chunks = served.stream(body)
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        streamed[choice["index"]] += (choice["logprobs"] or {"content": []})["content"]
+    assert len(chunks) > 10
+    for choice in whole:
+        content = choice["logprobs"]["content"]
+        assert [e["token"] for e in streamed[choice["index"]]] == [e["token"] for e in content]
+        logprobs = [entry["logprob"] for entry in content]
+        assert [e["logprob"] for e in streamed[choice["index"]]] == pytest.approx(logprobs)
+        data = b"".join(bytes(entry["bytes"]) for entry in content)
+        text = choice["message"]["content"]
+        assert data == text.encode() or "\ufffd" in text
+        for entry in content:
+            assert len(entry["top_logprobs"]) == 3
+            best = [other["logprob"] for other in entry["top_logprobs"]]
+            assert best == sorted(best, reverse=True)
+            assert max(best) >= entry["logprob"] - 1e-6
+            if not sampling:
+                assert entry["top_logprobs"][0]["token"] == entry["token"]
+
+
+def test_penalties_are_those_of_the_command_and_change_answers(served, command):
+    body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 2, "seed": 3}
+    penalties = {"frequency_penalty": -1.5, "presence_penalty": -2}
+    flags = ("--prompt", QUESTION, "--temperature", "2", "--seed", "3", "--max-new-tokens", "128")
+    names = ("--frequency-penalty", "-1.5", "--presence-penalty", "-2")
+    answer = answer_of(served.ask({**body, **penalties, "max_tokens": 128})[1])
+    assert answer == command(*flags, *names)
+    assert answer != answer_of(served.ask({**body, "max_tokens": 128})[1])
+
+
 def test_choices_seeds_and_stops(served, command):
     body = {
         "messages": [{"role": "user", "content": QUESTION}],
@@ -67,6 +187,31 @@ def test_a_conversation_with_a_system_text(served, command):
     assert served.ask(body)[0] == 200
     told = {"messages": [{"role": "system", "content": "Digit eight."}, user("Which is it?")]}
     assert answer_of(served.ask(told)[1]) == command("--prompt", "Digit eight.\nWhich is it?")
+    # In its place; this model's template gives each a line.
+    told = [user("One."), {"role": "developer", "content": "Two."}, user("Three.")]
+    for messages, text in ((told, "One.\nTwo.\nThree."), (told[:2], "One.\nTwo.")):
+        expected = command("--prompt", text, "--max-new-tokens", "5")
+        assert answer_of(served.ask({"messages": messages, "max_tokens": 5})[1]) == expected
+
+
+def test_words_that_spell_a_placeholder_are_words(served, media):
+    """Whoever says them; a file has its place from its part alone."""
+    words = "What does <image> mean?"
+    said = {"role": "assistant", "content": words}
+    system = {"role": "system", "content": words}
+
+    def num_tokens(*messages):
+        status, reply = served.ask({"messages": messages, "max_tokens": 1})
+        assert status == 200, reply
+        return reply["usage"]["prompt_tokens"]
+
+    alone = num_tokens(user(words))
+    assert num_tokens({"role": "user", "content": words}) == alone
+    assert num_tokens(user(words, media, "i")) == alone + 16
+    once = num_tokens(user("hi"))
+    assert num_tokens(system, user("hi")) > once + 5
+    assert num_tokens(user("hi"), said, user("hi")) > 2 * once + 5
+    assert num_tokens({"role": "user", "content": "<image>"}) > num_tokens(user("hi"))
 
 
 @pytest.mark.parametrize("stream", [False, True])

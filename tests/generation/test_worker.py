@@ -1,19 +1,29 @@
 """The server's worker: what waits, what is cancelled, and what happens when the model fails."""
 
+import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
+from starlette.testclient import TestClient
 
+from examples.mimo.checkpoint.description import open_checkpoint
+from examples.mimo.generation import Mimo
 from examples.mimo.generation.scheduler import Answer, Piece
-from examples.mimo.serving.worker import QueueFullError, Worker
-from tests.helpers.served import until
+from examples.mimo.serving.app import Limits, Server
+from examples.mimo.serving.worker import QueueFullError, Worker, WorkerFailedError
+from tests.helpers.commands import QUESTION
+from tests.helpers.failing_serve import ALONE, LATE, START
+from tests.helpers.served import Served, answer_of, says, until, user
 
 
 class Counting:
-    """Answers that take so many steps as their sample says; one of 13 fails."""
+    """Answers that take so many steps as their sample says; "start" and "step" fail there."""
 
     def __init__(self):
         self.left, self.most, self.gate = {}, 0, threading.Semaphore(0)
+        self.started, self.is_broken = [], False
 
     def scheduler(self):
         return self
@@ -22,16 +32,29 @@ class Counting:
         return len(self.left)
 
     def start(self, requests):
+        self.started.append([number for number, _, _ in requests])
         self.left |= {number: sample for number, sample, _ in requests}
         self.most = max(self.most, len(self.left))
+        if "start" in self.left.values():
+            raise MemoryError("no room for\nthis prompt")
         return []
 
     def cancel(self, number):
         self.left.pop(number, None)
 
+    def abort(self, numbers=None):
+        for number in list(self.left if numbers is None else numbers):
+            self.left.pop(number, None)
+
+    def probe(self):
+        if self.is_broken:
+            raise RuntimeError("a model that is broken")
+        return []
+
     def step(self):
-        self.gate.acquire()
-        if 13 in self.left.values():
+        if self.left:
+            self.gate.acquire()
+        if "step" in self.left.values():
             raise RuntimeError("a model that fails")
         self.left = {number: left - 1 for number, left in self.left.items()}
         done = [number for number, left in self.left.items() if not left]
@@ -88,8 +111,218 @@ def test_who_leaves_is_not_answered(worker):
     end(worker, thread)
 
 
-def test_a_model_that_fails_ends_the_loop(worker):
-    worker.submit(13, None, lambda piece: None)
-    worker.scheduler.gate.release()
-    with pytest.raises(RuntimeError, match="a model that fails"):
+def submitted(worker, samples):
+    """What each sample is answered with, by its index in `samples`."""
+    heard = [[] for _ in samples]
+    for sample, pieces in zip(samples, heard, strict=True):
+        worker.submit(sample, None, pieces.append)
+    return heard
+
+
+def outcomes(heard):
+    until(lambda: all(pieces for pieces in heard))
+    assert [len(pieces) for pieces in heard] == [1] * len(heard)
+    return [pieces[0].error or "answered" for pieces in heard]
+
+
+def test_a_prompt_that_cannot_start_fails_alone(worker):
+    worker.max_batch = 3
+    worker.scheduler.gate.release(100)
+    heard = submitted(worker, [2, "start", 3])
+    thread = at_work(worker)
+    reason = "MemoryError: no room for this prompt"
+    assert outcomes(heard) == ["answered", reason, "answered"]
+    assert worker.scheduler.started == [[0, 1, 2], [0], [1], [2]]
+    assert outcomes(submitted(worker, [1])) == ["answered"]
+    assert worker.failure is None
+    end(worker, thread)
+
+
+def test_a_step_that_fails_costs_what_was_generated_and_nothing_later(worker):
+    worker.scheduler.gate.release(100)
+    heard = submitted(worker, [5, "step", 2])
+    thread = at_work(worker)
+    reason = "RuntimeError: a model that fails"
+    # The third was waiting for a slot.
+    assert outcomes(heard) == [reason, reason, "answered"]
+    assert worker.failure is None
+    end(worker, thread)
+
+
+def test_a_callback_that_fails_costs_its_own_answer(worker):
+    worker.scheduler.gate.release(100)
+    heard = []
+
+    def refuse(piece):
+        heard.append(piece)
+        raise ValueError("no")
+
+    worker.submit(1, None, refuse)
+    (other,) = submitted(worker, [3])
+    thread = at_work(worker)
+    assert outcomes([other]) == ["answered"]
+    assert [piece.error for piece in heard] == [None, "ValueError: no"]
+    end(worker, thread)
+
+
+def test_a_model_that_stays_broken_takes_no_more_requests(worker):
+    worker.scheduler.gate.release(100)
+    worker.scheduler.is_broken = True
+    heard = submitted(worker, [5, "step", 2])
+    thread = at_work(worker)
+    reason = "RuntimeError: a model that fails; then RuntimeError: a model that is broken"
+    assert outcomes(heard) == [reason] * 3
+    assert worker.failure == reason
+    with pytest.raises(WorkerFailedError, match="a model that is broken"):
+        worker.submit(1, None, None)
+    end(worker, thread)
+
+
+def test_a_loop_that_ends_answers_what_is_open(worker, monkeypatch):
+    heard = submitted(worker, [2])
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker.scheduler, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         worker.run()
+    assert outcomes(heard) == [worker.failure]
+    assert worker.failure.startswith("the worker ended: KeyboardInterrupt")
+
+
+@pytest.fixture
+def model(checkpoint, build_model):
+    return Mimo(open_checkpoint(checkpoint))
+
+
+@pytest.fixture
+def client(model):
+    """The application of a model in this process, whose parts a test can break."""
+    worker = Worker(model, max_batch=4, max_waiting=8)
+    thread = at_work(worker)
+    server = Server(model, worker, Limits(hosts=("testserver",)))
+    # One event loop for the requests of all threads.
+    with TestClient(server.app(), raise_server_exceptions=False) as client:
+        yield client
+    worker.stop()
+    thread.join(timeout=120)
+
+
+def ask(client, *messages, **more):
+    reply = client.post("/v1/chat/completions", json={"messages": messages, **more})
+    return reply.status_code, reply.json()
+
+
+def break_after(monkeypatch, model, calls, error):
+    """Let the layers fail in every call after so many."""
+    forward, count = model.engine.transformer.forward, iter(range(10**9))
+
+    def broken(*inputs):
+        if next(count) >= calls:
+            raise error
+        return forward(*inputs)
+
+    monkeypatch.setattr(model.engine.transformer, "forward", broken)
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_a_request_that_fails_leaves_nothing_behind(client, model, media, monkeypatch, calls):
+    """Neither in the slots nor in the prefix cache, whether it failed at its prompt or later."""
+    picture = user("Name it.", media)
+    expected = [ask(client, picture), ask(client, user(QUESTION))]
+    with monkeypatch.context() as patch:
+        # One failure: the probe after it works.
+        forward, count = model.engine.transformer.forward, iter(range(10**9))
+
+        def broken_once(*inputs):
+            if next(count) == calls:
+                raise RuntimeError("CUDA out of memory\nTried to allocate 2 GiB")
+            return forward(*inputs)
+
+        patch.setattr(model.engine.transformer, "forward", broken_once)
+        status, reply = ask(client, picture)
+        assert status == 500
+        assert reply["error"] == {
+            "message": "the server failed at this request; its log says why",
+            "type": "server_error",
+            "param": None,
+            "code": None,
+        }
+        assert not model.engine.sequences
+        assert client.get("/health").json() == {"status": "ok", "model": "tiny_avlm"}
+    again = [ask(client, picture), ask(client, user(QUESTION))]
+    for (status, reply), (_, before) in zip(again, expected, strict=True):
+        assert status == 200
+        assert answer_of(reply) == answer_of(before)
+    metrics = client.get("/metrics").text
+    assert "mimo_failed_total 1.0" in metrics
+    assert "mimo_running 0.0" in metrics
+
+
+def test_a_stream_that_fails_ends_with_an_error(client, model, monkeypatch):
+    whole = answer_of(ask(client, user(QUESTION))[1])
+    break_after(monkeypatch, model, 4, RuntimeError("no"))
+    body = {"messages": [user(QUESTION)], "stream": True}
+    reply = client.post("/v1/chat/completions", json=body)
+    *events, error = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line]
+    said = "".join(event["choices"][0]["delta"]["content"] for event in events)
+    assert said
+    assert whole.startswith(said)
+    assert whole != said
+    assert "its log says why" in error["error"]["message"]
+
+
+def test_health_says_why_the_model_cannot_answer(client, model, monkeypatch):
+    break_after(monkeypatch, model, 0, RuntimeError("an illegal memory access"))
+    assert ask(client, user(QUESTION))[0] == 500
+    health = client.get("/health")
+    assert health.status_code == 503
+    assert health.json() == {
+        "status": "failed",
+        "model": "tiny_avlm",
+        "reason": "RuntimeError: an illegal memory access",
+    }
+    status, reply = ask(client, user(QUESTION))
+    assert (status, "/health says why" in reply["error"]["message"]) == (503, True)
+
+
+def test_a_prompt_that_fails_costs_no_other_answer(client, model, monkeypatch):
+    """Beside it others are generated, and others start with it."""
+    bodies = [user(f"Digit {word}. Which digit is this?") for word in ("one", "two", "three")]
+    expected = [answer_of(ask(client, body)[1]) for body in bodies]
+    start = model.engine.start
+
+    def start_with_faults(requests):
+        outputs = start(requests)
+        if any(request.max_new_tokens == START for request in requests):
+            raise RuntimeError("no")
+        return outputs
+
+    monkeypatch.setattr(model.engine, "start", start_with_faults)
+    asked = [(body, {}) for body in bodies] + [(bodies[0], {"max_tokens": START})]
+    with ThreadPoolExecutor(4) as clients:
+        for _ in range(5):
+            replies = list(clients.map(lambda pair: ask(client, pair[0], **pair[1]), asked))
+            assert [status for status, _ in replies] == [200, 200, 200, 500]
+            assert [answer_of(reply) for _, reply in replies[:3]] == expected
+
+
+def test_ranks_fail_together_or_end_together(checkpoint, served):
+    expected = answer_of(served.ask({"messages": [user(QUESTION)]})[1])
+    server = Served(checkpoint, "--tp", "2", processes=2, script="tests/helpers/failing_serve.py")
+    for fault in (START, LATE, LATE):
+        assert server.ask(says(max_tokens=fault))[0] == 500
+        status, reply = server.ask({"messages": [user(QUESTION)]})
+        assert (status, answer_of(reply)) == (200, expected)
+    *_, error = server.stream(says(max_tokens=LATE))
+    assert error["error"]["type"] == "server_error"
+    chat = server.client().chat.completions
+    with pytest.raises(openai.APIError, match="its log says why"):
+        list(chat.create(model="m", **says(max_tokens=LATE, stream=True)))
+    assert server.get("/health")[0] == 200
+    # Rank 0 is in a collective that rank 1 never joins, so both end, and the client is told.
+    assert server.ask(says(max_tokens=ALONE))[0] == 500
+    assert server.process.wait(timeout=60) != 0
+    said = server.process.stderr.read().decode()
+    assert "serve.py [rank 1]: error: the worker ended: RuntimeError: RuntimeError: a fault" in said

@@ -19,13 +19,13 @@ KEY = "let me in"
 class Served:
     """A server process."""
 
-    def __init__(self, checkpoint, *flags, processes=0, key=KEY):
+    def __init__(self, checkpoint, *flags, processes=0, key=KEY, script="examples/mimo/serve.py"):
         self.port = ranks.free_port()
         launch = [sys.executable]
         if processes:
             launch += ["-m", "torch.distributed.run", "--standalone"]
             launch += ["--nproc-per-node", str(processes)]
-        launch += [str(ROOT / "examples/mimo/serve.py"), "--ckpt", str(checkpoint)]
+        launch += [str(ROOT / script), "--ckpt", str(checkpoint)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MIMO_API_KEY": key}
         self.process = subprocess.Popen(
             [*launch, "--port", str(self.port), *flags], env=environment, stderr=subprocess.PIPE
@@ -58,6 +58,15 @@ class Served:
         headers = {"Content-Type": "application/json", **headers}
         status, reply = self.send("POST", "/v1/chat/completions", data, **headers)
         return status, json.loads(reply)
+
+    def stream(self, body):
+        """The events of a streamed chat completion, as JSON; without the one that ends it."""
+        data = json.dumps({**body, "stream": True}).encode()
+        headers = {"Content-Type": "application/json"}
+        status, reply = self.send("POST", "/v1/chat/completions", data, **headers)
+        assert status == 200, reply
+        lines = reply.decode().split("\n\n")
+        return [json.loads(x.removeprefix("data: ")) for x in lines if x and "[DONE]" not in x]
 
     def metric(self, name):
         result = re.search(rf"^{name} (\S+)$", self.get("/metrics")[1].decode(), re.MULTILINE)

@@ -46,6 +46,8 @@ def inference_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, metavar="P", help="the fewest with probability P")
     add("--min-p", type=float, default=0.0, metavar="P", help="with P of the largest probability")
     add("--repetition-penalty", type=float, default=1.0, metavar="F", help="on earlier tokens")
+    add("--frequency-penalty", type=float, default=0.0, metavar="F", help="per use in the answer")
+    add("--presence-penalty", type=float, default=0.0, metavar="F", help="once, if in the answer")
     add("--seed", type=int, default=0, help="the same seed gives the same answer, at any layout")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
     add("--samples", type=int, default=1, metavar="N", help="N answers to each prompt")

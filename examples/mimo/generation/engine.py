@@ -49,13 +49,15 @@ class SequenceRequest:
     sampling: Sampling = GREEDY
     logprobs: bool = False
     prompt_logprobs: bool = False
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True)
 class TokenOutput:
     """A new token of a sequence; `finish` is set on the last: STOP (end of text) or LENGTH.
 
-    `logprob` is the natural logarithm of its probability before any sampling. `prompt_logprobs`,
+    `logprob` is the natural logarithm of its probability before any sampling. `top_logprobs` are
+    the most likely tokens in its place that an answer may hold, with theirs. `prompt_logprobs`,
     with a sequence's first token, are those of the prompt's tokens: None for the first and for
     media.
     """
@@ -65,6 +67,7 @@ class TokenOutput:
     finish: str | None = None
     logprob: float | None = None
     prompt_logprobs: list[float | None] | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
 
 
 @dataclass
@@ -167,6 +170,19 @@ class Engine:
         numbers = [sequence.request.number for sequence in self.sequences]
         if number in numbers:
             self._free(numbers.index(number))
+
+    def abort(self, numbers: Collection[int] | None = None) -> None:
+        """Drop sequences after an error, by default all, whatever state it left them in.
+
+        The prefix cache goes too: after an error of one rank alone, ranks might hold different
+        prefixes, and their steps would differ.
+        """
+        self.prefix_cache = PrefixCache(self.prefix_cache.size)
+        for slot in reversed(range(len(self.sequences))):
+            if numbers is None or self.sequences[slot].request.number in numbers:
+                self._remove(slot)
+        if not self.sequences:
+            self.cache = self.transformer.new_cache()
 
     def _reserve(self, waiting: Sequence[ActiveSequence]) -> None:
         sequences = [*self.sequences, *waiting]
@@ -273,27 +289,39 @@ class Engine:
         prompt_logprobs: list[list[float | None]] | None = None,
     ) -> list[TokenOutput]:
         """Choose a token for each of `sequences` from (B, H), and free those that are finished."""
-        # Column 0: the token, which fp64 holds exactly; column 1: its log-probability.
-        result = torch.zeros(len(sequences), 2, dtype=torch.float64, device=self.device)
+        num_top = max(sequence.request.top_logprobs for sequence in sequences)
+        # Column 0: the token, which fp64 holds exactly; column 1: its log-probability. Then the
+        # most likely tokens, and theirs.
+        shape = len(sequences), 2 + 2 * num_top
+        result = torch.zeros(shape, dtype=torch.float64, device=self.device)
         if hidden is not None:
             logits = self.transformer.logits(hidden).float()
             allowed = logits.index_fill(1, self.forbidden, float("-inf"))
             result[:, 0] = self._choose(allowed, sequences)
             if any(sequence.request.logprobs for sequence in sequences):
-                chosen = result[:, :1].long()
-                result[:, 1] = logits.log_softmax(dim=-1).gather(1, chosen)[:, 0]
+                logprobs = logits.log_softmax(dim=-1)
+                result[:, 1] = logprobs.gather(1, result[:, :1].long())[:, 0]
+                if num_top:
+                    logprobs.index_fill_(1, self.forbidden, float("-inf"))
+                    top = logprobs.topk(num_top, dim=-1)
+                    result[:, 2 : 2 + num_top] = top.indices
+                    result[:, 2 + num_top :] = top.values
         self._broadcast(result)
         outputs = []
-        for index, (token, logprob) in enumerate(result.tolist()):
+        for index, (token, logprob, *top_columns) in enumerate(result.tolist()):
             sequence = sequences[index]
+            request = sequence.request
             sequence.tokens.append(int(token))
+            top_tokens = [int(other) for other in top_columns[: request.top_logprobs]]
+            pairs = list(zip(top_tokens, top_columns[num_top:], strict=False))
             outputs.append(
                 TokenOutput(
-                    sequence.request.number,
+                    request.number,
                     int(token),
                     self._finish(sequence),
-                    logprob if sequence.request.logprobs else None,
+                    logprob if request.logprobs else None,
                     prompt_logprobs[index] if prompt_logprobs else None,
+                    pairs if request.logprobs else None,
                 )
             )
         finished = {output.number for output in outputs if output.finish}
@@ -305,9 +333,12 @@ class Engine:
 
     def _choose(self, logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Tensor:
         samplings = [sequence.request.sampling for sequence in sequences]
-        has_penalty = any(s.repetition_penalty != 1.0 for s in samplings)
-        previous = [s.token_ids(self.device) for s in sequences] if has_penalty else []
-        return choose(logits, samplings, [s.generator for s in sequences], previous)
+        generators = [sequence.generator for sequence in sequences]
+        if not any(sampling.has_penalty for sampling in samplings):
+            return choose(logits, samplings, generators, [])
+        previous = [sequence.token_ids(self.device) for sequence in sequences]
+        answered = [ids[len(s.prompt.units) :] for ids, s in zip(previous, sequences, strict=True)]
+        return choose(logits, samplings, generators, previous, answered)
 
     def _finish(self, sequence: ActiveSequence) -> str | None:
         if sequence.tokens[-1] in self.end_ids:
@@ -315,11 +346,16 @@ class Engine:
         return LENGTH if len(sequence.tokens) >= sequence.request.max_new_tokens else None
 
     def _free(self, slot: int) -> None:
-        """Free a slot; the last sequence moves into it, so that used slots stay contiguous."""
-        sequence = self.sequences[slot]
+        """Free a slot, and keep its sequence in the prefix cache."""
         if self.prefix_cache.size:
+            sequence = self.sequences[slot]
             copy = self.cache.copy_slot(slot, sequence.num_cached)
             self.prefix_cache.add(sequence.cached_units, copy)
+        self._remove(slot)
+
+    def _remove(self, slot: int) -> None:
+        """Free a slot; the last sequence moves into it, so that used slots stay contiguous."""
+        sequence = self.sequences[slot]
         last = self.sequences.pop()
         if last is not sequence:
             self.sequences[slot] = last

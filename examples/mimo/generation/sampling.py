@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 200
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Sampling:
     that occur in the prompt or the answer, `temperature`, the `top_k` most likely, then the
     smallest set with `top_p` of the probability (arXiv:1904.09751), then those with at least
     `min_p` of the largest probability (arXiv:2407.01082).
+
+    OpenAI's two penalties follow the first, and look at the answer alone: a token that occurs in it
+    c times loses `frequency_penalty` * c, and `presence_penalty` once, from its logit.
     """
 
     temperature: float = 0.0
@@ -26,6 +30,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -35,6 +41,8 @@ class Sampling:
             "top_p": (1e-9, 1.0),
             "min_p": (0.0, 1.0),
             "repetition_penalty": (1e-3, 1e3),
+            "frequency_penalty": (-2.0, 2.0),
+            "presence_penalty": (-2.0, 2.0),
             "seed": (0, 2**63 - 1),
         }
         for field in dataclasses.fields(self):
@@ -47,6 +55,12 @@ class Sampling:
                     + ("; temperature 0 is greedy" if field.name == "temperature" else "")
                 )
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the choice depends on the tokens before it."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        return penalties != (1.0, 0.0, 0.0)
+
     def with_seed_offset(self, offset: int) -> Sampling:
         """The sampling of another answer to the same prompt; offset 0 has the seed itself."""
         return dataclasses.replace(self, seed=(self.seed + offset) % 2**63)
@@ -57,17 +71,28 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Options:
-    """How a prompt is answered; a string of `stops` ends the answer and is not part of it."""
+    """How a prompt is answered; a string of `stops` ends the answer and is not part of it.
+
+    With `logprobs` the answer's tokens come with their log-probabilities, and with those of the
+    `top_logprobs` most likely tokens at each place.
+    """
 
     max_new_tokens: int = 64
     sampling: Sampling = GREEDY
     stops: tuple[str, ...] = ()
     logprobs: bool = False
     prompt_logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens!r:.30}: at least 1")
+        if not isinstance(self.top_logprobs, int) or not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(
+                f"top_logprobs {self.top_logprobs!r:.30}: from 0 to {MAX_TOP_LOGPROBS}"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs {self.top_logprobs}: only with logprobs true")
         if len(self.stops) > MAX_STOPS:
             raise ValueError(f"stop holds {len(self.stops)} strings: at most {MAX_STOPS}")
         for stop in self.stops:
@@ -102,13 +127,14 @@ def choose(
     samplings: Sequence[Sampling],
     generators: Sequence[SequenceGenerator],
     previous: Sequence[torch.Tensor],
+    answered: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """(B, V) fp32 logits -> (B,) tokens; `previous[i]` are the ids in sequence i so far.
 
-    `previous` is read only where a repetition penalty is set.
+    `answered[i]` are those of them that the model chose. Neither is read without a penalty.
     """
-    if any(s.repetition_penalty != 1.0 for s in samplings):
-        logits = _penalise(logits, samplings, previous)
+    if any(s.has_penalty for s in samplings):
+        logits = penalise(logits, samplings, previous, answered or [ids[:0] for ids in previous])
     tokens = logits.argmax(dim=-1)
     sampled = [index for index, s in enumerate(samplings) if s.temperature > 0]
     if sampled:
@@ -139,15 +165,24 @@ def probabilities(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def _penalise(
-    logits: torch.Tensor, samplings: Sequence[Sampling], previous: Sequence[torch.Tensor]
+def penalise(
+    logits: torch.Tensor,
+    samplings: Sequence[Sampling],
+    previous: Sequence[torch.Tensor],
+    answered: Sequence[torch.Tensor],
 ) -> torch.Tensor:
+    """(B, V) logits -> (B, V) after the penalties; the ids are those that `choose` takes."""
     logits = logits.clone()
-    for sequence_logits, sampling, ids in zip(logits, samplings, previous, strict=True):
+    rows = zip(logits, samplings, previous, answered, strict=True)
+    for sequence_logits, sampling, ids, answer in rows:
         penalty = sampling.repetition_penalty
         if penalty != 1.0:
             values = sequence_logits[ids]
             sequence_logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            counts = answer.bincount(minlength=logits.shape[-1]).to(logits.dtype)
+            sequence_logits -= sampling.frequency_penalty * counts
+            sequence_logits -= sampling.presence_penalty * (counts > 0)
     return logits
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from examples.mimo.data.conversation import Sample
+from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.generation.engine import LENGTH, STOP, Engine, SequenceRequest, TokenOutput
 from examples.mimo.generation.sampling import Options
 
 # What a tokenizer decodes the first bytes of an incomplete character to.
 REPLACEMENT_CHARACTER = "\ufffd"
+# Callers number their answers from 0.
+PROBE = -1
 # Four bytes are a character, a token each at most; behind more of them nothing will be complete.
 MAX_TOKENS_OF_A_CHARACTER = 16
 
@@ -112,11 +114,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of answer `number`; the last piece carries the whole `answer`."""
+    """New text of answer `number`; the last piece carries the whole `answer`.
+
+    `output` is the token it came with, which the text may lag behind. `error` says why there will
+    be no answer.
+    """
 
     number: int
     text: str
     answer: Answer | None = None
+    output: TokenOutput | None = None
+    error: str | None = None
 
 
 @dataclass
@@ -148,7 +156,7 @@ class Scheduler:
                 pieces.append(Piece(number, "", Answer("", [], LENGTH)))
                 continue
             self.open[number] = _OpenAnswer(TextStream(self.tokenizer, options.stops), options)
-            logprobs = options.logprobs, options.prompt_logprobs
+            logprobs = options.logprobs, options.prompt_logprobs, options.top_logprobs
             sequences.append(SequenceRequest(number, sample, budget, options.sampling, *logprobs))
         return pieces + [self._piece(output) for output in self.engine.start(sequences)]
 
@@ -160,6 +168,23 @@ class Scheduler:
         """Stop generating an answer, if it is not finished."""
         if self.open.pop(number, None):
             self.engine.stop(number)
+
+    def abort(self, numbers: Collection[int] | None = None) -> None:
+        """Give up answers after an error, by default all, with all that it may have spoiled."""
+        for number in list(self.open if numbers is None else numbers):
+            self.open.pop(number, None)
+        self.engine.abort(numbers)
+
+    def probe(self) -> list[Piece]:
+        """Generate two tokens of a short prompt, and one of each other answer.
+
+        It raises what keeps the model from computing; the pieces are those of the other answers.
+        """
+        # An end token is never a placeholder, which would ask for an item.
+        end = min(self.tokenizer.end_ids, default=0)
+        sample = Sample("probe", TokenSequence([end], [end], [0]), {}, {})
+        pieces = self.start([(PROBE, sample, Options(max_new_tokens=2))]) + self.step()
+        return [piece for piece in pieces if piece.number != PROBE]
 
     def cancel_all(self) -> None:
         """Stop all answers and leave the engine empty."""
@@ -180,7 +205,7 @@ class Scheduler:
             self.engine.stop(output.number)
             finish = STOP
         if finish is None:
-            return Piece(output.number, text)
+            return Piece(output.number, text, output=output)
         text += stream.finish()
         del self.open[output.number]
         logprobs = answer.logprobs if answer.options.logprobs else None
@@ -188,4 +213,5 @@ class Scheduler:
             output.number,
             text,
             Answer(stream.text, stream.tokens, finish, logprobs, answer.prompt_logprobs),
+            output,
         )

@@ -27,8 +27,8 @@ from starlette.routing import Route
 from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.api import Mimo
 from examples.mimo.generation.scheduler import Answer, Piece
-from examples.mimo.serving.openai import Chat, Reply, parse
-from examples.mimo.serving.worker import QueueFullError, Worker
+from examples.mimo.serving.openai import Chat, Reply, error_body, parse
+from examples.mimo.serving.worker import QueueFullError, Worker, WorkerFailedError
 
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = {
@@ -37,6 +37,7 @@ HEADERS = {
     "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+FAILED = "the server failed at this request; its log says why"
 HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -44,6 +45,7 @@ class Metrics:
     """Prometheus metrics of one server."""
 
     def __init__(self, worker: Worker) -> None:
+        self.start_time = time.time()
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "mimo_requests", "Requests by their HTTP status.", ["status"], registry=self.registry
@@ -56,6 +58,9 @@ class Metrics:
         )
         self.cancelled = Counter(
             "mimo_left", "Answers whose client left before their end.", registry=self.registry
+        )
+        self.failed = Counter(
+            "mimo_failed", "Answers that ended in an error of the model.", registry=self.registry
         )
         self.first_token = Histogram(
             "mimo_first_token_seconds",
@@ -105,6 +110,7 @@ class Server:
             Route("/metrics", self.show_metrics),
             Route("/modalities", self.modalities),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model_by_name),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
         ]
         return Starlette(
@@ -134,8 +140,11 @@ class Server:
         )
 
     async def health(self, request: Request) -> Response:
-        """200 while the server runs."""
-        return JSONResponse({"status": "ok", "model": self.model.config.name})
+        """200 while the model answers; 503, with the reason, once it cannot any more."""
+        fields = {"status": "ok", "model": self.model.config.name}
+        if self.worker.failure is not None:
+            fields |= {"status": "failed", "reason": self.worker.failure}
+        return JSONResponse(fields, 200 if self.worker.failure is None else 503)
 
     async def show_metrics(self, request: Request) -> Response:
         """Counters for Prometheus."""
@@ -144,8 +153,24 @@ class Server:
     async def models(self, request: Request) -> Response:
         """The one model that is served."""
         self._check_api_key(request)
-        model = {"id": self.model.config.name, "object": "model", "owned_by": "mimo"}
-        return JSONResponse({"object": "list", "data": [{**model, "created": 0}]})
+        return JSONResponse({"object": "list", "data": [self._model_fields()]})
+
+    async def model_by_name(self, request: Request) -> Response:
+        """The same by its name; 404 for another."""
+        self._check_api_key(request)
+        name, served = request.path_params["name"], self.model.config.name
+        if name != served:
+            message = f"the model {name!r:.100} does not exist; this server has {served}"
+            return self._error(404, message, code="model_not_found")
+        return JSONResponse(self._model_fields())
+
+    def _model_fields(self) -> dict[str, Any]:
+        return {
+            "id": self.model.config.name,
+            "object": "model",
+            "created": int(self.metrics.start_time),
+            "owned_by": "mimo",
+        }
 
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or as server-sent events."""
@@ -166,7 +191,8 @@ class Server:
 
     async def _parse(self, request: Request) -> tuple[Chat, Sample]:
         """The chat and its sample, or 400 with one sentence."""
-        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        content_type = request.headers.get("content-type", "").partition(";")[0]
+        if content_type.strip().lower() != "application/json":
             raise HTTPException(415, "the body must be application/json")
         body = await self._body(request)
         try:
@@ -211,17 +237,24 @@ class Server:
 
     async def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return self._error(error.status_code, error.detail, error.headers)
+        if error.status_code == 404:
+            return self._error(404, f"no path {request.url.path!r:.100}; a base URL ends in /v1")
+        code = "invalid_api_key" if error.status_code == 401 else None
+        return self._error(error.status_code, error.detail, error.headers, code)
 
     async def _internal_error(self, request: Request, error: Exception) -> Response:
         logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
-        return self._error(500, "the server failed at this request; its log says why", None)
+        return self._error(500, FAILED)
 
-    def _error(self, status: int, message: str, headers: Mapping[str, str] | None) -> Response:
+    def _error(
+        self,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        code: str | None = None,
+    ) -> Response:
         self.metrics.requests.labels(str(status)).inc()
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        fields = {"message": message, "type": kind, "param": None, "code": None}
-        return JSONResponse({"error": fields}, status, headers=headers)
+        return JSONResponse(error_body(status, message, code), status, headers=headers)
 
 
 def _media_types(suffixes: Sequence[str]) -> list[str]:
@@ -255,6 +288,9 @@ class ResponseStream:
             raise HTTPException(
                 503, "too many requests are waiting; try again", headers={"Retry-After": "1"}
             ) from None
+        except WorkerFailedError:
+            self.cancel()
+            raise HTTPException(503, "the model cannot answer any more; /health says why") from None
         self.server.metrics.prompt_tokens.inc(len(self.sample.tokens.ids))
 
     def cancel(self) -> None:
@@ -268,15 +304,20 @@ class ResponseStream:
         with contextlib.suppress(RuntimeError):  # the loop is closed when the server stops
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
-    async def _next_piece(self) -> Piece:
+    async def _next_chunks(self) -> list[dict[str, Any]]:
+        """Wait for a piece of an answer; the chunks that it makes, or 500 for one that failed."""
         piece = await self.pieces.get()
+        if piece.error is not None:
+            self.server.metrics.failed.inc()
+            raise HTTPException(500, FAILED)
         if not self.has_first_token:
             self.has_first_token = True
             self.server.metrics.first_token.observe(time.perf_counter() - self.start_time)
+        choice = self.numbers.index(piece.number)
         if piece.answer is not None:
-            self.answers[self.numbers.index(piece.number)] = piece.answer
+            self.answers[choice] = piece.answer
             self.server.metrics.answer_tokens.inc(len(piece.answer.tokens))
-        return piece
+        return self.reply.add(choice, piece)
 
     @property
     def _all_answers(self) -> list[Answer] | None:
@@ -290,12 +331,12 @@ class ResponseStream:
         disconnected = asyncio.create_task(_wait_for_disconnect(request))
         try:
             while self._all_answers is None:
-                piece = asyncio.create_task(self._next_piece())
-                await asyncio.wait({piece, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-                if not piece.done():
-                    piece.cancel()
+                chunks = asyncio.create_task(self._next_chunks())
+                await asyncio.wait({chunks, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+                if not chunks.done():
+                    chunks.cancel()
                     raise HTTPException(499, "the client disconnected")
-                await piece
+                await chunks
         finally:
             disconnected.cancel()
         self.server.metrics.whole_answer.observe(time.perf_counter() - self.start_time)
@@ -305,16 +346,17 @@ class ResponseStream:
         """Server-sent events; starlette closes the iterator when the client disconnects."""
         try:
             while self._all_answers is None:
-                piece = await self._next_piece()
-                choice = self.numbers.index(piece.number)
-                if piece.text:
-                    yield _event(self.reply.chunk(choice, piece.text))
-                if piece.answer is not None:
-                    yield _event(self.reply.chunk(choice, "", piece.answer))
+                for chunk in await self._next_chunks():
+                    yield _event(chunk)
             if self.chat.include_usage:
                 yield _event(self.reply.usage_chunk(self._all_answers))
             yield "data: [DONE]\n\n"
             self.server.metrics.whole_answer.observe(time.perf_counter() - self.start_time)
+        except Exception as error:
+            if not isinstance(error, HTTPException):
+                logging.getLogger(__name__).error("a stream failed", exc_info=error)
+            # The status is sent already; OpenAI's clients raise an error for such an event.
+            yield _event(error_body(500, FAILED))
         finally:
             self.cancel()
 

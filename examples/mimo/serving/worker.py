@@ -1,12 +1,29 @@
-"""Worker: the thread that runs the model, with a queue of requests from other threads."""
+"""Worker: the thread that runs the model, with a queue of requests from other threads.
+
+An exception in it costs the answers that it may have spoiled, and no others:
+
+- in starting a prompt, that prompt's answer; the others go on;
+- in a step, all answers that are being generated, since one forward pass serves them all;
+- in a callback, its own answer.
+
+Then a short probe shows whether the model still computes. If not, `failure` says why, and nothing
+more is taken. Several ranks agree about every step, so an error that all ranks meet, or one that
+a rank meets outside of a collective, is handled alike everywhere. A rank that fails within a
+collective leaves the others waiting in it: nothing can call them back, so after AGREE_SECONDS the
+rank ends its process, which ends theirs.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from examples.mimo.data.conversation import Sample
@@ -16,10 +33,18 @@ from examples.mimo.generation.scheduler import Piece
 
 # An idle server contacts its other ranks this often, or their collective would time out.
 HEARTBEAT_SECONDS = 5.0
+# Ranks end a step within milliseconds of one another, unless one of them failed in it.
+AGREE_SECONDS = 15.0
+MAX_ERROR_LENGTH = 300
+log = logging.getLogger(__name__)
 
 
 class QueueFullError(Exception):
     """As many answers are waiting as the server allows."""
+
+
+class WorkerFailedError(Exception):
+    """The worker cannot answer any more; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +67,24 @@ class Worker:
     """Starts, steps and cancels answers, on all ranks alike.
 
     At most `max_batch` answers are generated at once, and `max_waiting` more wait for a slot.
+    `failure` is None, or why the worker takes no more requests.
     """
 
     def __init__(self, model: Mimo, max_batch: int, max_waiting: int) -> None:
         self.scheduler = model.scheduler()
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.numbers = itertools.count()
+        # Ranks agree in a group of their own, whose collectives never meet the model's.
+        self.group = None
+        if dist.get_world_size() > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=AGREE_SECONDS))
         # Guards all below, and wakes the worker when one of them changes.
         self.condition = threading.Condition()
         self.waiting: list[_QueuedRequest] = []
         self.cancelled: list[int] = []
         self.callbacks: dict[int, Callable[[Piece], None]] = {}
         self.stopping = False
+        self.failure: str | None = None
 
     @property
     def num_running(self) -> int:
@@ -68,9 +99,12 @@ class Worker:
     def submit(self, sample: Sample, options: Options, callback: Callable[[Piece], None]) -> int:
         """Queue an answer and return its number.
 
-        `callback` gets its pieces, in the worker's thread. QueueFullError when too many wait.
+        `callback` gets its pieces, in the worker's thread; the last has an answer or an error.
+        QueueFullError when too many wait, WorkerFailedError after a failure.
         """
         with self.condition:
+            if self.failure is not None:
+                raise WorkerFailedError(self.failure)
             if len(self.waiting) >= self.max_waiting:
                 raise QueueFullError
             number = next(self.numbers)
@@ -99,23 +133,113 @@ class Worker:
 
     def run(self) -> None:
         """Generate until `stop`; every rank calls it, and rank 0 sends the commands."""
-        while True:
-            commands = on_rank_zero(self._next_commands)
-            if commands.stop:
-                return
-            for number in commands.cancel:
-                self.scheduler.cancel(number)
-            pieces: list[Piece] = []
-            if commands.start:
-                requests = [(r.number, r.sample, r.options) for r in commands.start]
-                pieces = self.scheduler.start(requests)
-            for piece in [*pieces, *self.scheduler.step()]:
+        try:
+            while not (commands := on_rank_zero(self._next_commands)).stop:
+                self._run(commands)
+        except BaseException as error:
+            self._fail(f"the worker ended: {_in_one_line(error)}")
+            raise
+
+    def _run(self, commands: _Commands) -> None:
+        """Carry out commands and generate a token of every answer."""
+        if self.failure is not None:
+            return
+        if commands.cancel and (error := self._attempt(lambda: self._cancel(commands.cancel))):
+            self._give_up(error)
+            return
+        if commands.start:
+            self._start(commands.start)
+        if self.failure is None and (error := self._attempt(self.scheduler.step)):
+            self._give_up(error)
+
+    def _cancel(self, numbers: Sequence[int]) -> list[Piece]:
+        for number in numbers:
+            self.scheduler.cancel(number)
+        return []
+
+    def _start(self, requests: Sequence[_QueuedRequest]) -> None:
+        prompts = [(request.number, request.sample, request.options) for request in requests]
+        numbers = [request.number for request in requests]
+        error = self._attempt(lambda: self.scheduler.start(prompts))
+        if error is None:
+            return
+        if len(requests) == 1:
+            self._give_up(error, numbers)
+            return
+        # Which of them is to blame shows when each starts alone.
+        if error := self._attempt(lambda: self._abort(numbers)):
+            self._give_up(error)
+            return
+        for request in requests:
+            if self.failure is None:
+                self._start([request])
+
+    def _attempt(self, function: Callable[[], list[Piece]]) -> str | None:
+        """Deliver the pieces that `function` makes; None, or the error of it on any rank."""
+        error, pieces = None, []
+        try:
+            pieces = function()
+        except Exception as exception:
+            log.exception("the model failed")
+            error = _in_one_line(exception)
+        try:
+            error = self._first_error(error)
+        except RuntimeError as lost:
+            raise RuntimeError(f"{error or 'another rank failed'}; {_in_one_line(lost)}") from None
+        if error is None:
+            for piece in pieces:
                 self._deliver(piece)
+        return error
+
+    def _first_error(self, error: str | None) -> str | None:
+        """The error of the first rank that has one; RuntimeError unless all ranks ask for it."""
+        if self.group is None:
+            return error
+        failed = torch.tensor(int(error is not None), device="cpu")
+        dist.all_reduce(failed, dist.ReduceOp.MAX, self.group)
+        if not failed:
+            return None
+        errors: list[str | None] = [None] * self.group.size()
+        named = None if error is None else f"rank {self.group.rank()}: {error}"
+        dist.all_gather_object(errors, named, self.group)
+        return next(named for named in errors if named is not None)
+
+    def _give_up(self, error: str, numbers: Sequence[int] | None = None) -> None:
+        """Give up answers, by default all that are being generated, and see what still works."""
+        with self.condition:
+            waiting = {request.number for request in self.waiting}
+            generating = [number for number in self.callbacks if number not in waiting]
+        problem = self._attempt(lambda: self._recover(numbers))
+        if problem is not None:
+            self._fail(problem if problem == error else f"{error}; then {problem}")
+            return
+        for number in generating if numbers is None else numbers:
+            self._deliver(Piece(number, "", error=error))
+
+    def _abort(self, numbers: Sequence[int] | None) -> list[Piece]:
+        self.scheduler.abort(numbers)
+        return []
+
+    def _recover(self, numbers: Sequence[int] | None) -> list[Piece]:
+        """Drop answers, and see whether the model still computes."""
+        self.scheduler.abort(numbers)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self.scheduler.probe()
+
+    def _fail(self, reason: str) -> None:
+        """Take no more requests, and answer all that are open with an error."""
+        with self.condition:
+            self.failure = reason
+            self.waiting, self.cancelled = [], []
+            numbers = list(self.callbacks)
+        for number in numbers:
+            self._deliver(Piece(number, "", error=reason))
 
     def _next_commands(self) -> _Commands:
         """On rank 0: what was requested since the last token; waits while there is no work."""
         with self.condition:
-            while not (self.waiting or self.cancelled or self.stopping or len(self.scheduler)):
+            while not (self.waiting or self.cancelled or self.stopping or self._is_generating):
                 notified = self.condition.wait(HEARTBEAT_SECONDS)
                 if not notified and dist.get_world_size() > 1:
                     break
@@ -124,10 +248,25 @@ class Worker:
             cancel, self.cancelled = self.cancelled, []
             return _Commands(start, cancel, self.stopping)
 
+    @property
+    def _is_generating(self) -> bool:
+        return self.failure is None and len(self.scheduler) > 0
+
     def _deliver(self, piece: Piece) -> None:
         with self.condition:
             callback = self.callbacks.get(piece.number)
-            if piece.answer is not None:
+            if piece.answer is not None or piece.error is not None:
                 self.callbacks.pop(piece.number, None)
-        if callback:
+        if callback is None:
+            return
+        try:
             callback(piece)
+        except Exception as error:
+            log.exception("an answer was not taken")
+            self.cancel(piece.number)
+            with contextlib.suppress(Exception):
+                callback(Piece(piece.number, "", error=_in_one_line(error)))
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR_LENGTH]

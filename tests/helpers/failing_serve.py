@@ -1,0 +1,54 @@
+"""serve.py whose model fails when it is asked for so many tokens; run under torchrun.
+
+START: on every rank, as a prompt starts. LATE: on rank 1 alone, after a step that all ranks made.
+ALONE: on rank 1 alone, before a step that the others then wait in.
+"""
+
+from __future__ import annotations
+
+import os
+
+START, LATE, ALONE = 101, 102, 103
+# What ranks wait for one that does not come.
+AGREE_SECONDS = 3.0
+
+
+def main() -> None:
+    from examples.mimo import serve
+    from examples.mimo.cli import command
+
+    rank, run = os.environ["RANK"], serve.serve
+
+    def fail(engine, limit, ranks):
+        limits = {sequence.request.max_new_tokens for sequence in engine.sequences}
+        if limit in limits and rank in ranks:
+            raise RuntimeError(f"a fault at {limit}")
+
+    def serve_with_faults(args):
+        # Imported only now, as Megatron must find what serve.py has installed.
+        from examples.mimo.generation.engine import Engine
+        from examples.mimo.serving import worker
+
+        worker.AGREE_SECONDS = AGREE_SECONDS
+        start, step = Engine.start, Engine.step
+
+        def start_with_faults(self, requests):
+            outputs = start(self, requests)
+            fail(self, START, "01")
+            return outputs
+
+        def step_with_faults(self):
+            fail(self, ALONE, "1")
+            outputs = step(self)
+            fail(self, LATE, "1")
+            return outputs
+
+        Engine.start, Engine.step = start_with_faults, step_with_faults
+        run(args)
+
+    serve.serve = serve_with_faults
+    command.run("serve.py", serve.main)
+
+
+if __name__ == "__main__":
+    main()
