@@ -23,6 +23,7 @@ from examples.mimo.hf.io import (
     CONFIG,
     INDEX,
     OWN_MODEL_TYPE,
+    PREPROCESSOR,
     REMAINDER,
     SINGLE,
     CheckpointReader,
@@ -51,6 +52,7 @@ def to_hf(checkpoint: Checkpoint, save: Path, progress: Progress) -> None:
                 )
             else:
                 _write_family(folder, reader, part, part_config, family, hf_config)
+                _write_preprocessor(folder, checkpoint, part, part_config, family)
                 progress(f"{part}: {family.name} in {save / part}")
         if checkpoint.tokenizer.is_dir():
             copy_tokenizer(checkpoint.tokenizer, draft / "language")
@@ -104,6 +106,23 @@ def _write_family(
     hf_config.architectures = hf_config.architectures or built.architectures
     hf_config.dtype = dtype
     hf_config.save_pretrained(folder)
+
+
+def _write_preprocessor(
+    folder: Path, checkpoint: Checkpoint, part: str, part_config: Any, family: Family
+) -> None:
+    """The file that the part came with, with what has changed since; else one that describes it."""
+    preprocessor = family.preprocessor
+    values = preprocessor.values(part_config) if preprocessor else None
+    if preprocessor is None or values is None:
+        return
+    original = checkpoint.sources.get(part, {}).get("preprocessor")
+    if isinstance(original, dict):
+        where = f"{checkpoint.folder}: {PREPROCESSOR} of {part}"
+        fields = preprocessor.fields(original, part_config, where, part)
+        is_same = all(getattr(part_config, name) == value for name, value in fields.items())
+        values = original if is_same else {**original, **values}
+    (folder / PREPROCESSOR).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def _split(
