@@ -33,6 +33,7 @@ from examples.mimo.hf.weights import Family, WeightMapping, family_for_export, f
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
 SHARD_BYTES = 2 * 2**30
+PROCESSOR_TYPES = ("image_processor_type", "feature_extractor_type")
 
 
 def to_hf(checkpoint: Checkpoint, save: Path, progress: Progress) -> None:
@@ -121,7 +122,10 @@ def _write_preprocessor(
         where = f"{checkpoint.folder}: {PREPROCESSOR} of {part}"
         fields = preprocessor.fields(original, part_config, where, part)
         is_same = all(getattr(part_config, name) == value for name, value in fields.items())
-        values = original if is_same else {**original, **values}
+        # Without its type transformers goes by the model type, which is the encoder's alone here.
+        kinds = {name: values[name] for name in PROCESSOR_TYPES if name in values}
+        typed = original if any(map(original.get, PROCESSOR_TYPES)) else {**kinds, **original}
+        values = typed if is_same else {**typed, **values}
     (folder / PREPROCESSOR).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
