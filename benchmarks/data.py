@@ -31,13 +31,12 @@ from PIL import Image
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.data.conversation import (
-    FilesInside,
     SampleEncoder,
-    parse_turns,
     to_pieces,
     tokenise,
 )
 from examples.mimo.data.tokenizer import load_tokenizer
+from examples.mimo.data.turns import FilesInside, parse_turns
 from examples.mimo.modalities.audio import AUDIO_SUFFIXES
 from examples.mimo.shards.read import pack
 from tests.helpers import spoken_shapes
@@ -160,7 +159,7 @@ def by_stage(
     )
     reader, find = SampleEncoder(config, tokenizer, SEQ_LENGTH), FilesInside(folder)
     samples = [reader.encode(record, find) for record in records]
-    pieces = [to_pieces(parse_turns(r["conversations"]), config) for r in records]
+    pieces = [to_pieces(parse_turns(r["conversations"], config), config) for r in records]
     counts = [
         {name: [config.modalities[name].encoder.num_tokens(i) for i in items]
          for name, items in sample.media.items()}
@@ -170,7 +169,7 @@ def by_stage(
 
     def tokenise_all() -> None:
         for conversation, count in zip(pieces, counts, strict=True):
-            tokenise(conversation, count, config, tokenizer)
+            tokenise(conversation, count, config, reader.text_encoder)
 
     work = {
         "decode a picture": (lambda: [image_encoder.read(f) for f in pictures], len(pictures)),

@@ -107,7 +107,7 @@ class Pair:
 
     def generate(self, samples: list[Sample], prefix_cache: int = 0) -> tuple[Timed, Engine]:
         """Answers of the engine; `eos_id` -1 so that every sequence takes all its tokens."""
-        engine = Engine(self.ours, self.config, eos_id=-1, prefix_cache=prefix_cache)
+        engine = Engine(self.ours, self.config, end_ids=(), prefix_cache=prefix_cache)
         requests = [SequenceRequest(number, sample, NEW) for number, sample in enumerate(samples)]
         outputs = engine.start(requests)
         started = _now()
@@ -207,7 +207,7 @@ def second_question(pair: Pair) -> float:
     _, engine = pair.generate([sample], prefix_cache=1)
     ids = sample.tokens.ids[:-20] + list(range(100, 120))
     second = dataclasses.replace(sample, tokens=TokenSequence(ids, [], []))
-    fresh = Engine(pair.ours, pair.config, eos_id=-1)
+    fresh = Engine(pair.ours, pair.config, end_ids=())
 
     def seconds(work: Engine) -> float:
         started = _now()

@@ -184,11 +184,11 @@ def generate(checkpoint: Path, batch_size: int = 8) -> dict[str, float]:
         _synchronize()
         return batch_size * count / (time.perf_counter() - start)
 
-    plain = Engine(model, opened.config, eos_id=-1)
+    plain = Engine(model, opened.config, end_ids=())
     answer(plain)
     measured = {"tokens_per_second": answer(plain)}
     if torch.cuda.is_available():
-        graphs = Engine(model, opened.config, eos_id=-1, cuda_graphs=True)
+        graphs = Engine(model, opened.config, end_ids=(), cuda_graphs=True)
         answer(graphs)
         measured["tokens_per_second_of_graphs"] = answer(graphs)
     return measured

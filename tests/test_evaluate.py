@@ -3,22 +3,17 @@ import pytest
 from examples.mimo.evaluate import bootstrap, heldout_splits, is_right
 
 
-def record(answer, **fields):
-    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}]
-    return {"conversations": turns, **fields}
-
-
 @pytest.mark.parametrize(
-    ("sample", "text", "right"),
+    ("fields", "expected", "text", "right"),
     [
-        (record("A frog."), "A frog.", True),
-        (record("A frog."), "A frog", False),
-        (record("I see. They agree.", ending="They agree."), "I hear. They agree.", True),
-        (record("I see. They agree.", ending="They agree."), "They agree. No.", False),
+        ({}, "A frog.", "A frog.", True),
+        ({}, "A frog.", "A frog", False),
+        ({"ending": "They agree."}, "I see. They agree.", "I hear. They agree.", True),
+        ({"ending": "They agree."}, "I see. They agree.", "They agree. No.", False),
     ],
 )
-def test_an_answer_is_the_samples_or_ends_like_it(sample, text, right):
-    assert is_right(sample, text) is right
+def test_an_answer_is_the_samples_or_ends_like_it(fields, expected, text, right):
+    assert is_right(fields, expected, text) is right
 
 
 def test_the_interval_is_the_binomials_when_samples_are_independent():

@@ -74,11 +74,13 @@ def answer_prompt(
     model: Mimo, prompt: str, options: Options, args: argparse.Namespace, stdout: TextIO
 ) -> None:
     """Answer one prompt about the files of the flags; rank 0 prints."""
+    from examples.mimo.data.turns import prompt_content
     from examples.mimo.generation.api import on_rank_zero
     from examples.mimo.generation.batch_file import answer_fields
 
     paths = media_paths(model.config, args)
-    record = {"key": "prompt", "conversations": [{"role": "user", "content": prompt}], **paths}
+    content = prompt_content(prompt, paths)
+    record = {"key": "prompt", "conversations": [{"role": "user", "content": content}], **paths}
     sample = on_rank_zero(lambda: model.encode(record))
     is_rank_zero = os.environ["RANK"] == "0"
     if args.stream:

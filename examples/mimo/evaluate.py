@@ -89,17 +89,21 @@ def _score(
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
     from examples.mimo.cli.command import ProgressBar
-    from examples.mimo.data.conversation import FilesInside
+    from examples.mimo.data.turns import FilesInside, conversation_of, without_last_answer
     from examples.mimo.generation.sampling import Options
 
     reader = answerer.sample_encoder(blank or [])
+    pairs = [without_last_answer(conversation_of(r), answerer.config) for r in records]
     samples = [
-        reader.encode({**record, "conversations": record["conversations"][:-1]}, FilesInside(root))
-        for record in records
+        reader.encode({**record, "conversations": turns}, FilesInside(root))
+        for record, (turns, _) in zip(records, pairs, strict=True)
     ]
     clock = ProgressBar(title, len(records))
     answers = answerer.answer(samples, Options(max_new_tokens=32), progress=clock)
-    hits = [is_right(r, answer.text) for r, answer in zip(records, answers, strict=True)]
+    hits = [
+        is_right(record, expected, answer.text)
+        for record, (_, expected), answer in zip(records, pairs, answers, strict=True)
+    ]
     score = {
         "samples": len(hits),
         "exact_match": sum(hits) / len(hits),
@@ -111,12 +115,9 @@ def _score(
     return score | ({"chance": sum(chances) / len(chances)} if chances else {})
 
 
-def is_right(record: dict[str, Any], text: str) -> bool:
-    """Whether `text` has the record's `ending`, or is its answer word for word."""
-    if "ending" in record:
-        return text.endswith(record["ending"])
-    answer = record["conversations"][-1]
-    return text == answer.get("value", answer.get("content"))
+def is_right(record: dict[str, Any], expected: str | None, text: str) -> bool:
+    """Whether `text` has the record's `ending`, or is the expected answer word for word."""
+    return text.endswith(record["ending"]) if "ending" in record else text == expected
 
 
 def _by_kind(records: list[dict[str, Any]], hits: list[bool]) -> dict[str, float]:

@@ -90,7 +90,7 @@ def tokenizer(args: argparse.Namespace) -> None:
     config = _config(model)
     from examples.mimo.data.tokenizer import load_tokenizer, train_tokenizer
 
-    texts = [text for file in args.text for text in _texts(file)]
+    texts = [text for file in args.text for text in _texts(file, config)]
     if not texts:
         raise ValueError(f"--text {' '.join(map(str, args.text))}: no text in it")
     content = train_tokenizer(texts, config, args.vocab_size)
@@ -104,15 +104,16 @@ def tokenizer(args: argparse.Namespace) -> None:
     command.log_line(f"{target}: {size:,} tokens, {trained}")
 
 
-def _texts(file: Path) -> Iterator[str]:
+def _texts(file: Path, config: MimoConfig) -> Iterator[str]:
     """The turns of the conversations in a .jsonl manifest, or the lines of any other file."""
     if file.suffix == ".jsonl":
-        from examples.mimo.data.conversation import errors_named, parse_turns
+        from examples.mimo.data.conversation import errors_named
         from examples.mimo.data.datasets import read_records
+        from examples.mimo.data.turns import conversation_of, parse_turns
 
         for number, record in enumerate(read_records(file), start=1):
             with errors_named(f"{file}, line {number}"):
-                turns = parse_turns(record.get("conversations"))
+                turns = parse_turns(conversation_of(record), config)
             yield from (turn.text for turn in turns)
         return
     try:

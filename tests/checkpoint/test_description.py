@@ -17,6 +17,8 @@ from examples.mimo.checkpoint.description import (
 )
 from examples.mimo.cli.overrides import with_fields
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+from examples.mimo.data.tokenizer import copy_tokenizer, load_tokenizer
+from tests.helpers import tokenizers
 
 
 @pytest.fixture
@@ -147,3 +149,29 @@ def test_a_broken_folder_is_named_with_the_flag_that_named_it(folder, break_it, 
     with pytest.raises(ValueError, match=r"^--from ") as error:
         open_checkpoint(folder, flag="--from")
     assert message in str(error.value)
+
+
+def test_a_field_that_is_younger_than_the_checkpoint_has_its_default(folder, tiny):
+    """Such as those of the chat template; a field of no default must be there."""
+    saved = json.loads((folder / FILE_NAME).read_text())
+    for name in ("start", "past_start", "system_turn"):
+        del saved["config"]["chat"][name]
+    del saved["config"]["modalities"]["images"]["encoder"]["max_tiles"]
+    (folder / FILE_NAME).write_text(json.dumps(saved))
+    assert open_checkpoint(folder).config == tiny
+    del saved["config"]["language"]["num_layers"]
+    (folder / FILE_NAME).write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"language has the fields .* use the package version"):
+        open_checkpoint(folder)
+
+
+def test_what_ends_an_answer_travels_with_the_tokenizer(tiny, tmp_path):
+    source = tokenizers.byte_level(tmp_path / "hf", tokenizers.QWEN3)
+    ends = {load_tokenizer(source).symbols[end] for end in ("<|endoftext|>", "<|im_end|>")}
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(ends)}))
+    save_description(tmp_path / "checkpoint", tiny, source)
+    copy_tokenizer(tmp_path / "checkpoint/tokenizer", tmp_path)
+    assert load_tokenizer(tmp_path).end_ids == ends
+    assert (tmp_path / "generation_config.json").read_bytes() == (
+        source / "generation_config.json"
+    ).read_bytes()

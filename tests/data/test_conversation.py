@@ -1,22 +1,32 @@
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 
 from examples.mimo.configs.schema import ChatTemplate
 from examples.mimo.data.conversation import (
     MediaPiece,
+    SampleEncoder,
     TextPiece,
-    Turn,
-    check_media,
-    parse_turns,
     to_pieces,
     tokenise,
 )
+from examples.mimo.data.tokenizer import TextEncoder
+from examples.mimo.data.turns import find_media, parse_turns
 
 
-def tokens_of(turns, counts, tiny, tokenizer):
-    return tokenise(to_pieces(turns, tiny), counts, tiny, tokenizer)
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def tokens_of(turns, counts, config, tokenizer):
+    pieces = to_pieces(parse_turns(turns, config), config)
+    return tokenise(pieces, counts, config, TextEncoder(tokenizer, config))
 
 
 def target_answers(tokens, tokenizer):
@@ -34,7 +44,7 @@ def target_answers(tokens, tokenizer):
 
 
 def test_placeholders_become_runs_of_their_items_length(tiny, tokenizer):
-    turns = [Turn(False, "a <image> b <audio><image>"), Turn(True, "c")]
+    turns = [human("a <image> b <audio><image>"), gpt("c")]
     tokens = tokens_of(turns, {"images": [3, 2], "audios": [4]}, tiny, tokenizer)
     image, audio = tiny.modalities["images"].token_id, tiny.modalities["audios"].token_id
     runs = [i for i in tokens.ids if i in (image, audio)]
@@ -42,7 +52,7 @@ def test_placeholders_become_runs_of_their_items_length(tiny, tokenizer):
 
 
 def test_labels_are_the_next_ids(tiny, tokenizer):
-    turns = [Turn(False, "<image>What?"), Turn(True, "seven")]
+    turns = [human("<image>What?"), gpt("seven")]
     tokens = tokens_of(turns, {"images": [2]}, tiny, tokenizer)
     assert tokens.labels[:-1] == tokens.ids[1:]
     assert tokens.loss_mask[-1] == 0
@@ -60,13 +70,13 @@ def test_targets_of_random_conversations_are_their_answers(tiny, tokenizer):
                     parts.insert(draw.randint(0, len(parts)), placeholder)
                     counts[name].append(draw.randint(1, 5))
             answers.append(draw.choice(words))
-            turns += [Turn(False, "".join(parts)), Turn(True, answers[-1])]
+            turns += [human("".join(parts)), gpt(answers[-1])]
         tokens = tokens_of(turns, counts, tiny, tokenizer)
         assert target_answers(tokens, tokenizer) == answers
 
 
 def test_an_answer_that_the_question_holds_too_is_a_target_once(tiny, tokenizer):
-    turns = [Turn(False, "seven or seven?"), Turn(True, "seven")]
+    turns = [human("seven or seven?"), gpt("seven")]
     tokens = tokens_of(turns, {}, tiny, tokenizer)
     assert target_answers(tokens, tokenizer) == ["seven"]
     assert sum(tokens.loss_mask) == len(tokenizer.encode("seven")) + 1
@@ -77,21 +87,92 @@ def test_an_answer_is_tokenised_apart_from_its_question(tiny, tokenizer):
     question, answer = "seven th", "ree"
     alone = tokenizer.encode(answer)
     assert tokenizer.encode(question + answer)[-len(alone) :] != alone
-    tokens = tokens_of([Turn(False, question), Turn(True, answer)], {}, config, tokenizer)
+    tokens = tokens_of([human(question), gpt(answer)], {}, config, tokenizer)
     assert target_answers(tokens, tokenizer) == [answer]
     assert tokens.ids[-len(alone) - 1 :] == [*alone, tokenizer.eos_id]
 
 
 def test_a_placeholder_in_an_answer_is_text(tiny, tokenizer):
-    pieces = to_pieces([Turn(False, "q"), Turn(True, "<image>")], tiny)
-    assert not any(isinstance(piece, MediaPiece) for piece in pieces)
-    tokens = tokenise(pieces, {}, tiny, tokenizer)
+    turns = parse_turns([human("q"), gpt("see <image>")], tiny)
+    assert not any(isinstance(piece, MediaPiece) for piece in to_pieces(turns, tiny))
+    tokens = tokens_of([human("q"), gpt("see <image>")], {}, tiny, tokenizer)
     assert tiny.modalities["images"].token_id not in tokens.ids
+    # Nothing of it is lost.
+    assert target_answers(tokens, tokenizer) == ["see <image>"]
 
 
-def test_from_value_and_role_content_are_the_same():
-    shapes = ({"from": "human", "value": "q"}, {"role": "user", "content": "q"})
-    assert parse_turns([shapes[0]]) == parse_turns([shapes[1]]) == [Turn(False, "q")]
+def test_shapes_of_a_turn_are_the_same(tiny):
+    text = [{"type": "text", "text": "q"}]
+    shapes = [
+        *({"from": "human", "value": "q"}, {"role": "user", "content": "q"}),
+        *({"from": "human", "value": text}, {"role": "user", "content": text}),
+    ]
+    first, *others = (parse_turns([shape], tiny) for shape in shapes)
+    assert [turn.parts for turn in first] == [("q",)]
+    assert all(other == first for other in others)
+
+
+def test_messages_is_another_name_of_conversations(tiny, tokenizer):
+    encoder = SampleEncoder(tiny, tokenizer, 128)
+    turns = [human("seven?"), gpt("seven")]
+    samples = [encoder.encode({name: turns}, str) for name in ("conversations", "messages")]
+    assert samples[0].tokens == samples[1].tokens
+
+
+def test_parts_and_placeholders_give_the_same_tokens(tiny, tokenizer):
+    counts = {"images": [3, 2], "audios": [4]}
+    parts = [
+        *({"type": "text", "text": "a "}, {"type": "image"}, {"type": "text", "text": " b "}),
+        *({"type": "audio"}, {"type": "image"}),
+    ]
+    in_parts = tokens_of([human(parts), gpt("c")], counts, tiny, tokenizer)
+    in_text = tokens_of([human("a <image> b <audio><image>"), gpt("c")], counts, tiny, tokenizer)
+    assert in_parts == in_text
+
+
+def test_in_parts_a_placeholder_is_a_word(tiny, tokenizer):
+    words = "What does <image> mean in <audio>?"
+    tokens = tokens_of([human([{"type": "text", "text": words}])], {}, tiny, tokenizer)
+    assert not {m.token_id for m in tiny.modalities.values()} & {*tokens.ids}
+    assert tokenizer.decode(tokens.ids) == f"{words}\n"
+
+
+def test_places_may_name_their_files_and_the_others_take_the_records(tiny):
+    turns = [
+        human(
+            [{"type": "image", "image": "a.png"}, {"type": "image"}, {"type": "text", "text": "?"}]
+        ),
+        gpt("no"),
+        human(
+            [{"type": "image_url", "image_url": {"url": "c.png"}}, {"type": "audio", "path": "d"}]
+        ),
+        gpt("yes"),
+        human("<image>and?"),
+    ]
+    record = {"images": ["b.png", "e.png"]}
+    media = find_media(parse_turns(turns, tiny), record, tiny, Path)
+    assert media == {
+        "images": [Path(name) for name in ("a.png", "b.png", "c.png", "e.png")],
+        "audios": [Path("d")],
+    }
+
+
+def test_a_system_turn_stands_in_the_place_of_the_templates_own(tiny):
+    chat = ChatTemplate(system="S", system_turn="[{}]", human="<{}>", start="A:", past_start="P:")
+    config = dataclasses.replace(tiny, chat=chat)
+
+    def text(*turns):
+        pieces = to_pieces(parse_turns(turns, config), config)
+        return "".join(p.text if isinstance(p, TextPiece) else "$" for p in pieces)
+
+    system = {"role": "system", "content": "be brief"}
+    assert text(human("q")) == "S<q>A:"
+    assert text(system, human("q")) == "[be brief]<q>A:"
+    assert text(system | {"content": ""}, human("q"), gpt("a")) == "[]<q>A:a$"
+    assert text(human("q"), gpt("a"), system | {"role": "developer"}, human("r")) == (
+        "S<q>P:a$[be brief]<r>A:"
+    )
+    assert text(human("q"), gpt("a"), human("r"), gpt("b")) == "S<q>P:a$<r>A:b$"
 
 
 @pytest.mark.parametrize(
@@ -100,29 +181,51 @@ def test_from_value_and_role_content_are_the_same():
         ([], "must be a list of turns"),
         ("text", "a turn must be an object"),
         ([{"from": "dog", "value": "woof"}], "from 'dog'"),
+        ([{"from": ["gpt"], "value": "woof"}], r"from \['gpt'\]"),
         ([{"from": "human", "value": " "}], "has no text"),
         ([{"from": "human"}], "has no text"),
+        ([{"from": "human", "value": []}], "has no text"),
+        ([{"role": "assistant", "content": None}], "from assistant has no text"),
+        ([{"from": "human", "value": 7}], "has no text, but 7; write a string or a list of parts"),
+        ([{"from": "human", "value": ["q"]}], "a part must be an object with a type, not 'q'"),
+        ([{"from": "human", "value": [{"type": "text"}]}], "must have text, not None"),
+        (
+            [{"from": "human", "value": [{"type": "smell"}]}],
+            "type 'smell'; tiny_avlm takes text, im",
+        ),
+        ([{"from": "human", "value": [{"type": {}}]}], "type {}; tiny_avlm takes text"),
+        ([{"from": "human", "value": [{"type": "image", "path": 3}]}], "must name its file, not 3"),
+        ([{"from": "gpt", "value": [{"type": "image"}]}], "an answer holds a part that is no text"),
     ],
 )
-def test_parse_turns_refuses(conversations, message):
+def test_parse_turns_refuses(tiny, conversations, message):
     with pytest.raises(ValueError, match=message):
-        parse_turns(conversations)
+        parse_turns(conversations, tiny)
 
 
 @pytest.mark.parametrize(("text", "files"), [("<image><image>", 1), ("none", 1), ("<image>", 0)])
 def test_placeholders_and_files_must_agree(tiny, text, files):
-    pieces = to_pieces([Turn(False, text)], tiny)
-    with pytest.raises(ValueError, match=rf"{text.count('<image>')} <image>.*{files}"):
-        check_media(pieces, {"images": ["f"] * files}, tiny)
+    turns = parse_turns([human(text)], tiny)
+    expected = (
+        rf"{text.count('<image>')} <image>.*{files} image files.*a list of parts, where <image>"
+    )
+    with pytest.raises(ValueError, match=expected):
+        find_media(turns, {"images": ["f"] * files}, tiny, Path)
 
 
-def test_a_turn_that_is_parsed_already_is_taken_as_it_is():
-    turns = [Turn(False, "q"), Turn(True, ""), {"role": "user", "content": "r"}]
-    assert parse_turns(turns) == [*turns[:2], Turn(False, "r")]
+def test_what_is_answered_may_have_empty_answers_and_files_without_a_place(tiny, tokenizer):
+    encoder = SampleEncoder(tiny, tokenizer, 128, answered=True)
+    turns = [human("q"), {"role": "assistant", "content": None}, human("r")]
+    ids = encoder.encode({"conversations": turns}, Path).tokens.ids
+    assert ids.count(tokenizer.eos_id) == 1
+    with pytest.raises(ValueError, match="a turn from assistant has no text"):
+        SampleEncoder(tiny, tokenizer, 128).encode({"conversations": turns}, Path)
 
 
-def test_text_around_the_turns_is_that_of_the_template(tiny):
+def test_text_around_the_turns_is_that_of_the_template():
     from examples.mimo.configs import get_model_config
 
-    pieces = to_pieces([Turn(False, "hi"), Turn(True, "yo")], get_model_config("llava_vlm"))
-    assert pieces[1:] == [TextPiece("USER: hi ASSISTANT:", False), TextPiece(" yo", True)]
+    config = get_model_config("llava_vlm")
+    pieces = to_pieces(parse_turns([human("hi"), gpt("yo")], config), config)
+    assert "".join(p.text for p in pieces[1:5]) == "USER: hi ASSISTANT:"
+    assert [(p.text, p.has_loss) for p in pieces[5:7]] == [(" ", True), ("yo", True)]

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
-from examples.mimo.data.conversation import FilesInside, SampleEncoder
+from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.data.datasets import ConversationDataset, read_records
 from examples.mimo.data.tokenizer import load_tokenizer
+from examples.mimo.data.turns import FilesInside
 from examples.mimo.modalities.files import Blob
 
 ANSWER = {"from": "gpt", "value": "a"}

@@ -21,8 +21,8 @@ from megatron.core import mpu
 
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.data.batch import collate
-from examples.mimo.data.conversation import FilesInside
 from examples.mimo.data.datasets import read_records
+from examples.mimo.data.turns import FilesInside
 from examples.mimo.generation.api import Mimo
 from examples.mimo.generation.engine import Engine, SequenceRequest
 from examples.mimo.generation.sampling import Options, Sampling
@@ -90,7 +90,7 @@ def without_a_cache(sample, steps):
 
 
 def cached(sample, steps):
-    engine = Engine(model.model, model.config, eos_id=-1)
+    engine = Engine(model.model, model.config, end_ids=())
     outputs = engine.start([SequenceRequest(0, sample, steps, logprobs=True, prompt_logprobs=True)])
     while engine.sequences:
         outputs += engine.step()

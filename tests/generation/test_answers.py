@@ -252,6 +252,7 @@ def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
 
 @pytest.mark.parametrize(("pad", "eos"), [(0, 3), (3, 3)])
 def test_what_may_not_be_said(tiny, pad, eos):
-    tokenizer = SimpleNamespace(size=500, pad_id=pad, eos_id=eos)
+    tokenizer = SimpleNamespace(size=500, pad_id=pad, end_ids={eos}, special={0, 3})
+    tokenizer.decode = str
     forbidden = forbidden_tokens(tokenizer, tiny)
     assert forbidden == {4, 5, *range(500, 512)} | ({0} if pad == 0 else set())

@@ -135,3 +135,23 @@ def test_files_without_a_placeholder_come_before_the_last_prompt(model, media):
     named = [*turns[:2], {"from": "human", "value": "<image>And this?"}]
     expected = model.encode({**record, "conversations": named}).tokens
     assert model.encode(record).tokens == expected
+
+
+def test_words_that_spell_a_placeholder_are_answered(model, media, command):
+    words = "What does <image> mean?"
+    parts = [{"type": "image"}, {"type": "text", "text": words}]
+    alone, seen = model.generate([parts[1:], parts], images=[[], [media / "white.png"]])
+    assert model.generate(words) == command("--prompt", words) == alone
+    assert model.generate(parts, images=[media / "white.png"]) == seen
+    record = {"conversations": [{"role": "user", "content": parts}]}
+    sample = model.encode({**record, "images": [media / "white.png"]})
+    assert model.tokenizer.decode(sample.tokens.ids).endswith(f">{words}\n")
+    # Where there are files, placeholders of a plain text are their places.
+    with pytest.raises(ValueError, match="1 <audio> in the text, but 0 audio files"):
+        model.generate("<image>What is <audio>?", images=[media / "white.png"])
+
+
+def test_a_system_turn_is_the_templates(model):
+    turns = [{"role": "system", "content": "Be <image> brief."}, {"role": "user", "content": "it"}]
+    ids = model.encode({"conversations": turns}).tokens.ids
+    assert model.tokenizer.decode(ids) == "Be <image> brief.\nit\n"

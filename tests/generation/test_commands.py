@@ -173,6 +173,33 @@ def test_bad_lines_are_answered_with_an_error_and_the_others_in_full(say, tmp_pa
     assert output.read_bytes() == before
 
 
+def test_the_answers_of_training_data_stand_beside_the_models(say, tmp_path, data_folder):
+    records = read_records(data_folder / "heldout.jsonl")[:3]
+    # Twelve turns, another name of the list, and text in parts.
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "seven?"}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "se"}, {"type": "text", "text": "v"}],
+        },
+    ]
+    lines = [*records, {"messages": messages * 6}, {"prompt": QUESTION}]
+    source = data_folder / "with_answers.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    say("--input", str(source), "--output", str(tmp_path / "out.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: row["line"])
+    expected = [record["conversations"][-1]["value"] for record in records]
+    assert [row.get("expected") for row in rows] == [*expected, "sev", None]
+    # As the same questions without an answer at their end.
+    asked = [{**record, "conversations": record["conversations"][:-1]} for record in records]
+    source.write_text("\n".join(map(json.dumps, asked)))
+    say("--input", str(source), "--output", str(tmp_path / "asked.jsonl"))
+    alone = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    answers = {row["line"]: row["answer"] for row in alone}
+    assert {row["line"]: row["answer"] for row in rows[:3]} == answers
+
+
 @pytest.mark.parametrize("content", ["250", '{"a": 1}\n', '{"line":1}', '{"line": 1}\n2'])
 def test_a_file_that_is_not_ours_stays_as_it_is(say, tmp_path, content):
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": QUESTION}))

@@ -58,7 +58,7 @@ def drain(engine, outputs):
 
 
 def answer(model, config, requests, **more):
-    engine = Engine(model, config, eos_id=-1, **more)
+    engine = Engine(model, config, end_ids=(), **more)
     return drain(engine, engine.start(requests))
 
 
@@ -89,7 +89,7 @@ def test_answers_together_are_those_of_each_alone(model, tiny):
 def test_sequences_join_later_and_are_stopped(model, tiny):
     requests = mixed_requests(tiny)
     whole = answer(model, tiny, requests)
-    engine = Engine(model, tiny, eos_id=-1)
+    engine = Engine(model, tiny, end_ids=())
     outputs = engine.start(requests[3:])
     outputs += engine.step()
     engine.stop(4)
@@ -134,7 +134,7 @@ def test_steps_that_are_replayed_choose_the_same_tokens(model, tiny, monkeypatch
     monkeypatch.setattr(engine_file, "DecodingGraphs", lambda of: DecodingGraphs(of, capture))
     requests = mixed_requests(tiny)
     expected = answer(model, tiny, requests[:3])
-    engine = Engine(model, tiny, eos_id=-1, cuda_graphs=True)
+    engine = Engine(model, tiny, end_ids=(), cuda_graphs=True)
     result = drain(engine, engine.start(requests[:3]))
     assert result == expected
     # Of 5, 8 and 11 tokens: three sequences decode, then two, then one, each captured once.
@@ -147,15 +147,19 @@ def test_steps_that_are_replayed_choose_the_same_tokens(model, tiny, monkeypatch
     assert captured[3:] == [(1, engine.cache.length)]
 
 
-def test_the_end_token_ends_a_sequence(model, tiny):
+def test_any_of_the_end_tokens_ends_a_sequence(model, tiny):
     requests = mixed_requests(tiny)[:4]
     whole = answer(model, tiny, requests)
-    eos = whole[3][6]
-    engine = Engine(model, tiny, eos_id=eos)
+    ends = {whole[3][6], whole[0][-2]}
+    engine = Engine(model, tiny, end_ids=ends)
     result = drain(engine, engine.start(requests))
-    cut = {n: of[: of.index(eos) + 1] if eos in of else of for n, of in whole.items()}
+    cut = {}
+    for number, tokens in whole.items():
+        places = [tokens.index(end) for end in ends if end in tokens]
+        cut[number] = tokens[: min(places, default=len(tokens)) + 1]
     assert result == cut
     assert len(result[3]) <= 7
+    assert len(result[0]) < len(whole[0])
 
 
 class Watch:
@@ -187,7 +191,7 @@ def questions(config):
 def test_a_second_question_about_the_same_media_reuses_the_prefix(model, tiny, monkeypatch):
     first, second, _ = questions(tiny)
     expected = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
-    engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
+    engine = Engine(model, tiny, end_ids=(), prefix_cache=2)
     drain(engine, engine.start([SequenceRequest(0, first, 6)]))
     watch = Watch(engine, monkeypatch)
     # Log-probabilities of the answer are no reason to work through the prompt.
@@ -201,7 +205,7 @@ def test_a_second_question_about_the_same_media_reuses_the_prefix(model, tiny, m
 def test_questions_prefilled_together_share_the_prefix(model, tiny, monkeypatch):
     requests = [SequenceRequest(n, s, 6) for n, s in enumerate(questions(tiny))]
     expected = answer(model, tiny, requests)
-    engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
+    engine = Engine(model, tiny, end_ids=(), prefix_cache=2)
     watch = Watch(engine, monkeypatch)
     assert drain(engine, engine.start(requests)) == expected
     assert watch.encoded == ["images", "audios"]
@@ -211,7 +215,7 @@ def test_questions_prefilled_together_share_the_prefix(model, tiny, monkeypatch)
 
 def test_a_conversation_reuses_its_earlier_turns(model, tiny, monkeypatch):
     first = sample(tiny, [("images", 1), words(30, 1)])
-    engine = Engine(model, tiny, eos_id=-1, prefix_cache=1)
+    engine = Engine(model, tiny, end_ids=(), prefix_cache=1)
     said = drain(engine, engine.start([SequenceRequest(0, first, 6)]))[0]
     second = sample(tiny, [("images", 1), words(30, 1) + said + words(4, 9)])
     expected = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
@@ -223,7 +227,7 @@ def test_a_conversation_reuses_its_earlier_turns(model, tiny, monkeypatch):
 
 
 def test_another_picture_is_not_reused(model, tiny, monkeypatch):
-    engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
+    engine = Engine(model, tiny, end_ids=(), prefix_cache=2)
     drain(
         engine, engine.start([SequenceRequest(0, sample(tiny, [words(40, 1), ("images", 1)]), 3)])
     )
@@ -238,7 +242,7 @@ def test_another_picture_is_not_reused(model, tiny, monkeypatch):
 def test_a_prompt_that_broke_off_is_not_reused(model, tiny, monkeypatch):
     first, second, _ = questions(tiny)
     expected = answer(model, tiny, [SequenceRequest(1, second, 6)])[1]
-    engine = Engine(model, tiny, eos_id=-1, prefix_cache=2)
+    engine = Engine(model, tiny, end_ids=(), prefix_cache=2)
 
     def broken(*inputs):
         raise KeyboardInterrupt

@@ -4,7 +4,9 @@ import random
 
 import pytest
 
+from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.generation.scheduler import TextStream
+from tests.helpers import tokenizers
 
 
 class Bytes:
@@ -64,3 +66,58 @@ def test_pieces_make_the_text_whatever_it_is():
         shown, stream = feed(text, stops)
         ends = [place for stop in stops if (place := text.find(stop)) >= 0]
         assert "".join(shown) == stream.text == text[: min(ends, default=len(text))]
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it is asked to decode."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoded = tokenizer, 0
+
+    def decode(self, ids):
+        self.decoded += len(ids)
+        return self.tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def tokenizers_of_all_kinds(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    folders = [
+        tokenizers.byte_level(folder / "bytes", tokenizers.QWEN3),
+        tokenizers.metaspace(folder / "first", tokenizers.VICUNA, "first"),
+        tokenizers.metaspace(folder / "always", tokenizers.VICUNA, "always"),
+    ]
+    return [tokenizer, *map(load_tokenizer, folders)]
+
+
+def test_any_tokens_give_the_text_of_all_of_them(tokenizers_of_all_kinds):
+    numbers = random.Random(0)
+    for tokenizer in tokenizers_of_all_kinds:
+        texts = ["Größe 漢字 it is  a cat\n\n😀🧑‍🚀!", " leading", "a", "  "]
+        written = [tokenizer.encode(text) for text in texts]
+        # Hugging Face's byte fallback replaces all of a run of bytes when one of them is wrong,
+        # those too that were a character before it came.
+        falls_back = "ByteFallback" in getattr(tokenizer, "decoder", "")
+        ids = [i for i in range(tokenizer.size) if not falls_back or tokenizer.token_bytes(i)[1:]]
+        drawn = [numbers.choices(ids, k=numbers.randrange(40)) for _ in range(100)]
+        for ids in written + drawn:
+            stream = TextStream(tokenizer)
+            shown = "".join(stream.add(token) for token in ids) + stream.finish()
+            assert shown == stream.text == tokenizer.decode(ids)
+
+
+def test_a_token_costs_as_much_at_the_end_of_a_long_answer_as_at_its_beginning(
+    tokenizers_of_all_kinds,
+):
+    for tokenizer in tokenizers_of_all_kinds:
+        ids = tokenizer.encode("it is a cat, 漢字 😀 and I hear  a dog! " * 400)[:4000]
+        for stops in ((), ("no such text", "cat,x")):
+            counting = Counting(tokenizer)
+            stream = TextStream(counting, stops)
+            for token in ids:
+                stream.add(token)
+            halfway = counting.decoded
+            # A window is two steps, of a character's tokens each at most, and decoded twice.
+            assert halfway < 8 * len(ids)
+            stream.finish()
+            assert counting.decoded == halfway + len(ids)

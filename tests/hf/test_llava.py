@@ -94,7 +94,7 @@ def test_twenty_greedy_tokens(llava):
     tokens = TokenSequence(ids[0].tolist(), [], [])
     sample = Sample("llava", tokens, {"images": [{"pixel_values": pixels}]}, {"images": ["drawn"]})
     config = open_checkpoint(folder / "ours").config
-    engine = Engine(ours, config, eos_id=-1, forbidden=range(120, 128))
+    engine = Engine(ours, config, end_ids=(), forbidden=range(120, 128))
     outputs = engine.start([SequenceRequest(0, sample, max_new_tokens=20)])
     while engine.sequences:
         outputs += engine.step()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.data.batch import collate
-from examples.mimo.data.conversation import SampleEncoder, Turn
+from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.modalities.files import fit_picture, grid_of_tiles
 from examples.mimo.modalities.video import read_frames
 from examples.mimo.planner.pipeline import num_inputs
@@ -118,7 +118,10 @@ def test_placeholders_of_long_inputs_are_counted(tiny, tokenizer, whisper, vit, 
     config = dataclasses.replace(tiny, modalities={"images": images, "audios": audios})
     soundfile.write(tmp_path / "a.wav", np.full(3 * RATE, 0.1), RATE)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    turns = [Turn(False, "<image><audio>?"), Turn(True, "yes")]
+    turns = [
+        {"role": "user", "content": "<image><audio>?"},
+        {"role": "assistant", "content": "yes"},
+    ]
     files = {"images": [tmp_path / "a.png"], "audios": [tmp_path / "a.wav"]}
     sample = SampleEncoder(config, tokenizer, 256).encode({"conversations": turns, **files}, None)
     assert sample.tokens.ids.count(4) == 5 * 16

@@ -6,6 +6,7 @@ Apart from `cli/arguments.py`, so that `--help` imports neither torch nor Megatr
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,20 @@ def refuse_idle_flags(args: argparse.Namespace, config: Any, argv: Sequence[str]
             f"--data-path {' '.join(args.data_path)}: one folder, or one mixture of folders, is "
             "read; write a mixture to train on several"
         )
+    if args.wandb_project:
+        _check_wandb(args)
+
+
+def _check_wandb(args: argparse.Namespace) -> None:
+    """ValueError, before anything is loaded, for what Megatron misses on the last rank alone."""
+    if not args.wandb_exp_name:
+        raise ValueError(f"--wandb-project {args.wandb_project} needs --wandb-exp-name NAME")
+    if not (args.wandb_save_dir or args.save):
+        raise ValueError(
+            f"--wandb-project {args.wandb_project} needs a folder: add --save or --wandb-save-dir"
+        )
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb-project {args.wandb_project} needs wandb: pip install wandb")
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

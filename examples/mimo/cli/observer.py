@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.utils import unwrap_model
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from examples.mimo.checkpoint.loading import CHECKPOINT_ERRORS, reason, schedule_mismatch
 from examples.mimo.cli import command
@@ -28,7 +29,7 @@ from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import BadSample, BadSampleCount
 from examples.mimo.parallel.placement import LANGUAGE
-from examples.mimo.training.layout import module_of_rank
+from examples.mimo.training.layout import module_of_rank, rank_groups
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 # What gloo and NCCL say when the other side of a connection is gone.
@@ -142,6 +143,30 @@ class ProgressTable:
         print(" ".join(padded), file=sys.stderr, flush=True)
 
 
+def _tracked(
+    args: argparse.Namespace,
+    loss_dict: dict[str, torch.Tensor],
+    lr: float | None,
+    grad_norm: Any,
+    totals: IterationTotals,
+) -> dict[str, float]:
+    """What the progress table shows of one iteration, by the names that trackers give it."""
+    if not (args.tensorboard_dir or args.wandb_project):
+        return {}  # a loss on the GPU is not waited for without need
+    seconds = max(totals.seconds, 1e-9)
+    values = {name: float(loss) for name, loss in loss_dict.items()}
+    values |= {} if lr is None else {"learning-rate": float(lr)}
+    values |= {} if grad_norm is None else {"grad-norm": float(grad_norm)}
+    return values | {
+        "samples per second": args.global_batch_size / seconds,
+        "tokens per second": totals.tokens / seconds,
+        "padding": 1 - totals.tokens / totals.slots if totals.slots else 0.0,
+        "data wait": totals.wait_seconds / seconds,
+        "bad samples": float(totals.bad_samples),
+        **{f"items/{name}": float(count) for name, count in totals.items.items()},
+    }
+
+
 @dataclass
 class BatchCounts:
     """What the micro-batches of the current iteration held on this rank."""
@@ -210,6 +235,7 @@ class RunObserver:
                 f"--data-path {self.args.data_path[0]}: {totals.bad_samples} samples could not be "
                 f"read, more than --max-bad-samples {self.args.max_bad_samples}{last}"
             )
+        self._track(iteration, _tracked(self.args, loss_dict, lr, grad_norm, totals), loss_dict)
         if not self._is_logging_rank():
             return
         if totals.bad_samples > self.bad_samples_reported:
@@ -228,14 +254,40 @@ class RunObserver:
 
     def evaluated(self, scores: dict[str, Any] | None) -> None:
         """Show the scores on held-out samples; the ranks without the loss have none."""
-        if not scores or not self._is_logging_rank():
-            return
-        values = {name: float(score) for name, score in scores.items()}
+        values = {name: float(score) for name, score in (scores or {}).items()}
         # The evaluation after the last iteration comes when Megatron has left its loop.
         iteration = max(self.args.curr_iteration + 1, self.args.iteration)
+        self._track(iteration, {f"held out/{name}": value for name, value in values.items()})
+        if not values or not self._is_logging_rank():
+            return
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         command.log_line(f"  held out after {iteration} iterations: {text}")
         self.table.append_metrics({"iteration": iteration, "validation": values})
+
+    def _track(
+        self, iteration: int, values: dict[str, float], megatrons: Collection[str] = ()
+    ) -> None:
+        """Write `values` to TensorBoard and to Weights & Biases, whichever is asked for.
+
+        Megatron opens both on the last rank, and with TensorBoard writes some values itself: the
+        losses `megatrons`, learning rate and gradient norm. Every rank must call this.
+        """
+        args = self.args
+        if not (args.tensorboard_dir or args.wandb_project):
+            return
+        if module_of_rank(args) is not None:
+            # The last rank may hold an encoder, and then knows neither losses nor scores.
+            held = [values]
+            dist.broadcast_object_list(held, src=rank_groups(args)[-1].ranks[0])
+            values = held[0]
+        writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+        if writer:
+            written = {*megatrons, "learning-rate", "grad-norm"}
+            values = {name: value for name, value in values.items() if name not in written}
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+        if wandb:
+            wandb.log(values, iteration)
 
     @contextlib.contextmanager
     def explains_errors(self) -> Iterator[None]:

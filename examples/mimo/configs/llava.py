@@ -53,7 +53,9 @@ def llava_vlm() -> MimoConfig:
         chat=ChatTemplate(
             system="A chat between a curious human and an artificial intelligence assistant. "
             "The assistant gives helpful, detailed, and polite answers to the human's questions. ",
-            human="USER: {} ASSISTANT:",
+            system_turn="{} ",
+            human="USER: {} ",
+            start="ASSISTANT:",
             answer=" {}",
         ),
         prompt="Describe what you see and hear.",

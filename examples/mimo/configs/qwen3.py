@@ -68,9 +68,11 @@ def qwen3_avlm() -> MimoConfig:
             ),
         },
         chat=ChatTemplate(
-            system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-            human="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-            answer="{}",
+            system_turn="<|im_start|>system\n{}<|im_end|>\n",
+            human="<|im_start|>user\n{}<|im_end|>\n",
+            # As Qwen's own template with enable_thinking=False.
+            start="<|im_start|>assistant\n<think>\n\n</think>\n\n",
+            past_start="<|im_start|>assistant\n",
             between="\n",
         ),
         prompt="Describe what you see and hear.",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Names that mean something else where modalities are told apart by name: a part of the model,
 # Megatron's word for the text embeddings, and the fields of a data record.
-RESERVED_NAMES = ("language", "text", "key", "conversations")
+RESERVED_NAMES = ("language", "text", "key", "conversations", "messages")
 
 # Metadata of fields that two runs of one model may choose differently: no weight depends on them.
 FREE = {"shapes_weights": False}
@@ -84,22 +84,36 @@ class ModalityConfig:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The text around the turns of a conversation; `{}` is where the turn goes.
+    """The text around the turns of a conversation; `{}` is where a turn's own text goes.
 
-    `between` follows an answer's end-of-text token when another turn comes.
+    `system` begins a conversation that has no system turn of its own, `system_turn` stands around
+    one. `start` begins an answer: a prompt ends with it. Before earlier answers stands `past_start`
+    where that is not None. `between` follows an answer's end-of-text token when another turn comes.
     """
 
     system: str = ""
     human: str = "{}\n"
     answer: str = "{}"
     between: str = ""
+    system_turn: str = "{}\n"
+    start: str = ""
+    past_start: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("human", "answer"):
+        for name in ("human", "answer", "system_turn"):
             if getattr(self, name).count("{}") != 1:
                 raise ValueError(
                     f"chat template: {name}={getattr(self, name)!r} must hold {{}} exactly once"
                 )
+
+    def around(self, role: str) -> list[str]:
+        """The text before and after a turn of `role`: system, user or assistant."""
+        turns = {"system": self.system_turn, "user": self.human, "assistant": self.answer}
+        return turns[role].split("{}")
+
+    def answer_start(self, is_last: bool) -> str:
+        """The text that begins the last answer of a conversation, or an earlier one."""
+        return self.start if is_last or self.past_start is None else self.past_start
 
 
 @dataclass(frozen=True)

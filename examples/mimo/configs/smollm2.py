@@ -77,8 +77,9 @@ def smollm2_avlm() -> MimoConfig:
         chat=ChatTemplate(
             system="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
             "Hugging Face<|im_end|>\n",
-            human="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-            answer="{}",
+            system_turn="<|im_start|>system\n{}<|im_end|>\n",
+            human="<|im_start|>user\n{}<|im_end|>\n",
+            start="<|im_start|>assistant\n",
             between="\n",
         ),
         prompt="What do you see and hear?",

@@ -1,49 +1,52 @@
 """Turns conversations with media into samples: token ids, labels, loss mask, encoder inputs.
 
 `SampleEncoder.encode` is the only path: training, evaluation and inference all call it. A
-conversation is cut into pieces: text with loss, text without, and media items. Labels come from the
-pieces; nothing searches for an answer in the ids. Only the template and the pieces make control
-tokens and placeholders: what a person typed never does.
+conversation is cut into pieces: the template's text, what people said, and media items. Labels come
+from the pieces; nothing searches for an answer in the ids. Only the template and the pieces make
+control tokens and placeholders: what a person typed never does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.tokenizer import Tokenizer, free_id_hint, is_ordinary_token
-from examples.mimo.modalities.files import Blob, Source
-
-HUMAN_ROLES = ("human", "user")
-ANSWER_ROLES = ("gpt", "assistant")
+from examples.mimo.data.tokenizer import (
+    TextEncoder,
+    Tokenizer,
+    free_id_hint,
+    is_ordinary_token,
+)
+from examples.mimo.data.turns import (
+    ASSISTANT,
+    SYSTEM,
+    FindFile,
+    MediaPlace,
+    Turn,
+    conversation_of,
+    find_media,
+    parse_turns,
+    with_leading_places,
+)
 
 EncoderInputs = dict[str, torch.Tensor]
-# From the name of a file in a record to the file; ValueError where there is none.
-FindFile = Callable[[str], Source]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one side said; a human's text may hold placeholders."""
-
-    is_answer: bool
-    text: str
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text, and whether the model is trained to say it."""
+    """Text of the template or of people, and whether the model is trained to say it."""
 
     text: str
-    has_loss: bool
+    has_loss: bool = False
+    is_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,12 @@ class MediaPiece:
     index: int
 
 
-Piece = TextPiece | MediaPiece
+@dataclass(frozen=True)
+class EndPiece:
+    """The end-of-text token behind an answer, which the model is trained to say."""
+
+
+Piece = TextPiece | MediaPiece | EndPiece
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,8 @@ class SampleEncoder:
 
     `seq_length` is the most tokens of a sample. `augment` varies the media where `encode` is given
     a generator; `blank` names modalities whose content is wiped out, to measure how much the model
-    uses it. ValueError for a tokenizer that does not fit the model.
+    uses it. Records that are `answered` end with a question: files that have no place go in front
+    of it, and earlier answers may be empty. ValueError for a tokenizer that does not fit the model.
     """
 
     config: MimoConfig
@@ -112,6 +121,7 @@ class SampleEncoder:
     seq_length: int
     augment: bool = False
     blank: Collection[str] = ()
+    answered: bool = False
 
     def __post_init__(self) -> None:
         name, size = self.config.name, self.config.language.vocab_size
@@ -137,6 +147,11 @@ class SampleEncoder:
                 f"--hf-assign-unused-tokens {placeholder},ID, or the tokenizer of the model"
             )
 
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The tokenizer, with this model's control tokens."""
+        return TextEncoder(self.tokenizer, self.config)
+
     def encode(
         self,
         record: Mapping[str, Any],
@@ -144,7 +159,7 @@ class SampleEncoder:
         generator: np.random.Generator | None = None,
         name: str = "the prompt",
     ) -> Sample:
-        """The sample of `{"key": ..., "conversations": [...], MODALITY: [files]}`.
+        """The sample of `{"key": ..., "conversations": [...], MODALITY: [files]}`; see `turns.py`.
 
         A media item is a file's name, which `find_file` resolves, or a `Source`. The last turn may
         be a question. Every error is a ValueError of one line that begins with the sample's key,
@@ -154,9 +169,10 @@ class SampleEncoder:
         key = record.get("key")
         where = name if key is None else f"sample {key}"
         with errors_named(where):
-            pieces = to_pieces(parse_turns(record.get("conversations")), self.config)
-            sources = find_media(record, self.config, find_file)
-            check_media(pieces, sources, self.config)
+            turns = parse_turns(conversation_of(record), self.config, self.answered)
+            if self.answered:
+                turns = with_leading_places(turns, record, self.config)
+            sources = find_media(turns, record, self.config, find_file)
 
         media: dict[str, list[EncoderInputs]] = {}
         num_tokens: dict[str, list[int]] = {}
@@ -176,7 +192,8 @@ class SampleEncoder:
                 self._check_length(sum(map(sum, num_tokens.values())), num_tokens, where)
 
         with errors_named(where):
-            tokens = tokenise(pieces, num_tokens, self.config, self.tokenizer)
+            pieces = to_pieces(turns, self.config)
+            tokens = tokenise(pieces, num_tokens, self.config, self.text_encoder)
         self._check_length(len(tokens.ids), num_tokens, where)
         names = {modality: [str(file) for file in sources[modality]] for modality in media}
         return Sample(name if key is None else str(key), tokens, media, names)
@@ -209,136 +226,83 @@ def errors_named(where: str, drop: str = "") -> Iterator[None]:
         raise ValueError(f"{where}: {reason}") from error
 
 
-def parse_turns(conversations: object) -> list[Turn]:
-    """Turns from `[{"from": "human", "value": ...}, ...]` or role/content pairs.
-
-    A `Turn` is taken as it is; only such a one may be empty, as an answer of a chat can be.
-    """
-    if not isinstance(conversations, Sequence) or not conversations:
-        raise ValueError("conversations must be a list of turns, and not empty")
-    turns = []
-    for turn in conversations:
-        if isinstance(turn, Turn):
-            turns.append(turn)
-            continue
-        if not isinstance(turn, Mapping):
-            raise ValueError("a turn must be an object with 'from' and 'value'")
-        role = turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content"))
-        if role not in HUMAN_ROLES + ANSWER_ROLES:
-            raise ValueError(f"a turn is from {role!r}; known are {HUMAN_ROLES + ANSWER_ROLES}")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"a turn from {role} has no text")
-        turns.append(Turn(is_answer=role in ANSWER_ROLES, text=text))
-    return turns
-
-
 def to_pieces(turns: Sequence[Turn], config: MimoConfig) -> list[Piece]:
-    """The turns in the config's chat template, cut at the placeholders.
-
-    Placeholders count in human turns only; in an answer they are plain text.
-    """
-    names = {modality.placeholder: name for name, modality in config.modalities.items()}
-    # Split with a group keeps what it splits at; "(?!)" matches nowhere.
-    pattern = f"({'|'.join(map(re.escape, names)) or '(?!)'})"
-    counts = dict.fromkeys(config.modalities, 0)
+    """The turns in the config's chat template; after a question, with what begins an answer."""
+    chat, counts = config.chat, dict.fromkeys(config.modalities, 0)
     pieces: list[Piece] = []
-    if config.chat.system:
-        pieces.append(TextPiece(config.chat.system, has_loss=False))
+
+    def add(text: str, has_loss: bool = False, is_template: bool = True) -> None:
+        if text:
+            pieces.append(TextPiece(text, has_loss, is_template))
+
+    add("" if turns[0].role == SYSTEM else chat.system)
     for number, turn in enumerate(turns):
-        if config.chat.between and number and turns[number - 1].is_answer:
-            pieces.append(TextPiece(config.chat.between, has_loss=False))
-        before, after = (config.chat.answer if turn.is_answer else config.chat.human).split("{}")
-        text = before + turn.text + after
-        if turn.is_answer:
-            pieces.append(TextPiece(text, has_loss=True))
-            continue
-        for part in re.split(pattern, text):
-            if part in names:
-                name = names[part]
-                pieces.append(MediaPiece(name, counts[name]))
-                counts[name] += 1
-            elif part:
-                pieces.append(TextPiece(part, has_loss=False))
+        is_answer, is_last = turn.role == ASSISTANT, number == len(turns) - 1
+        if number and turns[number - 1].role == ASSISTANT:
+            add(chat.between)
+        if is_answer:
+            add(chat.answer_start(is_last))
+        before, after = chat.around(turn.role)
+        add(before, is_answer)
+        for part in turn.parts:
+            if isinstance(part, MediaPlace):
+                pieces.append(MediaPiece(part.modality, counts[part.modality]))
+                counts[part.modality] += 1
+            else:
+                add(part, is_answer, is_template=False)
+        add(after, is_answer)
+        if is_answer:
+            pieces.append(EndPiece())
+    if turns[-1].role != ASSISTANT:
+        add(chat.answer_start(is_last=True))
     return pieces
-
-
-def refuse_other_modalities(record: Mapping[str, Any], config: MimoConfig) -> None:
-    """ValueError for files of a modality that `config` lacks."""
-    for name, items in record.items():
-        is_media = isinstance(items, list) and items and isinstance(items[0], (str, Path, Blob))
-        if is_media and name not in config.modalities:
-            raise ValueError(
-                f"holds {name}, but {config.name} takes "
-                f"{', '.join(config.modalities) or 'text only'}; choose another model or other data"
-            )
-
-
-def find_media(
-    record: Mapping[str, Any], config: MimoConfig, find_file: FindFile
-) -> dict[str, list[Source]]:
-    """Modality -> the files of its items; ValueError for a modality that `config` lacks."""
-    refuse_other_modalities(record, config)
-    media = {}
-    for name in config.modalities:
-        items = record.get(name, [])
-        if not isinstance(items, list) or not all(isinstance(i, (str, Path, Blob)) for i in items):
-            raise ValueError(f"{name} must be a list of file names, not {items!r}")
-        media[name] = [find_file(item) if isinstance(item, str) else item for item in items]
-    return media
-
-
-def check_media(
-    pieces: Sequence[Piece], media: Mapping[str, Sequence[object]], config: MimoConfig
-) -> None:
-    """ValueError unless every item has a placeholder and every placeholder an item."""
-    for name, modality in config.modalities.items():
-        num_placeholders = sum(isinstance(p, MediaPiece) and p.modality == name for p in pieces)
-        num_items = len(media.get(name, ()))
-        if num_placeholders != num_items:
-            raise ValueError(
-                f"{num_placeholders} {modality.placeholder} in the text, but {num_items} "
-                f"{modality.singular} files; give one file for each placeholder"
-            )
 
 
 def tokenise(
     pieces: Sequence[Piece],
     num_tokens: Mapping[str, Sequence[int]],
     config: MimoConfig,
-    tokenizer: Tokenizer,
+    encoder: TextEncoder,
 ) -> TokenSequence:
     """The tokens of a conversation; `num_tokens[modality][i]` is what item i takes.
 
     An answer ends with the end-of-text token, which is a target too. The last token has no
-    successor, so its label is padding without loss.
+    successor, so its label is 0 without loss.
     """
-    placeholder_ids = {modality.token_id for modality in config.modalities.values()}
-    ids = [tokenizer.bos_id] if config.add_bos and tokenizer.bos_id >= 0 else []  # -1: it has none
+    bos_id = encoder.tokenizer.bos_id
+    ids = [bos_id] if config.add_bos and bos_id >= 0 else []  # -1: it has none
     is_target = [0] * len(ids)
+    goes_on = False
+    # Text between two tokens is encoded as a whole, whoever wrote it, as words may cross the seam.
+    # An answer is encoded apart from its question, which is all that the model will be given.
+    runs = _runs(pieces, num_tokens, config, encoder)
+    for (is_text, has_loss), run in groupby(runs, key=lambda r: (isinstance(r[0], str), r[1])):
+        parts = [part for part, _ in run]
+        if is_text:
+            ids += encoder.encode("".join(parts), goes_on)
+        else:
+            ids += [token_id for part in parts for token_id in part]
+        goes_on = is_text or not encoder.restarts
+        is_target += [int(has_loss)] * (len(ids) - len(is_target))
+    # Both are shifted: the loss of a token is taken where it is predicted, one place earlier.
+    return TokenSequence(ids, [*ids[1:], 0], [*is_target[1:], 0])
+
+
+def _runs(
+    pieces: Sequence[Piece],
+    num_tokens: Mapping[str, Sequence[int]],
+    config: MimoConfig,
+    encoder: TextEncoder,
+) -> Iterator[tuple[Any, bool]]:
+    """Plain text, or the ids of control tokens and media, each with whether it carries loss."""
     for piece in pieces:
         if isinstance(piece, MediaPiece):
             token_id = config.modalities[piece.modality].token_id
-            ids += [token_id] * num_tokens[piece.modality][piece.index]
+            yield [token_id] * num_tokens[piece.modality][piece.index], False
+        elif isinstance(piece, EndPiece):
+            yield [encoder.tokenizer.eos_id], True
+        elif piece.is_template:
+            for part in encoder.split(piece.text):
+                yield part if isinstance(part, str) else [part], piece.has_loss
         else:
-            # Text may spell a placeholder, in an answer say; as an id it would ask for an item.
-            ids += [i for i in tokenizer.encode(piece.text) if i not in placeholder_ids]
-            if piece.has_loss:
-                ids.append(tokenizer.eos_id)
-        has_loss = isinstance(piece, TextPiece) and piece.has_loss
-        is_target += [int(has_loss)] * (len(ids) - len(is_target))
-    # Both are shifted: the loss of a token is taken where it is predicted, one place earlier.
-    return TokenSequence(ids, [*ids[1:], tokenizer.pad_id], [*is_target[1:], 0])
-
-
-@dataclass(frozen=True)
-class FilesInside:
-    """Finds files under `root`; ValueError for one that lies elsewhere."""
-
-    root: Path
-
-    def __call__(self, name: str) -> Path:
-        path = (self.root / name).resolve()  # a link may lead out of the folder
-        if not path.is_relative_to(self.root.resolve()):
-            raise ValueError(f"{path} lies outside the data folder {self.root}")
-        return path
+            yield piece.text, piece.has_loss

@@ -15,13 +15,12 @@ import torch
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import (
     BadSample,
-    FilesInside,
     Sample,
     SampleEncoder,
     TokenSequence,
     errors_named,
-    refuse_other_modalities,
 )
+from examples.mimo.data.turns import FilesInside, refuse_other_modalities
 from examples.mimo.modalities.files import json_lines
 
 

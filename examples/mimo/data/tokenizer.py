@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,22 +15,32 @@ from examples.mimo.configs.schema import MimoConfig
 
 
 class Tokenizer(Protocol):
-    """What the data path and generation need of a tokenizer; without a begin token it is -1."""
+    """What the data path and generation need of a tokenizer; a token that it lacks is -1.
+
+    Any of `end_ids` ends an answer; `eos_id`, one of them, ends an answer in training. `symbols`
+    are the tokens that are found in a text as they are spelled, before it is cut into words;
+    those of them in `special` are never text.
+    """
 
     bos_id: int
     eos_id: int
     pad_id: int
+    end_ids: frozenset[int]
     size: int
+    symbols: dict[str, int]
+    special: frozenset[int]
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class SentencePieceTokenizer:
-    """A `tokenizer.model`; text is encoded as it is, without a space put before it."""
+    """A `tokenizer.model`."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -36,8 +48,18 @@ class SentencePieceTokenizer:
             raise ValueError(f"{path}: not a SentencePiece model") from None
         self.bos_id = self.model.bos_id()
         self.eos_id = self.model.eos_id()
-        self.pad_id = max(self.model.pad_id(), 0)
+        self.pad_id = self.model.pad_id()
+        self.end_ids = end_ids(path.parent, self.eos_id, self.model.vocab_size())
         self.size = self.model.vocab_size()
+        pieces = ModelProto.FromString(self.model.serialized_model_proto()).pieces
+        kinds = {number: piece.type for number, piece in enumerate(pieces)}
+        piece_type = ModelProto.SentencePiece
+        self.special = frozenset(i for i, kind in kinds.items() if kind == piece_type.CONTROL)
+        self.symbols = {
+            pieces[number].piece: number
+            for number, kind in kinds.items()
+            if kind in (piece_type.CONTROL, piece_type.USER_DEFINED)
+        }
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; no begin or end token. ValueError for an unpaired surrogate."""
@@ -47,6 +69,15 @@ class SentencePieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control tokens vanish."""
         return self.model.decode(ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of what a token adds to a text; a word's includes the space before it."""
+        piece = self.model.id_to_piece(token_id)
+        if self.model.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)])
+        if self.model.is_control(token_id) or self.model.is_unknown(token_id):
+            return self.model.decode([token_id]).encode()
+        return piece.replace("\u2581", " ").encode()
 
 
 class HuggingFaceTokenizer:
@@ -58,10 +89,20 @@ class HuggingFaceTokenizer:
         self.model: Any = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-        self.bos_id = -1 if self.model.bos_token_id is None else self.model.bos_token_id
-        self.eos_id = self.model.eos_token_id
-        self.pad_id = self.model.pad_token_id or 0
-        self.size = len(self.model)
+        # Ids may have gaps, which makes the largest one larger than their number.
+        self.size = max(len(self.model), 1 + max(self.model.get_vocab().values(), default=-1))
+        self.bos_id = _id_or_none(self.model.bos_token_id)
+        self.end_ids = end_ids(path, _id_or_none(self.model.eos_token_id), self.size)
+        self.eos_id = _id_or_none(self.model.eos_token_id)
+        if self.eos_id < 0:
+            self.eos_id = min(self.end_ids, default=-1)
+        self.pad_id = _id_or_none(self.model.pad_token_id)
+        added = self.model.added_tokens_decoder
+        self.symbols = {token.content: token_id for token_id, token in added.items()}
+        self.special = frozenset(token_id for token_id, token in added.items() if token.special)
+        # The kind of decoder says how a token spells its bytes; JSON is its only description.
+        decoder = self.model.backend_tokenizer.decoder
+        self.decoder = bytes(decoder.__getstate__()).decode() if decoder else ""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; no begin or end token. ValueError for an unpaired surrogate."""
@@ -71,6 +112,133 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control tokens vanish."""
         return self.model.decode(ids, skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of what a token adds to a text; a word's includes the space before it."""
+        token = self.model.convert_ids_to_tokens(token_id)
+        if token is None or token_id in self.special:
+            return b""
+        if token in self.symbols:
+            return token.encode()
+        if '"ByteLevel"' in self.decoder:
+            return bytes(_BYTE_OF[character] for character in token if character in _BYTE_OF)
+        if '"ByteFallback"' in self.decoder and _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        if "\u2581" in self.decoder:
+            return token.replace("\u2581", " ").encode()
+        return self.decode([token_id]).encode()
+
+
+def _id_or_none(token_id: int | None) -> int:
+    return -1 if token_id is None else token_id
+
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character -> the byte that it stands for in the tokens of GPT-2 and its successors.
+
+    Bytes that print stand for themselves; the others follow from 256 on.
+    """
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printing]
+    characters = {chr(byte): byte for byte in printing}
+    return characters | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()
+
+
+def end_ids(folder: Path, eos_id: int, size: int) -> frozenset[int]:
+    """The tokens that end an answer: `eos_id`, and those of a `generation_config.json` beside it.
+
+    Llama 3 and Qwen list several there. ValueError, one line, when the file is damaged.
+    """
+    file = folder / GENERATION_CONFIG
+    listed: Any = []
+    if file.is_file():
+        try:
+            listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError(f"{file}: not a JSON object") from None
+        listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    for token_id in listed:
+        if type(token_id) is not int or not 0 <= token_id < size:
+            raise ValueError(f"{file}: eos_token_id {token_id!r:.40} is no token of these {size:,}")
+    return frozenset(token_id for token_id in (eos_id, *listed) if token_id >= 0)
+
+
+class TextEncoder:
+    """Encodes a conversation's text: only the template makes control tokens, people never do.
+
+    Control tokens are the tokenizer's special ones, the placeholders, and what looks like one and
+    stands in the config's chat template, such as Qwen's `<think>`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: MimoConfig) -> None:
+        self.tokenizer = tokenizer
+        placeholders = {modality.token_id for modality in config.modalities.values()}
+        template = " ".join(text or "" for text in vars(config.chat).values())
+        self.control = {
+            spelling: token_id
+            for spelling, token_id in tokenizer.symbols.items()
+            if token_id in tokenizer.special
+            or token_id in placeholders
+            or (spelling in template and _RESERVED.fullmatch(spelling))
+        }
+        self.control_ids = placeholders | set(self.control.values())
+        # Of two that begin alike the longer one; "(?!)" matches nowhere.
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # Many a SentencePiece tokenizer puts a space before a text, or takes away the one it begins
+        # with. Text that goes on must keep its own, so it is encoded behind a character that merges
+        # with nothing.
+        self.lead = tokenizer.encode(_LEAD)
+        self.needs_lead = any(
+            tokenizer.encode(_LEAD + text)[len(self.lead) :] != tokenizer.encode(text)
+            for text in ("a", " a")
+        )
+        # Some Hugging Face ones put a space behind each control token as well.
+        first = next(iter(self.control), "")
+        begins = [tokenizer.encode(text) for text in (first, "a", f"{first}a")]
+        self.restarts = self.needs_lead and bool(first) and begins[0] + begins[1] == begins[2]
+
+    def split(self, template: str) -> list[str | int]:
+        """Text of the template, cut at its control tokens, which become their ids."""
+        parts: list[str | int] = []
+        start = 0
+        for match in self.spelling.finditer(template):
+            parts += [template[start : match.start()], self.control[match[0]]]
+            start = match.end()
+        return [part for part in (*parts, template[start:]) if part != ""]
+
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        """Ids of plain text; what spells a control token stays text.
+
+        `goes_on` says that other text, or a token after which it begins as in mid-sentence, comes
+        before it.
+        """
+        ids = self._encode(text, goes_on)
+        if self.control_ids.isdisjoint(ids):
+            return ids
+        # Cut in the middle, no spelling is whole; one that a normaliser makes is cut everywhere.
+        cuts = [match.start() + 1 for match in self.spelling.finditer(text)]
+        edges = [0, *(cuts or range(1, len(text))), len(text)]
+        parts = [text[start:end] for start, end in pairwise(edges)]
+        ids = [i for n, part in enumerate(parts) for i in self._encode(part, goes_on or n > 0)]
+        return [token_id for token_id in ids if token_id not in self.control_ids]
+
+    def _encode(self, text: str, goes_on: bool) -> list[int]:
+        if not (goes_on and self.needs_lead):
+            return self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(_LEAD + text)
+        if ids[: len(self.lead)] != self.lead:
+            return self.tokenizer.encode(text)
+        return ids[len(self.lead) :]
+
+
+_LEAD = "\U0001f600"
 
 
 def _check_whole(text: str) -> None:
@@ -89,11 +257,9 @@ def is_ordinary_token(tokenizer: Tokenizer, token_id: int, placeholder: str = ""
     text = tokenizer.decode([token_id])
     if text in ("", placeholder):
         return False
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        added = tokenizer.model.added_tokens_decoder.get(token_id)
-        if added is not None and added.special:
-            return False
-    elif _RESERVED.fullmatch(text) or (
+    if token_id in tokenizer.special:
+        return False
+    if (not isinstance(tokenizer, HuggingFaceTokenizer) and _RESERVED.fullmatch(text)) or (
         isinstance(tokenizer, SentencePieceTokenizer)
         and tokenizer.model.id_to_piece(token_id) in _NEVER_IN_UTF_8
     ):
@@ -124,18 +290,21 @@ _NEVER_IN_UTF_8 = {f"<0x{byte:02X}>" for byte in (0xC0, 0xC1, *range(0xF5, 0x100
 
 
 HUGGING_FACE, SENTENCE_PIECE = "tokenizer.json", "tokenizer.model"
+GENERATION_CONFIG = "generation_config.json"
 FILES = (
     *(SENTENCE_PIECE, HUGGING_FACE, "tokenizer_config.json", "special_tokens_map.json"),
+    GENERATION_CONFIG,
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Put the files of the tokenizer at `source`, a SentencePiece file or a folder, in `folder`."""
+    names: Iterable[str] = FILES
     if source.is_file():
         shutil.copyfile(source, folder / SENTENCE_PIECE)
-        return
-    for name in FILES:
+        source, names = source.parent, [GENERATION_CONFIG]
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

@@ -15,8 +15,9 @@ from examples.mimo import compat
 from examples.mimo.checkpoint.description import Checkpoint, open_checkpoint
 from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import ANSWER_ROLES, FindFile, Sample, SampleEncoder
-from examples.mimo.data.tokenizer import Tokenizer, load_tokenizer
+from examples.mimo.data.conversation import Sample, SampleEncoder
+from examples.mimo.data.tokenizer import Tokenizer, is_ordinary_token, load_tokenizer
+from examples.mimo.data.turns import FindFile, prompt_content
 from examples.mimo.generation.sampling import DEFAULT_OPTIONS, Options, Sampling
 from examples.mimo.modalities.files import Blob, Source
 
@@ -29,6 +30,8 @@ BATCH_SIZE = 64
 # Answers are started in the order of their length, sorted over so many batches.
 LOOKAHEAD_BATCHES = 4
 Record = Mapping[str, Any]
+# A text, or a list of parts as in `data/turns.py`.
+Prompt = str | list[dict[str, Any]]
 
 
 class Mimo:
@@ -78,22 +81,22 @@ class Mimo:
         self.model = load_model(checkpoint, tp, pp)
         forbidden = forbidden_tokens(self.tokenizer, self.config)
         self.engine = Engine(
-            self.model, self.config, self.tokenizer.eos_id, forbidden, prefix_cache, cuda_graphs
+            self.model, self.config, self.tokenizer.end_ids, forbidden, prefix_cache, cuda_graphs
         )
 
     @overload
     def generate(
-        self, prompt: str | None = None, *, batch_size: int = BATCH_SIZE, **keywords: Any
+        self, prompt: Prompt | None = None, *, batch_size: int = BATCH_SIZE, **keywords: Any
     ) -> str: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[str], *, batch_size: int = BATCH_SIZE, **keywords: Any
+        self, prompt: Sequence[Prompt], *, batch_size: int = BATCH_SIZE, **keywords: Any
     ) -> list[str]: ...
 
     def generate(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: Prompt | Sequence[Prompt] | None = None,
         *,
         batch_size: int = BATCH_SIZE,
         **keywords: Any,
@@ -103,13 +106,17 @@ class Mimo:
         `keywords` are the files of each modality, such as `images=["a.png", Path("b.png")]` or
         the bytes of files, and the fields of `Sampling`, `max_new_tokens` and `stop` (a str or a
         list). For a list of prompts the media are a list for each prompt: `images=[["a.png"], []]`.
-        Without a prompt the one in the model's config is used. A placeholder such as `<image>` in
-        the prompt says where a file goes; else files come before the prompt.
+        Without a prompt the one in the model's config is used. Files come before the prompt, or
+        where it has placeholders such as `<image>`. Without files those are words, and they always
+        are in a list of parts, which a prompt may be as well: `[{"type": "image"}, {"type": "text",
+        "text": "What does <image> mean?"}]`.
         """
         options, media = self._parse_keywords(keywords)
-        if prompt is None or isinstance(prompt, str):
+        is_single = prompt is None or isinstance(prompt, str) or _is_parts(prompt)
+        if is_single:
             records = [self._record(prompt, media, "prompt")]
         else:
+            assert prompt is not None
             for name, lists in media.items():
                 if not isinstance(lists, list | tuple) or len(lists) != len(prompt):
                     raise ValueError(
@@ -122,9 +129,9 @@ class Mimo:
             ]
         samples = on_rank_zero(lambda: [self.encode(record) for record in records])
         texts = [answer.text for answer in self.answer(samples, options, batch_size)]
-        return texts[0] if prompt is None or isinstance(prompt, str) else texts
+        return texts[0] if is_single else texts
 
-    def stream(self, prompt: str | None = None, **keywords: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt | None = None, **keywords: Any) -> Iterator[str]:
         """Answer one prompt in pieces of text, as they are generated; keywords as `generate`."""
         options, media = self._parse_keywords(keywords)
         record = self._record(prompt, media, "prompt")
@@ -134,42 +141,18 @@ class Mimo:
     def sample_encoder(self, blank: Sequence[str] = ()) -> SampleEncoder:
         """What turns records into the model's inputs; `blank` modalities lose their content."""
         seq_length = self.config.language.seq_length
-        return SampleEncoder(self.config, self.tokenizer, seq_length, blank=blank)
+        return SampleEncoder(self.config, self.tokenizer, seq_length, blank=blank, answered=True)
 
     def encode(
         self, record: Record, find_file: FindFile = Path, blank: Sequence[str] = ()
     ) -> Sample:
         """Turn a record of the training data's shape into a sample to answer.
 
-        Its `conversations` end with a prompt; files that no turn has a placeholder for come before
-        that prompt. Media are file names for `find_file`, paths, or Blobs. ValueError, one line,
-        for a wrong record or whatever reading a file raises.
+        Its `conversations` end with a prompt; files that no turn has a place for come before that
+        prompt. Media are file names for `find_file`, paths, or Blobs. ValueError, one line, for a
+        wrong record or whatever reading a file raises.
         """
-        record = _without_empty_answers(self.with_placeholders(record))
         return self.sample_encoder(blank).encode(record, find_file)
-
-    def with_placeholders(self, record: Record) -> Record:
-        """Put a placeholder for every new file in front of a prompt that names none itself."""
-        turns = record.get("conversations")
-        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            return record  # which encoding refuses
-        texts = [str(turn.get("value", turn.get("content", ""))) for turn in turns]
-        modalities = self.config.modalities
-        if not texts or any(m.placeholder in texts[-1] for m in modalities.values()):
-            return record
-        history = "".join(
-            text
-            for turn, text in zip(turns[:-1], texts, strict=False)
-            if turn.get("from", turn.get("role")) not in ANSWER_ROLES
-        )
-        placeholders = ""
-        for name, modality in modalities.items():
-            files = record.get(name)
-            count = len(files) if isinstance(files, list) else 0
-            placeholders += modality.placeholder * (count - history.count(modality.placeholder))
-        text_field = "value" if "value" in turns[-1] else "content"
-        last = {**turns[-1], text_field: placeholders + texts[-1]}
-        return {**record, "conversations": [*turns[:-1], last]} if placeholders else record
 
     def scheduler(self) -> Scheduler:
         """A scheduler without answers; ValueError while another one is at work."""
@@ -257,35 +240,24 @@ class Mimo:
         )
         return options, {n: keywords[n] for n in self.config.modalities if keywords.get(n)}
 
-    def _record(self, prompt: str | None, media: Mapping[str, Any], key: str) -> Record:
+    def _record(self, prompt: Any, media: Mapping[str, Any], key: str) -> Record:
         prompt = self.config.prompt if prompt is None else prompt
-        if not isinstance(prompt, str):
-            raise ValueError(f"a prompt must be a str, not {prompt!r:.60}")
+        if not isinstance(prompt, str) and not _is_parts(prompt):
+            raise ValueError(f"a prompt must be a str, not {prompt!r:.60}, or a list of parts")
         sources: dict[str, list[Source]] = {}
         for name, files in media.items():
             if not isinstance(files, list | tuple):
                 raise ValueError(f"{name} must be a list of files, not {files!r:.60}")
             sources[name] = [_source(file, f"{name}[{i}]") for i, file in enumerate(files)]
-        if not prompt.strip() and not any(sources.values()):
-            raise ValueError("nothing to answer: give a prompt or a file")
+        if isinstance(prompt, str):
+            if not prompt.strip() and not any(sources.values()):
+                raise ValueError("nothing to answer: give a prompt or a file")
+            prompt = prompt_content(prompt, sources)
         return {"key": key, "conversations": [{"role": "user", "content": prompt}], **sources}
 
 
-def _without_empty_answers(record: Record) -> Record:
-    """Drop answers without text from a conversation.
-
-    A model may answer nothing, or be stopped before it does; training data has no such turns, so
-    encoding refuses them.
-    """
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        return record  # which encoding refuses
-
-    def is_empty(turn: Mapping[str, Any]) -> bool:
-        is_answer = turn.get("from", turn.get("role")) in ANSWER_ROLES
-        return is_answer and not str(turn.get("value", turn.get("content"))).strip()
-
-    return {**record, "conversations": [turn for turn in turns if not is_empty(turn)]}
+def _is_parts(prompt: object) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _source(file: object, name: str) -> Source:
@@ -301,11 +273,13 @@ def _source(file: object, name: str) -> Source:
 def forbidden_tokens(tokenizer: Tokenizer, config: MimoConfig) -> set[int]:
     """Ids that no answer may hold: padding of the vocabulary, placeholders, the padding token.
 
-    Many tokenizers pad with the end-of-text token, which must stay allowed.
+    Many tokenizers pad with the end-of-text token, and some with a word; both stay allowed.
     """
     beyond = range(tokenizer.size, config.language.vocab_size)
     placeholders = (modality.token_id for modality in config.modalities.values())
-    return {*beyond, *placeholders, tokenizer.pad_id} - {tokenizer.eos_id}
+    pad_id = tokenizer.pad_id
+    padding = {pad_id} if pad_id >= 0 and not is_ordinary_token(tokenizer, pad_id) else set()
+    return {*beyond, *placeholders, *padding} - tokenizer.end_ids
 
 
 def on_rank_zero[T](function: Callable[[], T]) -> T:

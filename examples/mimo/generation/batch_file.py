@@ -1,21 +1,27 @@
 """Answers a file of questions: JSON lines in, JSON lines out, resumable.
 
-A line of the input has a `prompt`, or `conversations` that end with a question, and for each
-modality (`images`, `audios`) the names of files in the input's folder. A line of the output has the
-number of its input line, and an `answer` or an `error`.
+A line of the input has a `prompt` or `conversations`, and for each modality (`images`, `audios`)
+the names of files in the input's folder. The answer that a line of training data ends with is
+written beside the model's, as `expected`. A line of the output has the number of its input line,
+and an `answer` or an `error`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from examples.mimo.cli.command import ProgressBar
-from examples.mimo.data.conversation import ANSWER_ROLES, FilesInside, Sample
+from examples.mimo.data.conversation import Sample
+from examples.mimo.data.turns import (
+    FilesInside,
+    conversation_of,
+    without_last_answer,
+)
 from examples.mimo.generation.api import Mimo, on_rank_zero
 from examples.mimo.generation.sampling import Options
 from examples.mimo.generation.scheduler import Answer
@@ -34,6 +40,13 @@ class Question:
     key: str | None = None
     sample: Sample | None = None
     error: str | None = None
+    expected: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What its output says beside the answer."""
+        fields = {"key": self.key, "expected": self.expected}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 def answer_file(
@@ -51,26 +64,27 @@ def answer_file(
     """
     num_lines, done = on_rank_zero(lambda: _open_files(source, target))
     progress = ProgressBar(target.name, num_lines * samples)
-    keys: dict[int, str | None] = {}
+    fields: dict[int, dict[str, Any]] = {}
     count = len(done)
     with _Output(target, samples) as output:
 
         def missing_answers() -> Iterator[tuple[int, Sample]]:
             nonlocal count
             for question in _questions(model, source, samples, done):
-                keys[question.line] = question.key
+                fields[question.line] = question.fields
                 for number in range(samples):
                     if (question.line, number) in done:
                         continue
                     if question.sample is not None:
                         yield (question.line - 1) * samples + number, question.sample
                         continue
-                    output.write(question.line, number, question.key, {"error": question.error})
+                    error = {**question.fields, "error": question.error}
+                    output.write(question.line, number, error)
                     count += 1
 
         for number, answer in model.iter_answers(missing_answers(), options, batch_size):
             line, sample = number // samples + 1, number % samples
-            output.write(line, sample, keys[line], answer_fields(answer))
+            output.write(line, sample, fields[line] | answer_fields(answer))
             count += 1
             progress(count)
 
@@ -85,23 +99,25 @@ def answer_fields(answer: Answer) -> dict[str, Any]:
     return fields
 
 
-def question_record(line: object, model: Mimo, key: str) -> dict[str, Any]:
-    """The record of a parsed line; ValueError, one line, when it asks nothing."""
+def question_record(line: object, model: Mimo, key: str) -> tuple[dict[str, Any], str | None]:
+    """The record of a parsed line, and the answer that is left out of it, if it ends with one.
+
+    ValueError, one line, when it asks nothing.
+    """
     if not isinstance(line, dict):
         raise ValueError("a question must be a JSON object")
-    record = {**line, "key": key}
-    if "conversations" in line:
-        turns = line["conversations"]
-        last = turns[-1] if isinstance(turns, list) and turns else None
-        if isinstance(last, Mapping) and last.get("from", last.get("role")) in ANSWER_ROLES:
-            raise ValueError("the last turn is an answer already; end with a question")
-        return record
-    prompt = line.get("prompt", model.config.prompt)
-    if not isinstance(prompt, str):
-        raise ValueError(f"prompt must be text, not {prompt!r:.80}")
-    if not prompt.strip() and not any(line.get(name) for name in model.config.modalities):
-        raise ValueError("nothing to answer: give a prompt or a file")
-    return record | {"conversations": [{"role": "user", "content": prompt}]}
+    turns = conversation_of(line)
+    if turns is None:
+        prompt = line.get("prompt", model.config.prompt)
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be text, not {prompt!r:.80}")
+        if not prompt.strip() and not any(line.get(name) for name in model.config.modalities):
+            raise ValueError("nothing to answer: give a prompt or a file")
+        turns = [{"role": "user", "content": prompt}]
+    turns, expected = without_last_answer(turns, model.config)
+    if expected is not None and not turns:
+        raise ValueError("the conversation is an answer alone; end with a question, or begin so")
+    return {**line, "key": key, "conversations": turns}, expected
 
 
 def _questions(
@@ -130,8 +146,9 @@ def _question(model: Mimo, source: Path, number: int, line: Any) -> Question:
     key = None
     try:
         key = str(line["key"]) if isinstance(line, dict) and "key" in line else None
-        record = question_record(line, model, key or f"line {number}")
-        return Question(number, key, model.encode(record, FilesInside(source.parent)))
+        record, expected = question_record(line, model, key or f"line {number}")
+        sample = model.encode(record, FilesInside(source.parent))
+        return Question(number, key, sample, expected=expected)
     except ValueError as error:
         return Question(number, key, error=" ".join(str(error).split()))
 
@@ -189,12 +206,11 @@ class _Output:
         if self.file:
             self.file.close()
 
-    def write(self, line: int, sample: int, key: str | None, fields: dict[str, Any]) -> None:
+    def write(self, line: int, sample: int, fields: dict[str, Any]) -> None:
         """Write one line and flush it, so that a killed run loses none."""
         if not self.file:
             return
         entry: dict[str, Any] = {"line": line}
         entry |= {"sample": sample} if self.samples > 1 else {}
-        entry |= {"key": key} if key is not None else {}
         self.file.write(json.dumps(entry | fields, ensure_ascii=False) + "\n")
         self.file.flush()

@@ -18,19 +18,19 @@ from examples.mimo.generation.sampling import Options
 class Conversation:
     """The turns so far with their media, and the media that the next turn adds."""
 
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
     media: dict[str, list[Path]] = field(default_factory=dict)
     new_media: dict[str, list[Path]] = field(default_factory=dict)
 
-    def record(self, prompt: str) -> dict[str, Any]:
-        """The whole conversation with `prompt` as its last turn."""
-        turns = [*self.turns, {"role": "user", "content": prompt}]
+    def record(self, content: list[dict[str, str]]) -> dict[str, Any]:
+        """The whole conversation with a prompt, its parts, as its last turn."""
+        turns = [*self.turns, {"role": "user", "content": content}]
         return {"key": "this turn", "conversations": turns, **self._all_media()}
 
-    def add_turns(self, prompt: str, answer: str) -> None:
+    def add_turns(self, content: list[dict[str, str]], answer: str) -> None:
         """Append a prompt and its answer."""
         self.media, self.new_media = self._all_media(), {}
-        self.turns.append({"role": "user", "content": prompt})
+        self.turns.append({"role": "user", "content": content})
         self.turns.append({"role": "assistant", "content": answer})
 
     def _all_media(self) -> dict[str, list[Path]]:
@@ -92,7 +92,14 @@ class ChatSession:
             return encoder.describe(encoder.read(file))
 
     def _answer(self, prompt: str) -> None:
-        record = self.model.with_placeholders(self.conversation.record(prompt))
+        modalities = self.model.config.modalities
+        files = self.conversation.new_media
+        # What people type is words, whatever it spells; files come by commands, and go in front.
+        content = [
+            {"type": m.singular} for name, m in modalities.items() for _ in files.get(name, ())
+        ]
+        content.append({"type": "text", "text": prompt})
+        record = self.conversation.record(content)
         sample = on_rank_zero(lambda: self.model.encode(record))
         options = self.options.with_seed_offset(len(self.conversation.turns) // 2)
         answer = ""
@@ -105,7 +112,7 @@ class ChatSession:
             if os.environ["WORLD_SIZE"] != "1":
                 raise
         self._print("\n")
-        self.conversation.add_turns(record["conversations"][-1]["content"], answer)
+        self.conversation.add_turns(content, answer)
 
     def _print(self, text: str) -> None:
         if self.is_rank_zero:

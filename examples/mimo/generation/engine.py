@@ -111,6 +111,7 @@ NOTHING_REUSED = ReusedPrefix()
 class Engine:
     """Generates tokens for many sequences at once; `forbidden` tokens are never chosen.
 
+    Any of `end_ids` ends its sequence.
     `prefix_cache` finished sequences are kept, for prompts that start alike. With `cuda_graphs`
     tokens are decoded by CUDA graphs.
     """
@@ -119,12 +120,12 @@ class Engine:
         self,
         model: StageMimoModel,
         config: MimoConfig,
-        eos_id: int,
+        end_ids: Collection[int],
         forbidden: Collection[int] = (),
         prefix_cache: int = 0,
         cuda_graphs: bool = False,
     ) -> None:
-        self.model, self.config, self.eos_id = model, config, eos_id
+        self.model, self.config, self.end_ids = model, config, frozenset(end_ids)
         self.transformer = CachedTransformer(model)
         self.graphs = DecodingGraphs(self.transformer) if cuda_graphs else None
         self.device = self.transformer.device
@@ -309,7 +310,7 @@ class Engine:
         return choose(logits, samplings, [s.generator for s in sequences], previous)
 
     def _finish(self, sequence: ActiveSequence) -> str | None:
-        if sequence.tokens[-1] == self.eos_id:
+        if sequence.tokens[-1] in self.end_ids:
             return STOP
         return LENGTH if len(sequence.tokens) >= sequence.request.max_new_tokens else None
 

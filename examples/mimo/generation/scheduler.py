@@ -12,43 +12,80 @@ from examples.mimo.generation.sampling import Options
 
 # What a tokenizer decodes the first bytes of an incomplete character to.
 REPLACEMENT_CHARACTER = "\ufffd"
+# Four bytes are a character, a token each at most; behind more of them nothing will be complete.
+MAX_TOKENS_OF_A_CHARACTER = 16
 
 
 class TextStream:
-    """The text of one answer; a string of `stops` ends it and is not part of it."""
+    """The text of one answer; a string of `stops` ends it and is not part of it.
+
+    The cost of a token does not depend on how many came before: only a window of the last tokens is
+    decoded, of which the first ones are context whose text is known.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.stops = [stop for stop in stops if stop]
         self.tokens: list[int] = []
-        self.text = ""
         self.stopped = False
+        self._shown: list[str] = []
+        # Decoded text that is not shown yet, as a stop string may begin in it.
+        self._held = ""
+        # The window begins at token `_start`; up to `_read` its text is `_known`.
+        self._start = self._read = 0
+        self._known = ""
+
+    @property
+    def text(self) -> str:
+        """All that was shown."""
+        return "".join(self._shown)
 
     def add(self, token: int) -> str:
         """Append a token; returns the text that is certain now and was not before."""
         self.tokens.append(token)
-        return self._extend(self._decode(), final=self.stopped)
+        self._held += self._decode_window()
+        return self._show(final=False)
 
     def finish(self) -> str:
         """The rest of the text, when no more tokens come."""
-        return self._extend(self._decode(), final=True)
-
-    def _decode(self) -> str:
-        """The text of all tokens up to the first stop string."""
-        text = self.tokenizer.decode(self.tokens)
-        ends = [end for stop in self.stops if (end := text.find(stop)) >= 0]
-        self.stopped = bool(ends)
-        return text[: min(ends)] if ends else text
-
-    def _extend(self, text: str, final: bool) -> str:
-        if not final:
-            # Hold back an incomplete character, and what may become a stop string.
-            text = text.rstrip(REPLACEMENT_CHARACTER)
-            text = text[: len(text) - max((_overlap(text, s) for s in self.stops), default=0)]
-        if not text.startswith(self.text):
-            # The token changed how earlier ones decode; a later call has the whole text.
+        if self.stopped:
             return ""
-        new, self.text = text[len(self.text) :], text
+        decoded = self.text + self._held
+        whole = self.tokenizer.decode(self.tokens)
+        if not whole.startswith(decoded):
+            # Only behind a long run of broken characters; the window's own rest is close to it.
+            decoded, whole = self._known, self.tokenizer.decode(self.tokens[self._start :])
+        self._held += whole[len(decoded) :]
+        return self._show(final=True)
+
+    def _decode_window(self) -> str:
+        """The text that the newest tokens add, once their last character is complete."""
+        window = self.tokenizer.decode(self.tokens[self._start :])
+        is_complete = not window.endswith(REPLACEMENT_CHARACTER) and window.startswith(self._known)
+        if not is_complete and len(self.tokens) - self._read < MAX_TOKENS_OF_A_CHARACTER:
+            return ""
+        new = window[len(self._known) :]
+        # What came last is the next window's context: a word's space depends on there being one.
+        context = self.tokenizer.decode(self.tokens[self._read :])
+        if context or len(self.tokens) - self._start >= MAX_TOKENS_OF_A_CHARACTER:
+            self._start, self._known = self._read, context
+        else:
+            self._known = window
+        self._read = len(self.tokens)
+        return new
+
+    def _show(self, final: bool) -> str:
+        """Take out of the held text what no stop string can begin in."""
+        text = self._held
+        ends = [end for stop in self.stops if (end := text.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            new, self._held = text[: min(ends)], ""
+        else:
+            held = 0 if final else max((_overlap(text, stop) for stop in self.stops), default=0)
+            new, self._held = text[: len(text) - held], text[len(text) - held :]
+        if new:
+            self._shown.append(new)
         return new
 
 

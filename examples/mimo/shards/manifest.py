@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import FilesInside, FindFile
+from examples.mimo.data.turns import FilesInside, FindFile, conversation_of, files_of_parts
 from examples.mimo.modalities.files import Blob, json_lines
 
 MAX_LIST_BYTES = 4 * 2**30
@@ -303,7 +303,7 @@ def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dic
     if not isinstance(record, dict):
         raise ValueError(f"sample {key}: {key}.json must hold an object or a list of turns")
     record.setdefault("key", key)
-    if any(name in record for name in config.modalities):
+    if any(name in record for name in config.modalities) or files_of_parts(conversation_of(record)):
         return record
     for name, modality in config.modalities.items():
         suffixes = modality.encoder.suffixes

@@ -33,7 +33,8 @@ from megatron.energon.wrappers import ShuffleBufferDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from examples.mimo.data.batch import Batch
-from examples.mimo.data.conversation import BadSample, FindFile, Sample, SampleEncoder
+from examples.mimo.data.conversation import BadSample, Sample, SampleEncoder
+from examples.mimo.data.turns import FindFile
 from examples.mimo.modalities.files import Blob
 from examples.mimo.parallel.placement import join_batches
 from examples.mimo.shards.manifest import Part, error_reason, read_mixture, read_record

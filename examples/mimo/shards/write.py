@@ -31,13 +31,15 @@ import yaml
 
 from examples.mimo.checkpoint.description import ABOUT, DatasetModel
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import (
-    check_media,
+from examples.mimo.data.tokenizer import copy_tokenizer
+from examples.mimo.data.turns import (
+    ASSISTANT,
+    conversation_of,
+    files_of_parts,
     find_media,
     parse_turns,
-    to_pieces,
+    without_files,
 )
-from examples.mimo.data.tokenizer import copy_tokenizer
 from examples.mimo.modalities.files import Blob, Source
 from examples.mimo.shards.manifest import (
     MAX_FILE_BYTES,
@@ -260,7 +262,8 @@ def split_of(key: str, splits: dict[str, float]) -> str:
 def _files(entry: Entry) -> list[str]:
     """The names of files in a record."""
     lists = [value for value in entry.record.values() if isinstance(value, list)]
-    return [name for value in lists for name in value if isinstance(name, str)]
+    names = [name for value in lists for name in value if isinstance(name, str)]
+    return names + files_of_parts(conversation_of(entry.record))
 
 
 def _stamp(entry: Entry, name: str) -> tuple[int, int]:
@@ -354,23 +357,23 @@ def checked_parts(entry: Entry, config: MimoConfig) -> dict[str, bytes]:
     and for files that cannot be read.
     """
     record = dict(entry.record)
-    turns = parse_turns(record.get("conversations"))
-    if not any(turn.is_answer for turn in turns):
+    turns = parse_turns(conversation_of(record), config)
+    if not any(turn.role == ASSISTANT for turn in turns):
         raise ValueError("no turn is an answer")
-    media = find_media(record, config, entry.find)
-    check_media(to_pieces(turns, config), media, config)
+    media = find_media(turns, record, config, entry.find)
     parts: dict[str, bytes] = {}
     for modality, sources in media.items():
         names = []
         for number, source in enumerate(sources):
             blob = _read_file(source)
             config.modalities[modality].encoder.read(blob)
-            suffix = Path(record[modality][number]).suffix.lower()
+            suffix = Path(str(source)).suffix.lower()
             has_suffix = re.fullmatch(r"\.[a-z0-9]{1,8}", suffix)
             names.append(f"{modality}.{number}{suffix if has_suffix else ''}")
             parts[names[-1]] = blob.data
         if names:
             record[modality] = names
+    record["conversations"] = without_files(conversation_of(entry.record))
     return {"json": json.dumps(record, ensure_ascii=False).encode(), **parts}
 
 

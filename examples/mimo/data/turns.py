@@ -1,0 +1,251 @@
+"""Conversations as the world writes them: turns of text with places of media, and the files there.
+
+A turn is `{"from": "human", "value": ...}` or `{"role": "user", "content": ...}`. What it says is
+- a string, in which a user's placeholders, such as `<image>`, are places of media;
+- or a list of parts, `{"type": "text", "text": ...}` and `{"type": "image"}`. Their text is taken
+  as it is: there `<image>` is a word. A place may name its file, `{"type": "image", "image": F}`;
+  the others take the files of the record, `"images": [F, ...]`, in order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.modalities.files import Blob, Source
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+ROLES = {
+    **{"system": SYSTEM, "developer": SYSTEM, "human": USER, "user": USER},
+    **{"gpt": ASSISTANT, "assistant": ASSISTANT},
+}
+
+# From the name of a file in a record to the file; ValueError where there is none.
+FindFile = Callable[[str], Source]
+
+
+@dataclass(frozen=True)
+class MediaPlace:
+    """Where an item of a modality goes; `file` is its own, else it is the record's next one."""
+
+    modality: str
+    file: str | Source | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said."""
+
+    role: str
+    parts: tuple[str | MediaPlace, ...]
+
+    @property
+    def text(self) -> str:
+        """Its words alone."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def places(self) -> list[MediaPlace]:
+        """Its places of media, in order."""
+        return [part for part in self.parts if isinstance(part, MediaPlace)]
+
+
+def conversation_of(record: Mapping[str, Any]) -> Any:
+    """The turns of a record as it holds them, under either of their usual names."""
+    return record.get("conversations", record.get("messages"))
+
+
+def without_last_answer(conversation: Any, config: MimoConfig) -> tuple[Any, str | None]:
+    """The turns that a model is to answer, and the answer that they end with, or None."""
+    last = conversation[-1] if isinstance(conversation, list) and conversation else None
+    if not isinstance(last, Mapping) or _role(last) != ASSISTANT:
+        return conversation, None
+    (answer,) = parse_turns([last], config)
+    return conversation[:-1], answer.text
+
+
+def files_of_parts(conversation: object) -> list[str]:
+    """The names of the files that parts of turns name themselves."""
+    fields = [
+        value.get("url") if isinstance(value, Mapping) else value
+        for turn in (conversation if isinstance(conversation, list) else [])
+        for part in _places(turn)
+        for name, value in part.items()
+        if name != "type"
+    ]
+    return [value for value in fields if isinstance(value, str)]
+
+
+def without_files(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns that parse, without the files that their parts name; the places stay."""
+    bare = []
+    for turn in conversation:
+        name = "value" if "value" in turn else "content"
+        content = turn.get(name)
+        if isinstance(content, list):
+            content = [p if p["type"] == "text" else {"type": p["type"]} for p in content]
+        bare.append({**turn, name: content})
+    return bare
+
+
+def _places(turn: object) -> list[Mapping[str, Any]]:
+    content = turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else None
+    parts = content if isinstance(content, list) else []
+    return [part for part in parts if isinstance(part, Mapping) and part.get("type") != "text"]
+
+
+def _role(turn: Mapping[str, Any]) -> str | None:
+    role = turn.get("from", turn.get("role"))
+    return ROLES.get(role) if isinstance(role, str) else None
+
+
+def parse_turns(
+    conversation: object, config: MimoConfig, empty_answers: bool = False
+) -> list[Turn]:
+    """The turns of a conversation; ValueError, one line, for what is no conversation.
+
+    An answer without text is refused unless `empty_answers`; so is any user's turn without text or
+    media.
+    """
+    if not isinstance(conversation, Sequence) or not conversation:
+        raise ValueError("conversations must be a list of turns, and not empty")
+    turns = []
+    for turn in conversation:
+        if not isinstance(turn, Mapping):
+            raise ValueError("a turn must be an object with 'from' and 'value'")
+        role, written = _role(turn), turn.get("from", turn.get("role"))
+        if role is None:
+            raise ValueError(f"a turn is from {written!r:.60}; known are {', '.join(ROLES)}")
+        content = turn.get("value", turn.get("content"))
+        if not isinstance(content, str | list | None):
+            raise ValueError(
+                f"a turn from {written} has no text, but {content!r:.60}; write a string or a list "
+                "of parts"
+            )
+        parts = _parse_content(content, role, config)
+        may_be_empty = role == SYSTEM or (role == ASSISTANT and empty_answers)
+        if not may_be_empty and not any(isinstance(p, MediaPlace) or p.strip() for p in parts):
+            raise ValueError(f"a turn from {written} has no text")
+        turns.append(Turn(role, parts))
+    return turns
+
+
+def _parse_content(
+    content: str | list[Any] | None, role: str, config: MimoConfig
+) -> tuple[str | MediaPlace, ...]:
+    if isinstance(content, str):
+        return split_at_placeholders(content, config) if role == USER else (content,)
+    parts = tuple(_parse_part(part, config) for part in content or ())
+    if role == ASSISTANT and any(isinstance(part, MediaPlace) for part in parts):
+        raise ValueError("an answer holds a part that is no text; models of this package say text")
+    return parts
+
+
+def _parse_part(part: object, config: MimoConfig) -> str | MediaPlace:
+    if not isinstance(part, Mapping):
+        raise ValueError(f"a part must be an object with a type, not {part!r:.60}")
+    kind, text = part.get("type"), part.get("text")
+    if kind == "text":
+        if not isinstance(text, str):
+            raise ValueError(f"a part of type text must have text, not {text!r:.60}")
+        return text
+    for name, modality in config.modalities.items():
+        url = f"{modality.singular}_url"
+        if kind not in (modality.singular, url):
+            continue
+        fields = (part.get(field) for field in (modality.singular, url, "path", "url"))
+        file = next((value for value in fields if value is not None), None)
+        if isinstance(file, Mapping):
+            file = file.get("url")
+        if not isinstance(file, str | Path | Blob | None):
+            raise ValueError(f"a part of type {kind} must name its file, not {file!r:.60}")
+        return MediaPlace(name, file)
+    known = ", ".join(["text", *(m.singular for m in config.modalities.values())])
+    raise ValueError(f"a part has the type {kind!r:.60}; {config.name} takes {known}")
+
+
+def split_at_placeholders(text: str, config: MimoConfig) -> tuple[str | MediaPlace, ...]:
+    """Text cut at the placeholders, which are places."""
+    places = {m.placeholder: MediaPlace(name) for name, m in config.modalities.items()}
+    # Split with a group keeps what it splits at; "(?!)" matches nowhere.
+    pattern = f"({'|'.join(map(re.escape, places)) or '(?!)'})"
+    return tuple(places.get(part, part) for part in re.split(pattern, text) if part)
+
+
+def prompt_content(prompt: str, media: Mapping[str, Any]) -> str | list[dict[str, str]]:
+    """What a prompt says: its placeholders are places if it comes with files, else words."""
+    return prompt if any(media.values()) else [{"type": "text", "text": prompt}]
+
+
+def with_leading_places(
+    turns: Sequence[Turn], record: Mapping[str, Any], config: MimoConfig
+) -> list[Turn]:
+    """The turns with a place in front of the last one for each file that has none.
+
+    Only where that turn has no places of its own.
+    """
+    if turns[-1].places:
+        return list(turns)
+    leading: list[str | MediaPlace] = []
+    for name in config.modalities:
+        files = record.get(name)
+        num_files = len(files) if isinstance(files, list) else 0
+        places = [place for turn in turns for place in turn.places if place.modality == name]
+        leading += [MediaPlace(name)] * (num_files - sum(p.file is None for p in places))
+    return [*turns[:-1], Turn(turns[-1].role, (*leading, *turns[-1].parts))]
+
+
+def refuse_other_modalities(record: Mapping[str, Any], config: MimoConfig) -> None:
+    """ValueError for files of a modality that `config` lacks."""
+    for name, items in record.items():
+        is_media = isinstance(items, list) and items and isinstance(items[0], (str, Path, Blob))
+        if is_media and name not in config.modalities:
+            raise ValueError(
+                f"holds {name}, but {config.name} takes "
+                f"{', '.join(config.modalities) or 'text only'}; choose another model or other data"
+            )
+
+
+def find_media(
+    turns: Sequence[Turn], record: Mapping[str, Any], config: MimoConfig, find_file: FindFile
+) -> dict[str, list[Source]]:
+    """Modality -> the files of its items, in the order of their places.
+
+    ValueError for a modality that `config` lacks, and unless every file has a place and every place
+    a file.
+    """
+    refuse_other_modalities(record, config)
+    media = {}
+    for name, modality in config.modalities.items():
+        items = record.get(name, [])
+        if not isinstance(items, list) or not all(isinstance(i, (str, Path, Blob)) for i in items):
+            raise ValueError(f"{name} must be a list of file names, not {items!r:.80}")
+        files = [p.file for turn in turns for p in turn.places if p.modality == name]
+        num_places = files.count(None)
+        if num_places != len(items):
+            raise ValueError(
+                f"{num_places} {modality.placeholder} in the text, but {len(items)} "
+                f"{modality.singular} files; give one file for each placeholder, or write the turn "
+                f"as a list of parts, where {modality.placeholder} is a word"
+            )
+        listed = iter(items)
+        named = [next(listed) if file is None else file for file in files]
+        media[name] = [find_file(file) if isinstance(file, str) else file for file in named]
+    return media
+
+
+@dataclass(frozen=True)
+class FilesInside:
+    """Finds files under `root`; ValueError for one that lies elsewhere."""
+
+    root: Path
+
+    def __call__(self, name: str) -> Path:
+        path = (self.root / name).resolve()  # a link may lead out of the folder
+        if not path.is_relative_to(self.root.resolve()):
+            raise ValueError(f"{path} lies outside the data folder {self.root}")
+        return path
