@@ -9,6 +9,7 @@ import transformers as hf
 
 from benchmarks import processors
 from examples.mimo.checkpoint.description import open_checkpoint
+from examples.mimo.cli.overrides import with_preprocessing
 from examples.mimo.configs import get_model_config
 from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import Folder
@@ -275,6 +276,19 @@ def test_what_has_changed_since_an_import_is_written(convert, tmp_path):
     for picture in list(processors.pictures().values())[:3]:
         inputs = processor(picture, return_tensors="np")["pixel_values"]
         assert np.abs(vit.preprocess(picture)["pixel_values"].numpy() - inputs).max() < 2e-6
+
+
+def test_training_goes_on_with_it(convert):
+    """A run takes its config from the registry, and its weights from what was converted."""
+    checkpoint, _ = convert("siglip", STRETCHED)
+    config = CASES["siglip"].config
+    trained = with_preprocessing(config, checkpoint, [])
+    assert trained.modalities["images"].encoder == encoder_of(checkpoint, IMAGES)
+    set_by_user = with_preprocessing(config, checkpoint, [f"{IMAGES}.resample=lanczos"])
+    vit = set_by_user.modalities["images"].encoder
+    assert (vit.fit, vit.resample, vit.mean) == ("stretch", "bicubic", (0.5, 0.4, 0.3))
+    other = CASES["clip"].config
+    assert with_preprocessing(other, checkpoint, []) == other
 
 
 def test_the_command_says_what_it_read(theirs, tmp_path):
