@@ -8,6 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from examples.mimo.cli.inference_flags import (
+    add_modality_flags,
+    inference_parser,
+    with_modality_flags,
+)
+from examples.mimo.cli.overrides import with_fields
 from examples.mimo.configs import get_model_config
 from examples.mimo.modalities.files import Blob, read_image, to_rgb
 
@@ -146,6 +152,19 @@ def test_a_config_chooses_the_background():
     assert vit.read(file).getpixel((0, 0)) == (255,) * 3
     with pytest.raises(ValueError, match="background is 'pink'; choose one of white, black, mean"):
         dataclasses.replace(vit, background="pink")
+
+
+def test_flags_choose_the_background_too():
+    config = get_model_config("tiny_avlm")
+    parser = inference_parser()
+    add_modality_flags(parser, config)
+    args = parser.parse_args(["--ckpt", "x", "--image-background", "black"])
+    encoder = with_modality_flags(config, args).modalities["images"].encoder
+    assert encoder.background_colour == (0, 0, 0)
+    changed = with_fields(
+        config, ["images.encoder.background=mean", "images.encoder.mean=0.2,0.5,1"]
+    )
+    assert changed.modalities["images"].encoder.background_colour == (51, 127, 255)
 
 
 @pytest.mark.parametrize(
