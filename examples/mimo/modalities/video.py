@@ -155,7 +155,7 @@ class Section:
 
     def seek(self, offset: int, whence: int = 0) -> int:
         size = len(self.head) + self.stop - self.start
-        self.position = offset + (0, self.position, size)[whence]
+        self.position = max(0, offset + (0, self.position, size)[whence])
         return self.position
 
     def tell(self) -> int:
@@ -196,7 +196,7 @@ def sections(stream: BinaryIO) -> Iterator[Section]:
 
 
 def _bytes_at(stream: BinaryIO, position: int, count: int) -> bytes:
-    stream.seek(position)
+    stream.seek(min(position, stream.seek(0, 2)))  # a header may lead further than seek can go
     return stream.read(count)
 
 
