@@ -35,7 +35,7 @@ MAX_RATIO = 200
 MAX_SAMPLE_RATE_HZ = 768_000
 MAX_SAMPLES_A_SECOND = 2 * MAX_SAMPLE_RATE_HZ
 MAX_KERNEL = 10_000_000
-BLOCK_SAMPLES = 4096
+BLOCK_SAMPLES = 2**14
 # More than any header counts: what `sections` writes, and libsndfile says, of an unknown length.
 UNKNOWN_FRAMES = 2**36
 MAX_RECORDINGS = 1000  # joined in one file
@@ -351,7 +351,7 @@ def _sounds(stream: BinaryIO, source: Source) -> Iterator[Sound]:
         return
     try:
         for section in itertools.islice(sections(stream), MAX_RECORDINGS):
-            with _Sequential(section) as file:
+            with _Sequential(io.BufferedReader(section, 2**16)) as file:
                 check_rates(source, file.samplerate, file.channels)
                 stated = section.stated or (file.frames if file.frames < UNKNOWN_FRAMES else 0)
                 blocks = _blocks(file, source, stated)
@@ -389,7 +389,7 @@ def _blocks(file: soundfile.SoundFile, source: Source, stated: int) -> Iterator[
         if not len(block):
             return
         count += len(block)
-        yield block.mean(axis=1)
+        yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
 
 
 def check_rates(source: Source, rate: int, channels: int, target_hz: int | None = None) -> None:

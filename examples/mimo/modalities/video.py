@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import struct
 from collections.abc import Iterator
@@ -138,10 +139,10 @@ def _sample(
 
 
 @dataclass
-class Section:
-    """A part of a file, as a file for soundfile: `head`, then the bytes from `start` to `stop`.
+class Section(io.RawIOBase):
+    """A part of a file: `head`, a header put right, then the bytes from `start` to `stop`.
 
-    `head` is a header with its lengths put right; `stated`, `padding`, `lost_bytes` as of `Sound`.
+    `stated`, `padding` and `lost_bytes` are as of `Sound`.
     """
 
     stream: BinaryIO
@@ -153,29 +154,28 @@ class Section:
     lost_bytes: int = 0
     position: int = 0
 
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
     def seek(self, offset: int, whence: int = 0) -> int:
         size = len(self.head) + self.stop - self.start
         self.position = max(0, offset + (0, self.position, size)[whence])
         return self.position
 
-    def tell(self) -> int:
-        return self.position
-
-    def read(self, count: int) -> bytes:
-        data = self.head[self.position : self.position + count]
-        if len(data) < count:
-            begin = self.start + self.position + len(data) - len(self.head)
-            data += _bytes_at(self.stream, begin, max(0, min(count - len(data), self.stop - begin)))
+    def readinto(self, buffer: Any) -> int:
+        data = self.head[self.position : self.position + len(buffer)]
+        if not data:
+            begin = self.start + self.position - len(self.head)
+            data = _bytes_at(self.stream, begin, max(0, min(len(buffer), self.stop - begin)))
+        buffer[: len(data)] = data
         self.position += len(data)
-        return data
+        return len(data)
 
 
 def sections(stream: BinaryIO) -> Iterator[Section]:
-    """The recordings in a file of sound, with headers that claim no less than there is.
-
-    libsndfile reads as much as a header says. Programs that write to a pipe cannot know it and
-    write 0 or the largest number, and a header of joined files counts the first of them.
-    """
+    """The recordings in a file, with headers that count no less than there is: a pipe's count 0."""
     size = stream.seek(0, 2)
     start = _behind_id3(stream, 0)
     magic = _bytes_at(stream, start, 4)
@@ -230,8 +230,7 @@ def _chunked(stream: BinaryIO, start: int, size: int) -> Iterator[Section]:
     """WAV, AIFF and CAF, several of which may follow one another."""
     while (magic := _bytes_at(stream, start, 4)) in CHUNKS:
         layout = CHUNKS[magic]
-        found = _find_sound(stream, start, layout)
-        if found is None:
+        if (found := _find_sound(stream, start, layout)) is None:
             yield Section(stream, start, size)
             return
         body, length = found
@@ -241,8 +240,7 @@ def _chunked(stream: BinaryIO, start: int, size: int) -> Iterator[Section]:
         head = bytearray(_bytes_at(stream, start, body - start))
         # The 64-bit length of a large WAV is in a chunk that libsndfile skips in a RIFF.
         head[:4] = b"RIFF" if magic in (b"RF64", b"BW64") else magic
-        field = layout.header.pack(layout.sound, min(length, 2**32 - 2))
-        head[-len(field) :] = field
+        head[-layout.header.size :] = layout.header.pack(layout.sound, min(length, 2**32 - 2))
         yield Section(stream, body, end, bytes(head))
         start = end
 
