@@ -175,7 +175,7 @@ class Section(io.RawIOBase):
 
 
 def sections(stream: BinaryIO) -> Iterator[Section]:
-    """The recordings in a file, with headers that count no less than there is: a pipe's count 0."""
+    """The recordings in a file, each with a header that counts at least what is there."""
     size = stream.seek(0, 2)
     start = _behind_id3(stream, 0)
     magic = _bytes_at(stream, start, 4)
