@@ -61,7 +61,9 @@ def convert_from_hf(args: argparse.Namespace, rest: list[str]) -> None:
             "nothing to convert: name --language-model, a modality, --llava or --folders"
         )
     initialize_single_process(args.seed)
-    from_hf(config, folders, args.save, _say)
+    # What a user sets outlasts what a folder's preprocessor_config.json says.
+    chosen = [assignment.partition("=")[0] for assignment in args.set]
+    from_hf(config, folders, args.save, _say, chosen)
 
 
 def _folders_of_parts(config: MimoConfig, root: Path) -> dict[str, Folder]:

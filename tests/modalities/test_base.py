@@ -155,6 +155,7 @@ def test_fields_say_whether_they_shape_weights():
     }
     assert free == {
         *("fit", "max_tiles", "augment_shift", "augment_degrees", "augment_scale"),
+        *("resize_side", "resample", "mean", "std", "background"),
         *("max_windows", "overflow", "augment_noise", "augment_shift_seconds"),
     }
     choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(VitConfig)}

@@ -196,6 +196,30 @@ def test_damaged_and_huge_videos_are_refused(tmp_path):
         read_frames(tmp_path / "sound.wav", 1.0, 8)
 
 
+def test_transparent_frames_show_the_background(tmp_path):
+    with av.open(tmp_path / "a.mov", "w") as container:
+        stream = container.add_stream("png", rate=5)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "rgba"
+        pixels = np.full((32, 48, 4), 10, np.uint8)
+        pixels[:, :24, 3], pixels[:, 24:, 3] = 255, 0
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+        container.mux(stream.encode())
+    encoder = get_model_config("video_llava_vlm").modalities["videos"].encoder
+    for background, colour in (("white", 255), ("black", 0)):
+        (frame,) = dataclasses.replace(encoder, background=background).read(tmp_path / "a.mov")
+        seen = np.asarray(frame)
+        assert (seen[:, :24] == 10).all()
+        assert (seen[:, 24:] == colour).all()
+
+
+def test_frames_that_are_a_line_are_refused(tmp_path):
+    """Scaled to an encoder's side they would take gigabytes."""
+    path = write_video(tmp_path / "a.mkv", frames=2, rate=10, shape=(2, 2000))
+    with pytest.raises(ValueError, match="2000 x 2 is more than 200 times as long as wide"):
+        read_frames(path, 1.0, 8)
+
+
 def test_a_video_is_one_item_of_many_frames(tmp_path):
     encoder = get_model_config("video_llava_vlm").modalities["videos"].encoder
     small = dataclasses.replace(encoder, image_size=56)

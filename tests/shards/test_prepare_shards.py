@@ -14,7 +14,8 @@ import time
 import pytest
 
 from examples.mimo.checkpoint.description import DatasetModel
-from examples.mimo.shards.manifest import Entry
+from examples.mimo.configs import get_model_config
+from examples.mimo.shards.manifest import Entry, read_record
 from examples.mimo.shards.write import Item, Shard, WriteOptions, prepare_shards, split_of
 from tests.helpers import broken
 from tests.helpers.commands import ROOT, run_command
@@ -248,6 +249,20 @@ def test_another_model_checks_again(tiny, tmp_path):
     shard = Shard("train-0.tar", [Item("a", entry)])
     other = dataclasses.replace(tiny, prompt="another")
     assert shard.digest(tiny) == shard.digest(tiny) != shard.digest(other)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_suffix_of_two_modalities_is_of_the_one_that_lists_it_first(turned):
+    videos = get_model_config("video_llava_vlm").modalities["videos"]
+    audios = get_model_config("llava_avlm").modalities["audios"]
+    modalities = {"videos": videos, "audios": audios}
+    if turned:
+        modalities = dict(reversed(modalities.items()))
+    config = dataclasses.replace(get_model_config("llava_avlm"), modalities=modalities)
+    parts = dict.fromkeys(("mp4", "2.webm", "wav", "1.m4a"), b"")
+    record = read_record("a", {**parts, "json": b"[]"}, config)
+    assert record["videos"] == ["2.webm", "mp4"]
+    assert record["audios"] == ["1.m4a", "wav"]
 
 
 def test_shards_of_megatrons_example_are_taken_as_they_are(tiny, tmp_path):

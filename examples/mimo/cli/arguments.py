@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.training import arguments as megatron_arguments
 
+from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint
 from examples.mimo.checkpoint.loading import tensor_parallel_sizes
 from examples.mimo.cli.command import Parser, refuse
 from examples.mimo.cli.flags import (
@@ -27,12 +28,18 @@ from examples.mimo.cli.flags import (
     refuse_idle_flags,
     refuse_unknown_groups,
 )
-from examples.mimo.cli.overrides import whisper_assignments, with_fields, with_token_ids
+from examples.mimo.cli.overrides import (
+    whisper_assignments,
+    with_fields,
+    with_preprocessing,
+    with_token_ids,
+)
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.parts import check_freeze, part_names
 from examples.mimo.planner.pipeline import even_split, layout_flag
+from examples.mimo.training.inputs import starting_point
 from examples.mimo.training.layout import (
     check_world,
     colocated_encoder_tp,
@@ -124,6 +131,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     sizes = whisper_assignments(preset, own.audio_encoder_model)
     preset = with_fields(preset, [*sizes, *own.config_fields])
     args = parse_with_preset(preset, argv)
+    start = starting_point(args)
+    if start is not None and (start / FILE_NAME).is_file():
+        flag = "--load" if str(start) == args.load else "--pretrained-checkpoint"
+        preset = with_preprocessing(preset, open_checkpoint(start, flag), own.config_fields)
     check_freeze(args.freeze, preset)
     args.fresh = expand_fresh(args, preset)
     check_layout(args, resolve(preset, args))

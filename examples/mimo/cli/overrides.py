@@ -9,9 +9,12 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from examples.mimo.configs.schema import MimoConfig
+
+if TYPE_CHECKING:
+    from examples.mimo.checkpoint.description import Checkpoint
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -72,6 +75,38 @@ def with_token_ids(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig
             )
         name = names[placeholder]
         modalities[name] = dataclasses.replace(modalities[name], token_id=int(number))
+    return dataclasses.replace(config, modalities=modalities)
+
+
+def with_preprocessing(
+    config: MimoConfig, checkpoint: Checkpoint, assignments: Iterable[str]
+) -> MimoConfig:
+    """`config` with encoder inputs made as they were for weights that came from Hugging Face.
+
+    Only what a preprocessor_config.json said is taken over, and no field that `assignments` set.
+    """
+    from examples.mimo.checkpoint.description import weight_fields
+    from examples.mimo.hf.weights import family_of
+
+    chosen = {assignment.partition("=")[0] for assignment in assignments}
+    modalities = dict(config.modalities)
+    for name, modality in config.modalities.items():
+        part = f"{name}.encoder"
+        source = checkpoint.sources.get(part, {})
+        if name not in checkpoint.config.modalities or "preprocessor" not in source:
+            continue
+        imported: Any = checkpoint.config.modalities[name].encoder
+        # Another encoder is refused elsewhere, with the fields that differ.
+        if weight_fields(imported) == weight_fields(modality.encoder):
+            where = f"{checkpoint.folder}: preprocessor of {part}"
+            reader = family_of(source["model_type"], imported, where).preprocessor
+            fields = reader.fields(source["preprocessor"], imported, where, part) if reader else ()
+            changes = {f: getattr(imported, f) for f in fields if f"{part}.{f}" not in chosen}
+            if f"{part}.fit" in chosen:
+                changes.pop("resize_side", None)
+            encoder: Any = modality.encoder
+            encoder = dataclasses.replace(encoder, **changes)
+            modalities[name] = dataclasses.replace(modality, encoder=encoder)
     return dataclasses.replace(config, modalities=modalities)
 
 

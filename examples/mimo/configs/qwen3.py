@@ -47,6 +47,7 @@ def qwen3_avlm() -> MimoConfig:
                     hidden_size=1152,
                     num_attention_heads=16,
                     ffn_hidden_size=4304,
+                    fit="stretch",
                 ),
                 projector=MLPProjectorConfig(ffn_hidden_size=4096),
             ),

@@ -48,6 +48,7 @@ def smollm2_avlm() -> MimoConfig:
                     num_attention_heads=6,
                     ffn_hidden_size=1536,
                     patches_per_token=16,
+                    resize_side=256,
                     augment_shift=0.08,
                     augment_degrees=10.0,
                     augment_scale=0.15,

@@ -8,11 +8,13 @@ from examples.mimo.configs.schema import LanguageConfig
 from examples.mimo.hf.weights import (
     Family,
     GateUp,
+    ImagePreprocessor,
     Qkv,
     QkvWithoutKeyBias,
     View,
     Vocabulary,
     WeightMapping,
+    WhisperPreprocessor,
     renamed,
 )
 from examples.mimo.modalities.audio import WhisperConfig
@@ -357,11 +359,7 @@ def whisper_config(whisper: WhisperConfig) -> Any:
 VISION = (
     Family(
         name="clip_vision_model",
-        sections={
-            "clip_vision_model": "",
-            "clip": "vision_config",
-            "llava": "vision_config",
-        },
+        sections={"clip_vision_model": "", "clip": "vision_config", "llava": "vision_config"},
         roots=("", "vision_model.", "vision_tower.vision_model.", "vision_tower."),
         anchor="embeddings.class_embedding",
         required={"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
@@ -371,6 +369,7 @@ VISION = (
         unused=(r"post_layernorm\..*", r"embeddings\.position_ids"),
         config=vit_config("clip_vision_model", "CLIPVisionModel"),
         describes=lambda vit: vit.family == "clip",
+        preprocessor=ImagePreprocessor("CLIPImageProcessor"),
     ),
     Family(
         name="siglip_vision_model",
@@ -384,6 +383,7 @@ VISION = (
         unused=(r"head\..*", r"embeddings\.position_ids", r"post_layernorm\..*"),
         config=vit_config("siglip_vision_model", "SiglipVisionModel"),
         describes=lambda vit: vit.family == "siglip",
+        preprocessor=ImagePreprocessor("SiglipImageProcessor"),
     ),
     Family(
         name="dinov2",
@@ -402,6 +402,7 @@ VISION = (
         unused=(r"embeddings\.mask_token", r"layernorm\..*"),
         config=vit_config("dinov2", "Dinov2Model"),
         describes=lambda vit: vit.family == "dinov2",
+        preprocessor=ImagePreprocessor("BitImageProcessor"),
         spellings=(
             (r"\.attention\.q_proj\.", ".attention.attention.query."),
             (r"\.attention\.k_proj\.", ".attention.attention.key."),
@@ -421,11 +422,11 @@ WHISPER = (
         fields=whisper_fields,
         num_layers=lambda whisper: whisper.num_layers,
         mappings=whisper_mappings,
-        unused=(),
         config=whisper_config,
         fixed=lambda whisper: {
             "embed_positions.weight": sinusoids(whisper.window_frames, whisper.hidden_size)
         },
+        preprocessor=WhisperPreprocessor(),
     ),
 )
 
@@ -443,7 +444,5 @@ PROJECTOR = (
         fields=lambda config: {},
         num_layers=lambda projector: 0,
         mappings=projector_mappings,
-        unused=(),
-        config=None,
     ),
 )

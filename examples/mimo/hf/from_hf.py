@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from examples.mimo.hf.io import (
     draft_folder,
     write_checkpoint,
 )
-from examples.mimo.hf.weights import Family, WeightMapping, families_for, family_of
+from examples.mimo.hf.weights import REMEDY, Family, WeightMapping, families_for, family_of
 from examples.mimo.model.mimo import build_part
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
@@ -55,13 +55,21 @@ def initialize_single_process(seed: int) -> None:
 
 
 def from_hf(
-    config: MimoConfig, folders: Mapping[str, Folder], save: Path, progress: Progress
+    config: MimoConfig,
+    folders: Mapping[str, Folder],
+    save: Path,
+    progress: Progress,
+    chosen: Collection[str] = (),
 ) -> None:
     """Write the checkpoint `save` from the folders of the parts that have one.
+
+    What a folder's preprocessor_config.json says of an encoder's inputs goes into the config, but
+    for the fields named in `chosen`, such as `images.encoder.fit`.
 
     ValueError, one line, and nothing at `save`, when a folder's names, shapes or sizes are not
     those of `config`. All are checked before the first tensor is read.
     """
+    config, preprocessors = _with_preprocessors(config, folders, progress, chosen)
     chunks: list[Chunk] = []
     objects: list[ShardedObject] = []
     sources: dict[str, Any] = {}
@@ -86,11 +94,53 @@ def from_hf(
                 prefix = part_prefix(part)
                 chunks += _read_family(part_config, family, hf_config, folder, prefix, tensors)
                 sources[part] = {"model_type": family.name, "config": hf_config.to_dict()}
+                if part in preprocessors:
+                    sources[part]["preprocessor"] = preprocessors[part]
         (draft / RELEASE).mkdir()
         write_checkpoint(draft / RELEASE, chunks, objects)
         language = folders.get("language")
         save_description(draft, config, language.path if language else None, sources)
         (draft / TRACKER).write_text(RELEASE)
+
+
+def _with_preprocessors(
+    config: MimoConfig,
+    folders: Mapping[str, Folder],
+    progress: Progress,
+    chosen: Collection[str],
+) -> tuple[MimoConfig, dict[str, dict[str, Any]]]:
+    """`config` with what the folders' preprocessors say, and those by part."""
+    modalities = dict(config.modalities)
+    found: dict[str, dict[str, Any]] = {}
+    for name, modality in config.modalities.items():
+        part = f"{name}.encoder"
+        folder = folders.get(part)
+        if folder is None or folder.model_type == OWN_MODEL_TYPE:
+            continue
+        encoder: Any = modality.encoder
+        family = family_of(folder.model_type, encoder, str(folder.path))
+        preprocessor = folder.preprocessor(family)
+        if preprocessor is None or family.preprocessor is None:
+            continue
+        file, found[part] = preprocessor
+        where = f"{folder.path}/{file}"
+        fields = family.preprocessor.fields(found[part], encoder, where, f"{config.name}'s {part}")
+        changes = {
+            field: value
+            for field, value in fields.items()
+            if f"{part}.{field}" not in chosen and value != getattr(encoder, field)
+        }
+        if f"{part}.fit" in chosen:
+            changes.pop("resize_side", None)
+        if changes:
+            said = ", ".join(f"{field} {value}" for field, value in changes.items())
+            progress(f"{part}: as {file} says, {said}")
+        try:
+            encoder = dataclasses.replace(encoder, **changes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; {REMEDY}") from None
+        modalities[name] = dataclasses.replace(modality, encoder=encoder)
+    return dataclasses.replace(config, modalities=modalities), found
 
 
 def modalities_that_take(model_type: str, config: MimoConfig) -> list[str]:

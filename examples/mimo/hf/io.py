@@ -44,6 +44,9 @@ from torch.distributed.checkpoint.planner import (
 from examples.mimo.hf.weights import Family
 
 CONFIG = "config.json"
+# How files become inputs: one or the other, the second with a section for each kind of file.
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Beside them: what Megatron holds and the family's tensors cannot, such as the bias of Whisper's
@@ -113,6 +116,18 @@ class Folder:
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"{self.path}/{CONFIG}: unknown model type {model_type!r}")
         return CONFIG_MAPPING[model_type].from_dict(dict(values))
+
+    def preprocessor(self, family: Family) -> tuple[str, dict[str, Any]] | None:
+        """Which file says how inputs of `family` are made, and what it says; None without one."""
+        if family.preprocessor is None:
+            return None
+        if (self.path / PROCESSOR).is_file():
+            section = self._read_json(PROCESSOR).get(family.preprocessor.section)
+            if isinstance(section, dict):
+                return PROCESSOR, section
+        if (self.path / PREPROCESSOR).is_file():
+            return PREPROCESSOR, self._read_json(PREPROCESSOR)
+        return None
 
     def names(self, family: Family) -> dict[str, str]:
         """The family's spelling of a tensor's name -> its name in the files."""
@@ -189,7 +204,7 @@ class Folder:
             raise ValueError(f"{self.path}: not a Hugging Face folder ({name} is missing)")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             raise ValueError(f"{file}: not JSON") from None
         if not isinstance(values, dict):
             raise ValueError(f"{file}: not a JSON object")

@@ -23,6 +23,7 @@ from examples.mimo.hf.io import (
     CONFIG,
     INDEX,
     OWN_MODEL_TYPE,
+    PREPROCESSOR,
     REMAINDER,
     SINGLE,
     CheckpointReader,
@@ -32,6 +33,7 @@ from examples.mimo.hf.weights import Family, WeightMapping, family_for_export, f
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
 SHARD_BYTES = 2 * 2**30
+PROCESSOR_TYPES = ("image_processor_type", "feature_extractor_type")
 
 
 def to_hf(checkpoint: Checkpoint, save: Path, progress: Progress) -> None:
@@ -51,6 +53,7 @@ def to_hf(checkpoint: Checkpoint, save: Path, progress: Progress) -> None:
                 )
             else:
                 _write_family(folder, reader, part, part_config, family, hf_config)
+                _write_preprocessor(folder, checkpoint, part, part_config, family)
                 progress(f"{part}: {family.name} in {save / part}")
         if checkpoint.tokenizer.is_dir():
             copy_tokenizer(checkpoint.tokenizer, draft / "language")
@@ -104,6 +107,26 @@ def _write_family(
     hf_config.architectures = hf_config.architectures or built.architectures
     hf_config.dtype = dtype
     hf_config.save_pretrained(folder)
+
+
+def _write_preprocessor(
+    folder: Path, checkpoint: Checkpoint, part: str, part_config: Any, family: Family
+) -> None:
+    """The file that the part came with, with what has changed since; else one that describes it."""
+    preprocessor = family.preprocessor
+    values = preprocessor.values(part_config) if preprocessor else None
+    if preprocessor is None or values is None:
+        return
+    original = checkpoint.sources.get(part, {}).get("preprocessor")
+    if isinstance(original, dict):
+        where = f"{checkpoint.folder}: {PREPROCESSOR} of {part}"
+        fields = preprocessor.fields(original, part_config, where, part)
+        is_same = all(getattr(part_config, name) == value for name, value in fields.items())
+        # Without its type transformers goes by the model type, which is the encoder's alone here.
+        kinds = {name: values[name] for name in PROCESSOR_TYPES if name in values}
+        typed = original if any(map(original.get, PROCESSOR_TYPES)) else {**kinds, **original}
+        values = typed if is_same else {**typed, **values}
+    (folder / PREPROCESSOR).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def _split(

@@ -15,7 +15,8 @@ from torch.nn import functional
 from examples.mimo.modalities.base import EncoderConfig, first_tokens, free_field, sinusoids
 from examples.mimo.modalities.files import Source, read_audio, to_wav
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
+AUDIO_SUFFIXES: tuple[str, ...] = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
+AUDIO_SUFFIXES += (".m4a", ".aac", ".webm", ".mp4")  # with PyAV
 SAMPLE_RATE_HZ = 16_000  # what Whisper was trained on
 FFT_SAMPLES = 400  # 25 ms
 

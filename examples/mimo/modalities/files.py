@@ -15,15 +15,17 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
+from PIL.PngImagePlugin import PngImageFile
 
 # Pillow knows more formats; some of those run programs, and none is common.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_PIXELS = 64_000_000
 # Sides; a longer picture becomes huge when its short side is scaled to an encoder's.
 MAX_RATIO = 200
@@ -33,8 +35,13 @@ MAX_RATIO = 200
 MAX_SAMPLE_RATE_HZ = 768_000
 MAX_SAMPLES_A_SECOND = 2 * MAX_SAMPLE_RATE_HZ
 MAX_KERNEL = 10_000_000
+BLOCK_SAMPLES = 2**14
+# More than any header counts: what `sections` writes, and libsndfile says, of an unknown length.
+UNKNOWN_FRAMES = 2**36
+MAX_RECORDINGS = 1000  # joined in one file
 
 Colour = tuple[int, ...]
+WHITE: Colour = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -76,33 +83,31 @@ def open_source(source: Source, singular: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture to RGB: upright as its EXIF says, 16 bits scaled to 8, black behind alpha.
+def read_image(
+    source: Source, max_pixels: int = MAX_PIXELS, background: Colour = WHITE
+) -> Image.Image:
+    """Decode a picture to RGB: upright as its EXIF says, 16 bits scaled to 8, the first frame.
 
-    Raises ValueError, one line, when the file is missing, empty, truncated, not a picture, or
-    holds more than `max_pixels` or is a mere line (checked before any pixel is decoded).
+    Where a picture is transparent, `background` shows through. AVIF is read where Pillow is built
+    with it, HEIC where pillow-heif is installed. Raises ValueError, one line, when the file is
+    missing, empty, truncated, not a picture, or holds more than `max_pixels` or is a mere line
+    (checked before any pixel is decoded).
     """
     with warnings.catch_warnings():
         # The limit below is checked, and named, by this function.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return _decode_image(source, max_pixels)
+        return _decode_image(source, max_pixels, background)
 
 
-def _decode_image(source: Source, max_pixels: int) -> Image.Image:
+def _decode_image(source: Source, max_pixels: int, background: Colour) -> Image.Image:
     try:
-        with open_source(source, "image") as stream, Image.open(stream, formats=FORMATS) as picture:
-            width, height = picture.size
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"{source}: {width} x {height} is {width * height:,} pixels, more than "
-                    f"{max_pixels:,}; scale the picture down"
-                )
-            if max(width, height) > MAX_RATIO * min(width, height):
-                raise ValueError(
-                    f"{source}: {width} x {height} is more than {MAX_RATIO} times as long as wide"
-                )
-            picture.load()
-            return _to_rgb(ImageOps.exif_transpose(picture))
+        with open_source(source, "image") as stream:
+            formats = _formats(stream, source)
+            with Image.open(stream, formats=formats) as picture:
+                check_size(source, picture.size, max_pixels)
+                _scale_transparent_colour(picture)
+                picture.load()
+                return to_rgb(ImageOps.exif_transpose(picture), background)
     except Image.DecompressionBombError:
         raise ValueError(
             f"{source}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
@@ -112,51 +117,130 @@ def _decode_image(source: Source, max_pixels: int) -> Image.Image:
         raise ValueError(f"{source}: not an image that Pillow can read as {known}") from None
     except (OSError, SyntaxError, EOFError, NotImplementedError) as error:
         raise ValueError(f"{source}: damaged image ({error})") from None
+    except ValueError as error:
+        # Pillow's own do not name the file.
+        named = str(error).startswith(f"{source}: ")
+        raise ValueError(error if named else f"{source}: damaged image ({error})") from None
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _formats(stream: BinaryIO, source: Source) -> tuple[str, ...]:
+    """The formats to try: those of every installation, or the one that the first bytes tell."""
+    box = stream.read(64)
+    stream.seek(0)
+    brands = box[8 : int.from_bytes(box[:4])] if box[4:8] == b"ftyp" else b""
+    if b"avif" in brands or b"avis" in brands:
+        if not features.check("avif"):
+            raise ValueError(f"{source}: AVIF pictures need Pillow 11.3 or newer, built with AVIF")
+        return ("AVIF",)
+    if any(brand in brands for brand in HEIC_BRANDS):
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise ValueError(
+                f"{source}: HEIC pictures need pillow-heif: pip install pillow-heif"
+            ) from None
+        register_heif_opener()
+        return ("HEIF",)
+    return FORMATS
+
+
+def check_size(source: Source, size: tuple[int, int], max_pixels: int) -> None:
+    """ValueError for a picture of more than `max_pixels`, or one that is a mere line."""
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{source}: {width} x {height} is {width * height:,} pixels, more than "
+            f"{max_pixels:,}; scale the picture down"
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(
+            f"{source}: {width} x {height} is more than {MAX_RATIO} times as long as wide"
+        )
+
+
+def _scale_transparent_colour(picture: Image.Image) -> None:
+    """Scale a PNG's transparent colour as Pillow scales its pixels, from 2, 4 or 16 bits to 8."""
+    colour = picture.info.get("transparency")
+    raw_mode = picture.tile[0].args if isinstance(picture, PngImageFile) and picture.tile else ""
+    if raw_mode in ("L;2", "L;4") and colour is not None:
+        picture.info["transparency"] = colour * (85 if raw_mode == "L;2" else 17)
+    elif raw_mode == "RGB;16B" and colour is not None:
+        picture.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def to_rgb(picture: Image.Image, background: Colour = WHITE) -> Image.Image:
+    """`picture` in RGB, on `background` where it is transparent."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        return _wide_to_rgb(np.asarray(picture, dtype=np.float32))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, picture).convert("RGB")
-    return picture.convert("RGB")
+        return _wide_to_rgb(picture, background)
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    # Premultiplied grey is converted to no other mode.
+    picture = picture.convert("LA") if picture.mode == "La" else picture
+    paper = Image.new("RGBA", picture.size, (*background, 255))
+    return Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB")
 
 
-def _wide_to_rgb(values: np.ndarray) -> Image.Image:
+def _wide_to_rgb(picture: Image.Image, background: Colour) -> Image.Image:
     """Grey values of more than 8 bits; Pillow's own conversion would clip them at 255."""
-    if values.max(initial=0) > 255:
+    values = np.asarray(picture, dtype=np.float32)
+    transparent = values == picture.info.get("transparency", np.nan)
+    if picture.mode.startswith("I;16") or values.max(initial=0) > 255:
         values = values / 257.0
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
+    grey = np.clip(values, 0, 255).astype(np.uint8)[..., None]
+    return Image.fromarray(np.where(transparent[..., None], np.array(background, np.uint8), grey))
 
 
 def fit_picture(
-    picture: Image.Image, size: tuple[int, int], fit: str, colour: Colour
+    picture: Image.Image,
+    size: tuple[int, int],
+    fit: str,
+    colour: Colour,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    scaled_side: int | None = None,
 ) -> Image.Image:
     """`picture` at (width, height) `size`: its centre, all of it stretched, or padded.
 
-    Scaled bicubically; `colour` fills what a padded picture leaves empty.
+    `colour` fills what a padded picture leaves empty. With `scaled_side` a picture is scaled, or
+    stretched, to that side instead, and the centre of `size` is cut out of it. Sizes are rounded
+    down, as transformers and torchvision do.
     """
-    if fit == "stretch":
-        return _resize(picture, size)
-    ratios = [target / side for target, side in zip(size, picture.size, strict=True)]
-    scale = max(ratios) if fit == "crop" else min(ratios)
-    scaled = _resize(picture, tuple(max(1, round(side * scale)) for side in picture.size))
+    if fit == "pad":
+        return _pad(picture, size, colour, resample)
+    whole = (scaled_side, scaled_side) if scaled_side else size
+    scaled = _resize(
+        picture, whole if fit == "stretch" else _covering(picture.size, whole), resample
+    )
+    if scaled.size == size:
+        return scaled
     left, top = ((have - want) // 2 for have, want in zip(scaled.size, size, strict=True))
-    if fit == "crop":
-        return scaled.crop((left, top, left + size[0], top + size[1]))
+    return scaled.crop((left, top, left + size[0], top + size[1]))
+
+
+def _covering(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The smallest (width, height) of the shape of `size` that covers `target`."""
+    width, height = size
+    if width * target[1] >= height * target[0]:
+        return int(target[1] * width / height), target[1]
+    return target[0], int(target[0] * height / width)
+
+
+def _pad(
+    picture: Image.Image, size: tuple[int, int], colour: Colour, resample: Image.Resampling
+) -> Image.Image:
+    scale = min(target / side for target, side in zip(size, picture.size, strict=True))
+    scaled = _resize(picture, tuple(max(1, round(side * scale)) for side in picture.size), resample)
     if scaled.size == size:
         return scaled
     padded = Image.new("RGB", size, colour)
-    padded.paste(scaled, (-left, -top))
+    left, top = ((want - have) // 2 for have, want in zip(scaled.size, size, strict=True))
+    padded.paste(scaled, (left, top))
     return padded
 
 
-def _resize(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
+def _resize(picture: Image.Image, size: tuple[int, ...], resample: Image.Resampling) -> Image.Image:
     if picture.size == size:
         return picture
-    return picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    return picture.resize((size[0], size[1]), resample)
 
 
 def grid_of_tiles(size: tuple[int, int], side: int, max_tiles: int) -> tuple[int, int]:
@@ -184,66 +268,151 @@ def to_png(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
+class Sound(NamedTuple):
+    """A recording, or one of several in a file: its rate, and mono blocks as they are decoded.
+
+    `stated` is its length by the header, 0 if unknown; up to `padding` samples more fill the last
+    frame. `lost_bytes`, above 0, are those that the header counts and the file does not have.
+    """
+
+    rate: int
+    blocks: Iterator[np.ndarray]
+    stated: int = 0
+    padding: int = 0
+    lost_bytes: int = 0
+
+
 def read_audio(
     source: Source, sample_rate_hz: int, max_seconds: float, truncate: bool = False
 ) -> np.ndarray:
     """Decode a recording: (samples,) float32 mono at `sample_rate_hz`, channels averaged.
 
-    Reads whatever libsndfile reads. Raises ValueError, one line, when the file is missing,
-    empty, damaged, not sound, holds no samples or NaN, or lasts longer than `max_seconds`
-    and `truncate` is off.
+    Reads what libsndfile reads, and with PyAV the sound of MP4, WebM and AAC. The length is what
+    can be decoded, not what a header says, and at most `max_seconds` of it are tried. Raises
+    ValueError, one line, when the file is missing, empty, not sound, holds no samples or NaN, when
+    the decoder reports damage, or when it lasts longer than `max_seconds` and `truncate` is off.
     """
+    pieces: list[np.ndarray] = []
+    seconds = 0.0
+    with open_source(source, "audio") as stream:
+        for sound in _sounds(stream, source):
+            check_rates(source, sound.rate, 1, sample_rate_hz)
+            samples = _decode(sound, source, max_seconds - seconds)
+            seconds += len(samples) / sound.rate
+            if seconds > max_seconds and not truncate:
+                stated = 0 if pieces else (sound.stated or 0) / sound.rate
+                length = f"{stated:.2f}" if stated > max_seconds else f"more than {max_seconds:g}"
+                raise ValueError(
+                    f"{source}: {length} seconds of sound, but {max_seconds:g} fit; cut the file, "
+                    "raise the encoder's max_windows, or set its overflow to truncate"
+                )
+            pieces.append(_resample(samples, sound.rate, sample_rate_hz))
+            if seconds >= max_seconds and truncate:
+                break
+    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    if not len(samples):
+        raise ValueError(f"{source}: the recording has no samples")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{source}: the recording holds NaN or infinite samples")
+    return samples[: round(max_seconds * sample_rate_hz)]
+
+
+def _decode(sound: Sound, source: Source, max_seconds: float) -> np.ndarray:
+    """All of `sound`, or so much more than `max_seconds` of it that the excess is certain."""
+    most = math.ceil(max_seconds * sound.rate) + 1 + sound.padding
+    blocks: list[np.ndarray] = []
+    count = 0
+    for block in sound.blocks:
+        blocks.append(block)
+        count += len(block)
+        if count >= most:
+            break
+    else:
+        if sound.lost_bytes > 0:
+            raise ValueError(
+                f"{source}: damaged audio, {sound.lost_bytes:,} bytes are missing at its end; "
+                f"{count:,} samples can be read"
+            )
+    samples = np.concatenate(blocks)[:most] if blocks else np.zeros(0, np.float32)
+    if sound.stated <= len(samples) <= sound.stated + sound.padding:
+        return samples[: sound.stated]
+    return samples
+
+
+def _sounds(stream: BinaryIO, source: Source) -> Iterator[Sound]:
+    """The recordings in a file: one, or several that were joined."""
+    # Which uses what is defined here.
+    from examples.mimo.modalities.video import container_sounds, is_container, sections
+
+    head = stream.read(16)
+    stream.seek(0)
+    if is_container(head):
+        yield from container_sounds(stream, source)
+        return
     try:
-        with open_source(source, "audio") as stream, soundfile.SoundFile(stream) as sound:
-            _check_audio_header(sound, source, sample_rate_hz, max_seconds, truncate)
-            rate = sound.samplerate
-            num_samples = min(sound.frames, int(np.ceil(max_seconds * rate)))
-            samples = sound.read(num_samples, dtype="float32", always_2d=True).mean(axis=1)
+        for section in itertools.islice(sections(stream), MAX_RECORDINGS):
+            with _Sequential(io.BufferedReader(section, 2**16)) as file:
+                check_rates(source, file.samplerate, file.channels)
+                stated = section.stated or (file.frames if file.frames < UNKNOWN_FRAMES else 0)
+                blocks = _blocks(file, source, stated)
+                yield Sound(file.samplerate, blocks, stated, section.padding, section.lost_bytes)
     except soundfile.SoundFileError as error:
         # The whole text names the open file as an object.
         reason = getattr(error, "error_string", error)
         raise ValueError(f"{source}: not sound that libsndfile can read ({reason})") from None
-    if len(samples) < num_samples:
-        raise ValueError(
-            f"{source}: damaged audio, {len(samples):,} of {num_samples:,} samples can be read"
-        )
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{source}: the recording holds NaN or infinite samples")
-    if rate != sample_rate_hz:
-        # Takes a second to import, so it waits until a file needs it.
-        from torchaudio.functional import resample
-
-        samples = resample(torch.from_numpy(samples), rate, sample_rate_hz).numpy()
-    return samples[: round(max_seconds * sample_rate_hz)]
 
 
-def _check_audio_header(
-    sound: soundfile.SoundFile,
-    source: Source,
-    sample_rate_hz: int,
-    max_seconds: float,
-    truncate: bool,
-) -> None:
-    if sound.frames <= 0:
-        raise ValueError(f"{source}: the recording has no samples")
-    if sound.samplerate > MAX_SAMPLE_RATE_HZ:
-        raise ValueError(f"{source}: {sound.samplerate:,} Hz is not a rate of sound recordings")
-    if sound.samplerate * sound.channels > MAX_SAMPLES_A_SECOND:
+class _Sequential(soundfile.SoundFile):
+    """A file that is read from its beginning to wherever it ends.
+
+    soundfile moves to where each block should have ended, which fails where a header is wrong.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _blocks(file: soundfile.SoundFile, source: Source, stated: int) -> Iterator[np.ndarray]:
+    count = 0
+    while True:
+        # Not across the end by the header: what is no sound may follow it.
+        most = min(BLOCK_SAMPLES, stated - count) if stated > count else BLOCK_SAMPLES
+        try:
+            block = file.read(most, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            if 0 < stated <= count:
+                return
+            reason = getattr(error, "error_string", error)
+            raise ValueError(
+                f"{source}: damaged audio, only {count:,} samples can be read ({reason})"
+            ) from None
+        if not len(block):
+            return
+        count += len(block)
+        yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+
+
+def check_rates(source: Source, rate: int, channels: int, target_hz: int | None = None) -> None:
+    """ValueError for rates of no recording, and for two that would take a huge filter."""
+    if rate > MAX_SAMPLE_RATE_HZ:
+        raise ValueError(f"{source}: {rate:,} Hz is not a rate of sound recordings")
+    if rate * channels > MAX_SAMPLES_A_SECOND:
+        raise ValueError(f"{source}: {channels} channels of {rate:,} Hz; mix them down")
+    common = math.gcd(rate, target_hz or rate)
+    if target_hz and rate // common * (target_hz // common) > MAX_KERNEL:
         raise ValueError(
-            f"{source}: {sound.channels} channels of {sound.samplerate:,} Hz; mix them down"
+            f"{source}: {rate:,} Hz and {target_hz:,} Hz have no useful divisor in common; "
+            "resample the file"
         )
-    common = math.gcd(sound.samplerate, sample_rate_hz)
-    if sound.samplerate // common * (sample_rate_hz // common) > MAX_KERNEL:
-        raise ValueError(
-            f"{source}: {sound.samplerate:,} Hz and {sample_rate_hz:,} Hz have no useful "
-            "divisor in common; resample the file"
-        )
-    seconds = sound.frames / sound.samplerate
-    if seconds > max_seconds and not truncate:
-        raise ValueError(
-            f"{source}: {seconds:.2f} seconds of sound, but {max_seconds:g} fit; cut the file, "
-            "raise the encoder's max_windows, or set its overflow to truncate"
-        )
+
+
+def _resample(samples: np.ndarray, rate: int, target_hz: int) -> np.ndarray:
+    if rate == target_hz or not len(samples):
+        return samples
+    # Takes a second to import, so it waits until a file needs it.
+    from torchaudio.functional import resample
+
+    return resample(torch.from_numpy(samples), rate, target_hz).numpy()
 
 
 def to_wav(samples: np.ndarray, sample_rate_hz: int) -> bytes:

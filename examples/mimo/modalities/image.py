@@ -19,8 +19,13 @@ from torch.nn import functional
 from examples.mimo.modalities.base import EncoderConfig, free_field
 from examples.mimo.modalities.files import Source, fit_picture, grid_of_tiles, read_image, to_png
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".img")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".img"),
+    *(".avif", ".heic", ".heif"),
+)
 FITS = ("crop", "stretch", "pad")
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as Pillow numbers them
+MAX_SIDE = 16_384
 
 
 def tanh_gelu(values: torch.Tensor) -> torch.Tensor:
@@ -93,7 +98,10 @@ class VitConfig(EncoderConfig):
     the last layer's output, behind the final norm if the family has one; -2 the layer before it
     (LLaVA's choice), without. Layers behind it are not built.
     `fit` says how a picture of another shape becomes square: `crop` cuts the centre out, `stretch`
-    scales the sides apart, `pad` fills the shorter side up with the family's mean colour.
+    scales the sides apart, `pad` fills the shorter side up with the mean colour. With `resize_side`
+    a picture is scaled or stretched to that side first, and its centre cut out; `resample` is the
+    filter. Then (value / 255 - mean) / std, with the family's mean and std unless given.
+    `background` shows through transparent pictures: white, black or the mean colour.
     A picture that is larger than the input becomes the fitted picture and up to `max_tiles` tiles
     of it in more detail, row by row; their tokens follow one another.
     `augment_shift`, `augment_degrees` and `augment_scale` bound the random changes in training:
@@ -106,6 +114,11 @@ class VitConfig(EncoderConfig):
     feature_layer: int = -1
     patches_per_token: int = 1
     fit: str = free_field("crop", choices=FITS)
+    resize_side: int | None = free_field(None)
+    resample: str = free_field("bicubic", choices=FILTERS)
+    mean: tuple[float, float, float] | None = free_field(None)
+    std: tuple[float, float, float] | None = free_field(None)
+    background: str = free_field("white", choices=("white", "black", "mean"))
     max_tiles: int = free_field(0)
     augment_shift: float = free_field(0.0)
     augment_degrees: float = free_field(0.0)
@@ -130,6 +143,35 @@ class VitConfig(EncoderConfig):
                 f"patches_per_token {self.patches_per_token} must be the square of a number that "
                 f"divides the {self.patches_per_side} patches of a side"
             )
+        scaled = self.image_size if self.resize_side is None else self.resize_side
+        if not isinstance(scaled, int) or not self.image_size <= scaled <= MAX_SIDE:
+            raise ValueError(f"resize_side {scaled!r}: from {self.image_size} to {MAX_SIDE}")
+        if self.resize_side is not None and self.fit == "pad":
+            raise ValueError(f"resize_side {scaled}: fit pad scales to image_size; leave it out")
+        for name, least in (("mean", -1e6), ("std", 1e-6)):
+            values = getattr(self, name)
+            if values is not None:
+                are_numbers = isinstance(values, (list, tuple)) and all(
+                    isinstance(value, (int, float)) and least <= value <= 1e6 for value in values
+                )
+                if not are_numbers or len(values) != 3:
+                    raise ValueError(f"{name} {values!r}: three numbers from {least:g} to 1e+06")
+                object.__setattr__(self, name, tuple(map(float, values)))  # lists come from JSON
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the channels, of values from 0 to 1."""
+        return self.mean or FAMILIES[self.family].mean, self.std or FAMILIES[self.family].std
+
+    @property
+    def mean_colour(self) -> tuple[int, ...]:
+        """The colour that the encoder sees as 0, rounded down as LLaVA's."""
+        return tuple(min(255, max(0, int(255 * part))) for part in self.normalization[0])
+
+    @property
+    def background_colour(self) -> tuple[int, ...]:
+        """What shows through a transparent picture."""
+        return {"white": (255,) * 3, "black": (0,) * 3, "mean": self.mean_colour}[self.background]
 
     @property
     def token_side(self) -> int:
@@ -157,8 +199,8 @@ class VitConfig(EncoderConfig):
         return 1 + self.max_tiles
 
     def read(self, source: Source) -> Image.Image:
-        """A picture in RGB, upright, on black where it was transparent."""
-        return read_image(source)
+        """A picture in RGB, upright, on `background` where it was transparent."""
+        return read_image(source, background=self.background_colour)
 
     def augment(self, raw: Image.Image, generator: np.random.Generator) -> Image.Image:
         """A small random rotation, scaling and shift; the upper left pixel's colour fills gaps."""
@@ -188,26 +230,26 @@ class VitConfig(EncoderConfig):
 
     def preview(self, raw: Image.Image) -> list[tuple[str, bytes]]:
         """A PNG of each encoder input, normalisation undone."""
-        family = FAMILIES[self.family]
-        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (family.mean, family.std))
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in self.normalization)
         pixels = self.preprocess(raw)["pixel_values"] * std + mean
         bytes_ = (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         return [("image/png", to_png(Image.fromarray(picture))) for picture in bytes_]
 
     def preprocess(self, raw: Image.Image) -> dict[str, torch.Tensor]:
         """`pixel_values` (T, 3, image_size, image_size): the fitted picture, then its tiles."""
-        family, size = FAMILIES[self.family], self.image_size
-        mean_colour = tuple(round(255 * part) for part in family.mean)
-        pictures = [fit_picture(raw, (size, size), self.fit, mean_colour)]
+        size, colour = self.image_size, self.mean_colour
+        resample = Image.Resampling(FILTERS.index(self.resample))
+        first = fit_picture(raw, (size, size), self.fit, colour, resample, self.resize_side)
+        pictures = [first]
         columns, rows = grid_of_tiles(raw.size, size, self.max_tiles)
         if columns * rows:  # none where the picture is no larger than the input
-            whole = fit_picture(raw, (columns * size, rows * size), "pad", mean_colour)
+            whole = fit_picture(raw, (columns * size, rows * size), "pad", colour, resample)
             corners = [(size * x, size * y) for y in range(rows) for x in range(columns)]
             pictures += [whole.crop((x, y, x + size, y + size)) for x, y in corners]
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
         # (byte / 255 - mean) / std in one pass over the pixels.
-        scale = 1 / (255 * torch.tensor(family.std))
-        shift = -torch.tensor(family.mean) / torch.tensor(family.std)
+        mean, std = (torch.tensor(values) for values in self.normalization)
+        scale, shift = 1 / (255 * std), -mean / std
         values = torch.addcmul(shift.view(3, 1, 1), pixels.permute(0, 3, 1, 2), scale.view(3, 1, 1))
         return {"pixel_values": values.contiguous()}
 

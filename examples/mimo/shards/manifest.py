@@ -305,8 +305,8 @@ def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dic
     record.setdefault("key", key)
     if any(name in record for name in config.modalities) or files_of_parts(conversation_of(record)):
         return record
-    for name, modality in config.modalities.items():
-        suffixes = modality.encoder.suffixes
+    for name in config.modalities:
+        suffixes = _own_suffixes(config, name)
         files = [part for part in parts if part.lower().endswith(suffixes)]
         files.sort(key=_numeric_order)
         # A part may be named by its suffix alone, as KEY.mp4.
@@ -314,6 +314,16 @@ def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dic
         if files:
             record[name] = files
     return record
+
+
+def _own_suffixes(config: MimoConfig, name: str) -> tuple[str, ...]:
+    """The suffixes of a modality that no other lists nearer its beginning: .mp4 is video first."""
+    listed = {other: item.encoder.suffixes for other, item in config.modalities.items()}
+    return tuple(
+        suffix
+        for place, suffix in enumerate(listed[name])
+        if all(suffix not in others[:place] for others in listed.values())
+    )
 
 
 def error_reason(error: Exception) -> str:
