@@ -40,7 +40,9 @@ FULL_RECOMPUTE = (
     *("--recompute-num-layers", "1"),
 )
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
-OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+# A tiny model fits one of Megatron's usual buckets, and several have an order to be reduced in.
+SMALL_BUCKETS = ("--ddp-bucket-size", "20000")
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", *SMALL_BUCKETS)
 BF16 = ("--bf16",)
 NONCOLOCATED = ("--encoder-ranks", "images=0", "audios=1")
 NONCOLOCATED_TP2 = (
