@@ -33,9 +33,7 @@ def main() -> None:
     equal = True
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        references = layouts.References(
-            layouts.start_checkpoint(work / "start"), work / "references"
-        )
+        references = layouts.References(work / "references")
         chosen = [layout for layout in layouts.LAYOUTS if options.only in layout.name]
         begun = time.monotonic()
         for number, layout in enumerate(chosen):

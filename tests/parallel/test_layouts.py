@@ -8,8 +8,7 @@ from tests.helpers import layouts
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    work = tmp_path_factory.mktemp("layouts")
-    return layouts.References(layouts.start_checkpoint(work / "start"), work / "references")
+    return layouts.References(tmp_path_factory.mktemp("references"))
 
 
 # `make layouts` runs them all; these hold every mechanism once and run on every change.
