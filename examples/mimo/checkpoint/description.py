@@ -202,8 +202,8 @@ def overlay(base: Any, values: Any, where: str = "config") -> Any:
     `values`: a checkpoint's JSON can change a model's sizes and nothing else.
     """
     if dataclasses.is_dataclass(base) and not isinstance(base, type):
-        names = {f.name for f in dataclasses.fields(base)}
-        _same_keys(names, values, where)
+        names = [f.name for f in dataclasses.fields(base)]
+        _same_keys(set(names), values, where)
         return dataclasses.replace(
             base, **{n: overlay(getattr(base, n), values[n], f"{where}.{n}") for n in names}
         )
