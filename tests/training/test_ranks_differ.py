@@ -13,7 +13,7 @@ import pytest
 
 from examples.mimo.data.datasets import MockDataset
 from tests.helpers import ranks
-from tests.helpers.commands import TP2, run_train
+from tests.helpers.commands import TP2, run_command, run_train
 
 ITERATIONS = 4
 COMMON = (
@@ -24,6 +24,12 @@ COMMON = (
 OVERLAP = ("--overlap-grad-reduce",)
 OVERLAP_ALL = ("--use-distributed-optimizer", *OVERLAP, "--overlap-param-gather")
 BOUND = 1e-5
+DATA = {
+    "mock": (),
+    "mock, a worker": ("--num-workers", "1"),
+    "energon": ("--dataset-provider", "energon"),
+    "energon, a worker": ("--dataset-provider", "energon", "--num-workers", "1"),
+}
 
 
 def numbers(done: subprocess.CompletedProcess, metrics: Path) -> list[float]:
@@ -32,6 +38,18 @@ def numbers(done: subprocess.CompletedProcess, metrics: Path) -> list[float]:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == ITERATIONS
     return [row[name] for name in ("loss", "grad_norm") for row in rows]
+
+
+@pytest.fixture(scope="module")
+def spoken_shards(data_folder, tmp_path_factory):
+    pytest.importorskip("megatron.energon")
+    output = tmp_path_factory.mktemp("shards") / "out"
+    manifest = str(data_folder / "train.jsonl")
+    done = run_command(
+        "prepare_data.py", "webdataset", "--manifest", manifest, "--output", str(output)
+    )
+    assert done.returncode == 0, done.stderr
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +102,13 @@ def test_two_ranks_compute_what_one_process_computes(seed, layout, together, tmp
     assert numbers(run_train(*flags, processes=2), metrics) == pytest.approx(
         together(seed), rel=BOUND
     )
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_ranks_that_read_and_ranks_that_do_not_drop_out_alike(data, spoken_shards, tmp_path):
+    """Else the copies of a norm on tensor-parallel ranks part, which the script looks at."""
+    source = (*DATA[data], *(("--data-path", str(spoken_shards)) if "energon" in data else ()))
+    flags = (*COMMON, *TP2, *source, "--hidden-dropout", "0.1", "--seed", "11")
+    save = ("--save", str(tmp_path), "--save-interval", "1")
+    done = ranks.run("tests/helpers/measured_train.py", *flags, *save, processes=2)
+    assert done.returncode == 0, done.stderr

@@ -227,6 +227,8 @@ def _batches(
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
         collate_fn=share.of(collate_fn),
+        # Else it draws from torch's own, with which ranks that do not read drop out alike.
+        generator=torch.Generator(),
     )
     return iter(loader)
 
