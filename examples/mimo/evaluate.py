@@ -11,6 +11,7 @@ groups.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from collections import defaultdict
@@ -50,7 +51,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.data.datasets import read_records
-    from examples.mimo.generation.api import Mimo
+    from examples.mimo.generation.api import Mimo, on_rank_zero
 
     checkpoint = open_checkpoint(args.ckpt)
     if not args.data.is_dir():
@@ -60,6 +61,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     splits = args.splits or heldout_splits(args.data)
     records = {s: read_records(args.data / f"{s}.jsonl")[: args.samples] for s in splits}
     answerer = Mimo(checkpoint, args.tp, args.pp)
+    # All ranks answer the same questions, whatever each finds in its file system.
+    splits, records = on_rank_zero(lambda: (splits, records))
     scores: dict[str, Any] = {"checkpoint": str(checkpoint.weights), "scores": {}}
     first = splits[0]
     for split in splits:
@@ -89,14 +92,16 @@ def _score(
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
     from examples.mimo.cli.command import ProgressBar
-    from examples.mimo.data.conversation import FilesInside
+    from examples.mimo.data.conversation import FilesInside, Sample
+    from examples.mimo.generation.api import on_rank_zero
     from examples.mimo.generation.sampling import Options
 
-    reader = answerer.sample_encoder(blank or [])
-    samples = [
-        reader.encode({**record, "conversations": record["conversations"][:-1]}, FilesInside(root))
-        for record in records
-    ]
+    reader, files = answerer.sample_encoder(blank or []), FilesInside(root)
+
+    def question(record: dict[str, Any]) -> Sample:
+        return reader.encode({**record, "conversations": record["conversations"][:-1]}, files)
+
+    samples = [on_rank_zero(functools.partial(question, record)) for record in records]
     clock = ProgressBar(title, len(records))
     answers = answerer.answer(samples, Options(max_new_tokens=32), progress=clock)
     hits = [is_right(r, answer.text) for r, answer in zip(records, answers, strict=True)]
