@@ -28,13 +28,11 @@ from megatron.training import get_args, training
 
 from examples.mimo.checkpoint.loading import sharding_metadata
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import Sample
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.mimo import StageMimoModel
 from examples.mimo.train import main
 from examples.mimo.training import pretrain as providers
+from tests.helpers.mock_variants import TextFirst
 
-MOCK_SAMPLES = 160
 save = training.save_checkpoint_and_time
 
 
@@ -69,24 +67,6 @@ def check_copies(chunks: Sequence[StageMimoModel]) -> None:
             copies.setdefault(piece, set()).add(digest)
     differing = [piece for piece, digests in copies.items() if len(digests) > 1]
     assert not differing, f"copies of {differing} differ"
-
-
-class TextFirst(torch.utils.data.Dataset[Sample]):
-    """Mock samples, of every four the first two without media and the others with some."""
-
-    def __init__(self, config: MimoConfig, seq_length: int, num_samples: int, seed: int) -> None:
-        mock = MockDataset(config, seq_length, MOCK_SAMPLES, seed)
-        samples = [mock[index] for index in range(MOCK_SAMPLES)]
-        self.text = [sample for sample in samples if not sample.media]
-        self.with_media = [sample for sample in samples if sample.media]
-        self.num_samples = num_samples
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> Sample:
-        kind = self.text if index % 4 < 2 else self.with_media
-        return kind[(index // 4 * 2 + index % 2) % len(kind)]
 
 
 def text_first() -> None:
