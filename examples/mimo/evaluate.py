@@ -11,6 +11,7 @@ groups.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from collections import defaultdict
@@ -50,7 +51,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.data.datasets import read_records
-    from examples.mimo.generation.api import Mimo
+    from examples.mimo.generation.api import Mimo, on_rank_zero
 
     checkpoint = open_checkpoint(args.ckpt)
     if not args.data.is_dir():
@@ -60,6 +61,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     splits = args.splits or heldout_splits(args.data)
     records = {s: read_records(args.data / f"{s}.jsonl")[: args.samples] for s in splits}
     answerer = Mimo(checkpoint, args.tp, args.pp)
+    # All ranks answer the same questions, whatever each finds in its file system.
+    splits, records = on_rank_zero(lambda: (splits, records))
     scores: dict[str, Any] = {"checkpoint": str(checkpoint.weights), "scores": {}}
     first = splits[0]
     for split in splits:
@@ -89,13 +92,19 @@ def _score(
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
     from examples.mimo.cli.command import ProgressBar
+    from examples.mimo.data.conversation import Sample
     from examples.mimo.data.turns import FilesInside, conversation_of, without_last_answer
+    from examples.mimo.generation.api import on_rank_zero
     from examples.mimo.generation.sampling import Options
 
-    reader = answerer.sample_encoder(blank or [])
+    reader, files = answerer.sample_encoder(blank or []), FilesInside(root)
     pairs = [without_last_answer(conversation_of(r), answerer.config) for r in records]
+
+    def question(record: dict[str, Any], turns: Any) -> Sample:
+        return reader.encode({**record, "conversations": turns}, files)
+
     samples = [
-        reader.encode({**record, "conversations": turns}, FilesInside(root))
+        on_rank_zero(functools.partial(question, record, turns))
         for record, (turns, _) in zip(records, pairs, strict=True)
     ]
     clock = ProgressBar(title, len(records))

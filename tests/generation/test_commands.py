@@ -268,6 +268,7 @@ def test_killed_and_started_again_no_line_is_lost_or_said_twice(checkpoint, ques
         (("--input", "README.md", "--output", "README.md"), "this is the input"),
         (("--input", "README.md", "--output", "pyproject.toml"), "no answer of an earlier run"),
         (("--input", "README.md", "--output", "none/o"), "its folder does not exist"),
+        (("--input", "README.md", "--output", "docs"), "--output docs: Is a directory; name"),
         (("--interactive", "--json"), "--json does not go with --interactive"),
         (("--interactive", "--image-path", "a"), "--image-path does not go with --interactive"),
         (("--prompt", "x", "--stream", "--json"), "--stream shows the text of one answer"),

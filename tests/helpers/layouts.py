@@ -3,7 +3,8 @@
 Each layout trains ten iterations from the same checkpoint on the same mock batches, which mix
 samples with pictures, recordings, both and neither. A parameter's first gradient is read from
 the first moment of Adam that is saved after one iteration: (1 - beta1) times the gradient,
-which the checkpoint holds whole whatever the layout.
+which the checkpoint holds whole whatever the layout. After the last iteration all copies of every
+weight must be equal to the bit (measured_train.py).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ FULL_RECOMPUTE = (
     *("--recompute-num-layers", "1"),
 )
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
-OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+# A tiny model fits one of Megatron's usual buckets, and several have an order to be reduced in.
+SMALL_BUCKETS = ("--ddp-bucket-size", "20000")
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", *SMALL_BUCKETS)
 BF16 = ("--bf16",)
 NONCOLOCATED = ("--encoder-ranks", "images=0", "audios=1")
 NONCOLOCATED_TP2 = (
@@ -48,8 +51,17 @@ NONCOLOCATED_TP2 = (
     *("--encoder-tensor-model-parallel-size", "images=2"),
 )
 NONCOLOCATED_DP2 = ("--encoder-ranks", "images=0-1", "audios=2-3")
+IMAGES_DP4 = ("--encoder-ranks", "images=0-3", "audios=4")
+# A micro-batch is one sample.
+ONE_EACH = ("--micro-batch-size", "1")
 IMAGES_FROZEN = ("--freeze", "images.encoder", "images.projector")
 PROJECTORS_ONLY = ("--freeze", "images.encoder", "audios.encoder", "language")
+ENCODERS_FROZEN = ("--freeze", "images.encoder", "audios.encoder")
+# Replicas that see the first half of a batch have nothing to encode.
+TEXT_FIRST = ("--variant", "text-first")
+EMBEDDING_FROZEN = ("--variant", "embedding-frozen")
+LAYERS_FROZEN = ("--variant", "layers-frozen")
+TIED = ("--model-provider", "tests.helpers.models:tied_embeddings")
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,14 @@ class Layout:
     """A name, a number of processes, and the flags that spread the model over them.
 
     `shared` are flags that change what is computed: one process with them is the reference.
+    `model` are those that change the model, which then starts from a checkpoint of its own.
     """
 
     name: str
     processes: int
     flags: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    model: tuple[str, ...] = ()
 
     @property
     def bf16(self) -> bool:
@@ -71,6 +85,19 @@ class Layout:
 
 
 ONE = Layout("one process", 1)
+TIED_SHARED = {
+    "": (),
+    ", language frozen": PROJECTORS_ONLY,
+    ", encoders frozen": ENCODERS_FROZEN,
+    ", embedding frozen": EMBEDDING_FROZEN,
+    ", layers frozen": LAYERS_FROZEN,
+}
+TIED_LAYOUTS = (
+    ("PP 2", 2, PP2),
+    ("PP 4", 4, PP4),
+    ("PP 2 x DP 2, distributed optimizer, overlap", 4, PP2 + DISTRIBUTED_OPTIMIZER + OVERLAP),
+    ("PP 4, distributed optimizer", 4, PP4 + DISTRIBUTED_OPTIMIZER),
+)
 LAYOUTS = (
     Layout("TP 2", 2, TP2),
     Layout("TP 2, sequence parallel", 2, TP2 + SP),
@@ -147,6 +174,16 @@ LAYOUTS = (
     Layout("packed, PP 2", 2, PACKED + PP2),
     Layout("packed, CP 2", 2, PACKED + CP2),
     Layout("packed, CP 2 x PP 2", 4, PACKED + CP2 + PP2),
+    Layout("packed, PP 4", 4, PACKED + PP4),
+    Layout("packed, CP 2 x PP 4", 8, PACKED + CP2 + PP4),
+    Layout("packed, PP 2, 2 virtual stages", 2, PACKED + PP2 + VPP2),
+    Layout("packed, CP 2 x PP 2, 2 virtual stages", 4, PACKED + CP2 + PP2 + VPP2),
+    Layout(
+        "packed, TP 2 x PP 2, sequence parallel, 2 virtual stages",
+        4,
+        PACKED + TP2 + PP2 + SP + VPP2,
+    ),
+    Layout("packed, PP 4, non-colocated: encoders 1 + 1", 6, PACKED + PP4 + NONCOLOCATED),
     Layout("packed, TP 2, sequence parallel", 2, PACKED + TP2 + SP),
     Layout("packed, TP 2 x CP 2, sequence parallel", 4, PACKED + TP2 + CP2 + SP),
     Layout("projectors only, TP 2", 2, TP2, PROJECTORS_ONLY),
@@ -160,6 +197,56 @@ LAYOUTS = (
         TP2 + DISTRIBUTED_OPTIMIZER + OVERLAP,
         PROJECTORS_ONLY,
     ),
+    Layout("text first: DP 2, overlap", 2, DISTRIBUTED_OPTIMIZER + OVERLAP, TEXT_FIRST),
+    Layout("text first: DP 4", 4, ONE_EACH, TEXT_FIRST),
+    Layout("text first: CP 2", 2, CP2, TEXT_FIRST),
+    Layout("text first: TP 2, encoders TP 1", 2, TP2 + ENCODERS_TP1, TEXT_FIRST),
+    Layout(
+        "text first: TP 2 x DP 2, encoders TP 1, distributed optimizer, overlap",
+        4,
+        TP2 + ENCODERS_TP1 + DISTRIBUTED_OPTIMIZER + OVERLAP,
+        TEXT_FIRST,
+    ),
+    Layout("text first, packed: DP 2", 2, PACKED, TEXT_FIRST),
+    Layout("text first, non-colocated: encoders DP 2, language 1", 5, NONCOLOCATED_DP2, TEXT_FIRST),
+    Layout(
+        "text first, non-colocated: encoders DP 2, language DP 2, overlap",
+        6,
+        NONCOLOCATED_DP2 + DISTRIBUTED_OPTIMIZER + OVERLAP,
+        TEXT_FIRST,
+    ),
+    Layout("text first, non-colocated: encoders 1 + 1, language DP 4", 6, NONCOLOCATED, TEXT_FIRST),
+    Layout(
+        "text first, non-colocated: images DP 4, audios 1, language 1", 6, IMAGES_DP4, TEXT_FIRST
+    ),
+    Layout(
+        "text first, non-colocated: images DP 4, audios 1, language DP 4",
+        9,
+        IMAGES_DP4 + ONE_EACH,
+        TEXT_FIRST,
+    ),
+    Layout(
+        "text first, non-colocated, packed: encoders DP 2, language DP 2",
+        6,
+        NONCOLOCATED_DP2 + PACKED,
+        TEXT_FIRST,
+    ),
+    *(
+        Layout(f"tied embeddings{what}: {name}", processes, flags, shared, TIED)
+        for what, shared in TIED_SHARED.items()
+        for name, processes, flags in TIED_LAYOUTS
+    ),
+    Layout(
+        "tied embeddings, language frozen: PP 2, bf16",
+        2,
+        PP2,
+        (*PROJECTORS_ONLY, *BF16),
+        TIED,
+    ),
+    Layout("tied embeddings: TP 2 x PP 2, sequence parallel", 4, TP2 + PP2 + SP, (), TIED),
+    Layout("tied embeddings: PP 2, 2 virtual stages", 2, PP2 + VPP2, (), TIED),
+    Layout("tied embeddings: CP 2 x PP 2", 4, CP2 + PP2, (), TIED),
+    Layout("tied embeddings, non-colocated: language PP 4", 6, NONCOLOCATED + PP4, (), TIED),
     Layout("bf16, TP 2, sequence parallel", 2, TP2 + SP, BF16),
     Layout("bf16, PP 2", 2, PP2, BF16),
     Layout("bf16, CP 2", 2, CP2, BF16),
@@ -222,16 +309,16 @@ class Difference:
 
 def train(layout: Layout, *flags: str, script: str = "examples/mimo/train.py") -> None:
     """One training run; CalledProcessError when it fails, after what it printed."""
-    all_flags = (*COMMON, *layout.flags, *layout.shared, *flags)
+    all_flags = (*COMMON, *layout.model, *layout.flags, *layout.shared, *flags)
     done = ranks.run(script, *all_flags, processes=layout.processes)
     if done.returncode:
         sys.stderr.write(done.stderr)
         done.check_returncode()
 
 
-def start_checkpoint(folder: Path, shared: tuple[str, ...] = ()) -> Path:
+def start_checkpoint(folder: Path, model: tuple[str, ...] = ()) -> Path:
     """Two iterations on one process: weights that are not at a special point."""
-    alone = replace(ONE, shared=shared)
+    alone = replace(ONE, model=model)
     train(alone, "--train-iters", "2", "--save", str(folder), "--save-interval", "2")
     return folder
 
@@ -241,7 +328,7 @@ def measure(layout: Layout, start: Path, work: Path) -> Run:
     saved, metrics = work / "saved", work / "metrics.jsonl"
     load = ("--load", str(start), "--finetune", "--train-iters", str(ITERATIONS))
     save = ("--save", str(saved), "--save-interval", "1", "--metrics-file", str(metrics))
-    train(layout, *load, *save, script="tests/helpers/save_first.py")
+    train(layout, *load, *save, script="tests/helpers/measured_train.py")
     iterations = [json.loads(line) for line in metrics.read_text().splitlines()]
     return Run(
         [iteration["loss"] for iteration in iterations], first_gradients(saved / "iter_0000001")
@@ -287,23 +374,32 @@ def compare(run: Run, reference: Run) -> Difference:
 
 
 class References:
-    """What one process computes from `start`, for each set of flags a layout shares with it."""
+    """What one process computes, for each model and set of flags that a layout shares with it."""
 
-    def __init__(self, start: Path, work: Path) -> None:
-        self.start = start
+    def __init__(self, work: Path) -> None:
         self.work = work
-        self.runs: dict[tuple[str, ...], Run] = {}
+        self.starts: dict[tuple[str, ...], Path] = {}
+        self.runs: dict[Layout, Run] = {}
 
     def difference(self, layout: Layout, work: Path) -> Difference:
         """How far a layout is from its reference; files go under `work`."""
-        return compare(measure(layout, self.start, work), self.run(layout.shared))
+        reference = self.run(layout.shared, layout.model)
+        return compare(measure(layout, self.start(layout.model), work), reference)
 
-    def run(self, shared: tuple[str, ...] = ()) -> Run:
+    def run(self, shared: tuple[str, ...] = (), model: tuple[str, ...] = ()) -> Run:
         """One process with these flags, run once."""
-        if shared not in self.runs:
-            alone = replace(ONE, shared=shared)
-            self.runs[shared] = measure(alone, self.start, self.work / str(len(self.runs)))
-        return self.runs[shared]
+        alone = replace(ONE, shared=shared, model=model)
+        if alone not in self.runs:
+            folder = self.work / f"run-{len(self.runs)}"
+            self.runs[alone] = measure(alone, self.start(model), folder)
+        return self.runs[alone]
+
+    def start(self, model: tuple[str, ...] = ()) -> Path:
+        """The checkpoint that all runs of a model begin with."""
+        if model not in self.starts:
+            folder = self.work / f"start-{len(self.starts)}"
+            self.starts[model] = start_checkpoint(folder, model)
+        return self.starts[model]
 
 
 def refusal(layout: Layout) -> str:

@@ -54,3 +54,13 @@ def without_pictures() -> MimoConfig:
         name="tests.helpers.models:without_pictures",
         modalities={"audios": base.modalities["audios"]},
     )
+
+
+def tied_embeddings() -> MimoConfig:
+    """`tiny_avlm` whose head is its token embedding."""
+    base = tiny_avlm()
+    return dataclasses.replace(
+        base,
+        name="tests.helpers.models:tied_embeddings",
+        language=dataclasses.replace(base.language, tie_embeddings=True),
+    )

@@ -1,93 +1,132 @@
-"""Runs a script on several ranks, forked from a process that has imported Megatron once.
+"""Runs a script on several ranks, each forked from an interpreter that has imported Megatron.
 
 Its imports take a rank longer than ten iterations of a tiny model, and torchrun pays them on
 every rank of every launch. What a user types is still tested under torchrun; comparisons of
-many layouts start here. Such ranks share the hash seed of the process they are forked from, and
-with it the order of every set; `run_apart` starts ranks that do not.
+many layouts start here.
+
+Rank r is always forked from the r-th interpreter, whose hash seed is r: no two ranks of a run need
+have the same order of a set, just as under torchrun.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import atexit
+import contextlib
+import functools
+import json
 import os
-import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch.multiprocessing
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = "tests.helpers.warm"
 # Ranks that wait for one another for ever are ended after so many seconds.
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 600
+# A rank that its launcher ends may say first what it was doing.
+GRACE_SECONDS = 10
+
+
+class WarmInterpreter:
+    """A process that forks one rank at a time; see warm.py."""
+
+    def __init__(self, hash_seed: int) -> None:
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        seeded = {"PYTHONPATH": python_path, "PYTHONHASHSEED": str(hash_seed)}
+        # Unbuffered: `select` sees only what no buffer has taken already.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", WARM],
+            cwd=ROOT,
+            env={**os.environ, **seeded},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+        atexit.register(self.process.kill)
+        assert self.process.stdin
+        assert self.process.stdout
+        self.requests, self.answers = self.process.stdin, self.process.stdout
+        self.rank_pid = 0
+
+    def start(self, **request: object) -> None:
+        """Ask for a rank; `wait_until_started` must follow."""
+        self.requests.write(json.dumps(request).encode() + b"\n")
+
+    def wait_until_started(self) -> None:
+        """Until the rank runs; the first one waits for Megatron's imports."""
+        self.rank_pid = self._answer()
+
+    def end(self, signal_number: int) -> None:
+        """Send the rank a signal, unless it has ended by itself."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.rank_pid, signal_number)
+
+    def status(self) -> int:
+        """The exit status of the rank, when it has ended."""
+        return self._answer()
+
+    def has_ended(self, seconds: float) -> bool:
+        """Whether the rank ends within so many seconds."""
+        return bool(select.select([self.answers], [], [], seconds)[0])
+
+    def _answer(self) -> int:
+        line = self.answers.readline()
+        assert line, f"the interpreter of a rank ended with status {self.process.wait()}"
+        return int(line)
+
+
+@functools.cache
+def warm_interpreter(rank: int) -> WarmInterpreter:
+    """The one that all runs of this process fork their rank `rank` from."""
+    return WarmInterpreter(hash_seed=rank)
 
 
 def run(script: str, *flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """What `script`, a path from the root of the repository, did on all its ranks."""
-    multiprocessing.set_forkserver_preload([WARM])
-    returncode, traceback = 0, ""
-    with tempfile.TemporaryDirectory() as folder:
-        printed = Path(folder, "stdout"), Path(folder, "stderr")
-        for file in printed:
-            file.touch()
-        try:
-            torch.multiprocessing.start_processes(
-                _rank,
-                (processes, free_port(), script, flags, printed),
-                nprocs=processes,
-                start_method="forkserver",
-            )
-        except ProcessExitedException as failed:
-            returncode = failed.exit_code
-        except ProcessRaisedException as failed:
-            returncode, traceback = 1, str(failed)
-        out, err = (file.read_text(encoding="utf-8") for file in printed)
-    return subprocess.CompletedProcess([script, *flags], returncode, out, err + traceback)
+    """What `script`, a path from the root of the repository, did on all its ranks.
 
-
-def run_apart(
-    script: str, *flags: str, hash_seeds: Sequence[int]
-) -> subprocess.CompletedProcess[str]:
-    """What `script` did on ranks that are interpreters of their own, each with its hash seed.
-
-    The first code that is not 0 is the returned one; the ranks' output stands rank after rank.
+    The first exit status that is not 0 is the returned one; the other ranks are ended then.
     """
-    port, started = free_port(), []
+    interpreters = [warm_interpreter(rank) for rank in range(processes)]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            for rank, seed in enumerate(hash_seeds):
-                variables = _variables(rank, len(hash_seeds), port)
-                with (
-                    Path(folder, f"{rank}.stdout").open("w") as out,
-                    Path(folder, f"{rank}.stderr").open("w") as err,
-                ):
-                    rank_process = subprocess.Popen(
-                        [sys.executable, str(ROOT / script), *flags],
-                        cwd=ROOT,
-                        env={**os.environ, **variables, "PYTHONHASHSEED": str(seed)},
-                        stdout=out,
-                        stderr=err,
-                    )
-                started.append(rank_process)
-            codes = [process.wait(timeout=PATIENCE_SECONDS) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
-        printed = [
-            "".join(
-                Path(folder, f"{rank}.{stream}").read_text(encoding="utf-8", errors="replace")
-                for rank in range(len(hash_seeds))
+        printed = [str(Path(folder, name)) for name in ("stdout", "stderr")]
+        for rank, interpreter in enumerate(interpreters):
+            interpreter.start(
+                script=str(ROOT / script),
+                flags=flags,
+                variables=_variables(rank, processes, port),
+                printed=printed,
             )
-            for stream in ("stdout", "stderr")
-        ]
-    code = next((code for code in codes if code), 0)
-    return subprocess.CompletedProcess([script, *flags], code, *printed)
+        for interpreter in interpreters:
+            interpreter.wait_until_started()
+        status = _wait(interpreters)
+        out, err = (Path(file).read_text(encoding="utf-8") for file in printed)
+    return subprocess.CompletedProcess([script, *flags], status, out, err)
+
+
+def _wait(interpreters: Sequence[WarmInterpreter]) -> int:
+    """The first exit status that is not 0, or 0, when all ranks have ended."""
+    running = {interpreter.answers: interpreter for interpreter in interpreters}
+    statuses: list[int] = []
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while running and not any(statuses):
+        ended, _, _ = select.select(list(running), [], [], max(0, deadline - time.monotonic()))
+        if not ended:
+            break
+        statuses += [running.pop(answers).status() for answers in ended]
+    for interpreter in running.values():
+        interpreter.end(signal.SIGTERM)
+    for interpreter in running.values():
+        if not interpreter.has_ended(GRACE_SECONDS):
+            interpreter.end(signal.SIGKILL)
+        statuses.append(interpreter.status())
+    return next((status for status in statuses if status), 0)
 
 
 def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -102,21 +141,6 @@ def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
         # Ranks on the cores of one machine.
         "OMP_NUM_THREADS": "1",
     }
-
-
-def _rank(
-    rank: int,
-    processes: int,
-    port: int,
-    script: str,
-    flags: tuple[str, ...],
-    printed: tuple[Path, Path],
-) -> None:
-    for descriptor, file in enumerate(printed, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
-    os.environ.update(_variables(rank, processes, port))
-    sys.argv = [script, *flags]
-    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def free_port() -> int:

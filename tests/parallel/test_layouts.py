@@ -4,12 +4,12 @@ import pytest
 
 from examples.mimo.data.datasets import MockDataset
 from tests.helpers import layouts
+from tests.helpers.mock_variants import TextFirst
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    work = tmp_path_factory.mktemp("layouts")
-    return layouts.References(layouts.start_checkpoint(work / "start"), work / "references")
+    return layouts.References(tmp_path_factory.mktemp("references"))
 
 
 # `make layouts` runs them all; these hold every mechanism once and run on every change.
@@ -32,6 +32,16 @@ ALWAYS = {
     "full recompute",
     "packed",
     "packed, TP 2 x CP 2, sequence parallel",
+    "packed, PP 4",
+    "packed, CP 2 x PP 2, 2 virtual stages",
+    "text first: DP 2, overlap",
+    "text first: TP 2, encoders TP 1",
+    "text first, non-colocated: encoders DP 2, language DP 2, overlap",
+    "tied embeddings: PP 2 x DP 2, distributed optimizer, overlap",
+    "tied embeddings: PP 4",
+    "tied embeddings, language frozen: PP 4, distributed optimizer",
+    "tied embeddings, layers frozen: PP 2",
+    "tied embeddings, embedding frozen: PP 4",
     "projectors only, PP 2",
     "projectors only, TP 2 x PP 2",
     "bf16, TP 2, sequence parallel",
@@ -68,3 +78,10 @@ def test_only_the_projectors_have_optimizer_state(references):
 def test_the_batches_mix_samples_with_and_without_media(tiny):
     kinds = {tuple(sorted(MockDataset(tiny, 128, 80, seed=11)[i].media)) for i in range(80)}
     assert kinds == {(), ("images",), ("audios",), ("audios", "images")}
+
+
+def test_of_every_four_samples_the_first_two_are_text_alone(tiny):
+    samples = [TextFirst(tiny, 128, 80, seed=11)[i] for i in range(80)]
+    assert [bool(sample.media) for sample in samples] == [False, False, True, True] * 20
+    assert {name for sample in samples for name in sample.media} == set(tiny.modalities)
+    assert len({sample.key for sample in samples}) > 20

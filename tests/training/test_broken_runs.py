@@ -10,12 +10,23 @@ import time
 import psutil
 import pytest
 
+from tests.helpers import ranks
 from tests.helpers.commands import PP2, ROOT, run_command
 
 # Far below the ten minutes after which a rank that waits for another gives up.
 PATIENCE_SECONDS = 120
 # Ranks that are between two iterations exchange what the terminal shows.
 WHERE = r"in: (iteration \d+, (computing|reading a batch)|after iteration \d+)"
+FAILING_RANK = "tests/helpers/failing_rank.py"
+# Two samples an iteration.
+ONE_EACH = ("--micro-batch-size", "1", "--global-batch-size", "2")
+# Where rank 1 works on samples that another rank reads too.
+OTHER_SAMPLES = {
+    "PP 2": (2, PP2),
+    "CP 2": (2, ("--context-parallel-size", "2")),
+    "non-colocated": (3, ("--encoder-ranks", "images=0", "audios=1")),
+    "encoder replicas share a batch": (4, ("--encoder-ranks", "images=0-1", "audios=2")),
+}
 # Processes and flags; rank 1 is killed.
 LAYOUTS = {
     "TP 2": (2, ("--tensor-model-parallel-size", "2")),
@@ -63,3 +74,23 @@ def test_an_error_on_one_stage_ends_the_other():
         line.startswith("train.py [rank 1]: error: the loss of iteration 2") for line in said
     )
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr
+
+
+@pytest.mark.parametrize("error", ["OSError", "KeyError"])
+@pytest.mark.parametrize("layout", [(), PP2], ids=["DP 2", "PP 2"])
+def test_any_error_of_one_rank_ends_the_others_at_once(error, layout):
+    flags = (error, "--train-iters", "100", *ONE_EACH, *layout)
+    done = ranks.run(FAILING_RANK, *flags, processes=2)
+    assert done.returncode == 1
+    assert f"{error}: {'the disk is gone'!r}".replace("'", "") in done.stderr.replace("'", "")
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py [rank ")]
+    assert [line[15] for line in said] == ["0"], done.stderr
+
+
+@pytest.mark.parametrize("layout", OTHER_SAMPLES)
+def test_ranks_that_read_other_samples_than_they_must_end_the_run(layout):
+    processes, flags = OTHER_SAMPLES[layout]
+    done = ranks.run(FAILING_RANK, "other", *ONE_EACH, *flags, processes=processes)
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py [rank ")]
+    assert any("error: iteration 3: ranks that must read the same samples" in s for s in said), said

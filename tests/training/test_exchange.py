@@ -148,3 +148,28 @@ def contents(folder):
     ):
         tensors[key, None, None] = repr(common[key]).encode()
     return tensors
+
+
+@pytest.mark.parametrize(
+    "optimizer", [(), layouts.DISTRIBUTED_OPTIMIZER], ids=["plain", "distributed optimizer"]
+)
+def test_tied_embeddings_go_on_at_other_numbers_of_stages(optimizer, tmp_path):
+    """A stage that gets its copy of the embedding goes on like the one that saved it."""
+    common = (*layouts.COMMON, *layouts.TIED, *optimizer, *WHOLE)
+
+    def run(name, stages, *more):
+        metrics = tmp_path / name
+        layout = ("--pipeline-model-parallel-size", str(stages), "--metrics-file", str(metrics))
+        done = run_train(*common, *layout, *more, processes=stages)
+        assert done.returncode == 0, done.stderr
+        return losses(metrics)
+
+    folder = layouts.start_checkpoint(tmp_path / "start", layouts.TIED)
+    start = ("--load", str(folder), "--finetune")
+    expected = run("whole", 1, *start)
+    saved = str(tmp_path / "saved")
+    run("first", 2, *start, "--save", saved, "--exit-interval", str(SAVED_AFTER))
+    expected = {i: loss for i, loss in expected.items() if i > SAVED_AFTER}
+    for stages in (1, 4):
+        again = run(f"again {stages}", stages, "--load", saved)
+        assert again == pytest.approx(expected, rel=1e-6)

@@ -1,32 +1,35 @@
 """Ranks whose samples and hash seeds differ meet in the same collectives in the same order.
 
-Ranks that are forked from one process share its hash seed, and mock samples in micro-batches of
-one differ the most between ranks: one has pictures, the other recordings, or neither.
+Mock samples in micro-batches of one differ the most between ranks: one has pictures, the other
+recordings, or neither. Ranks have a hash seed each (tests/helpers/ranks.py), here as in all other
+tests that launch several.
 """
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from examples.mimo.data.datasets import MockDataset
 from tests.helpers import ranks
-from tests.helpers.commands import TP2, run_train
+from tests.helpers.commands import TP2, run_command, run_train
 
-TRAIN = "examples/mimo/train.py"
 ITERATIONS = 4
 COMMON = (
     *("--model-provider", "tiny_avlm", "--dataset-provider", "mock", "--micro-batch-size", "1"),
     *("--global-batch-size", "8", "--lr", "1e-3", "--clip-grad", "0"),
     *("--train-iters", str(ITERATIONS)),
 )
-# A set of the names of two modalities has one order under the first and the other under the second.
-HASH_SEEDS = (0, 1)
 OVERLAP = ("--overlap-grad-reduce",)
 OVERLAP_ALL = ("--use-distributed-optimizer", *OVERLAP, "--overlap-param-gather")
 BOUND = 1e-5
+DATA = {
+    "mock": (),
+    "mock, a worker": ("--num-workers", "1"),
+    "energon": ("--dataset-provider", "energon"),
+    "energon, a worker": ("--dataset-provider", "energon", "--num-workers", "1"),
+}
 
 
 def numbers(done: subprocess.CompletedProcess, metrics: Path) -> list[float]:
@@ -35,6 +38,18 @@ def numbers(done: subprocess.CompletedProcess, metrics: Path) -> list[float]:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == ITERATIONS
     return [row[name] for name in ("loss", "grad_norm") for row in rows]
+
+
+@pytest.fixture(scope="module")
+def spoken_shards(data_folder, tmp_path_factory):
+    pytest.importorskip("megatron.energon")
+    output = tmp_path_factory.mktemp("shards") / "out"
+    manifest = str(data_folder / "train.jsonl")
+    done = run_command(
+        "prepare_data.py", "webdataset", "--manifest", manifest, "--output", str(output)
+    )
+    assert done.returncode == 0, done.stderr
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +68,15 @@ def together(tmp_path_factory):
     return reference
 
 
-def test_the_hash_seeds_order_a_set_of_the_modalities_differently(tiny):
-    names = sorted(tiny.modalities)
-    code = f"import sys; sys.stdout.write(' '.join({{*{names!r}}}))"
-    orders = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": str(seed)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in HASH_SEEDS
-    }
-    assert len(orders) == len(HASH_SEEDS)
+def test_every_rank_has_a_hash_seed_and_an_order_of_sets_of_its_own(tiny):
+    done = ranks.run("tests/helpers/set_order.py", *tiny.modalities, processes=4)
+    assert done.returncode == 0, done.stderr
+    orders, hashes = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
+    assert len(set(hashes)) == 4
+    assert len(set(map(tuple, orders))) == 2
+    # The tests below launch two ranks.
+    two = ranks.run("tests/helpers/set_order.py", *tiny.modalities, processes=2).stdout
+    assert len({tuple(json.loads(line)[0]) for line in two.splitlines()}) == 2
 
 
 def test_the_samples_are_those_that_tell_orders_apart(tiny):
@@ -74,26 +84,31 @@ def test_the_samples_are_those_that_tell_orders_apart(tiny):
     assert {(), ("images",), ("audios",), ("images", "audios")} <= set(kinds)
 
 
-def test_tensor_parallel_ranks_with_hash_seeds_of_their_own(together, tmp_path):
+@pytest.mark.parametrize(
+    ("seed", "layout"),
+    [
+        (19, TP2),
+        (11, (*OVERLAP, "--ddp-bucket-size", "20000")),
+        (11, (*OVERLAP, "--ddp-bucket-size", "100000")),
+        (11, (*OVERLAP, "--ddp-bucket-size", "400000")),
+        (11, (*OVERLAP_ALL, "--ddp-bucket-size", "20000")),
+        (11, (*OVERLAP_ALL, "--ddp-bucket-size", "400000")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_two_ranks_compute_what_one_process_computes(seed, layout, together, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    flags = (*COMMON, "--seed", "19", *TP2, "--metrics-file", str(metrics))
-    done = ranks.run_apart(TRAIN, *flags, hash_seeds=HASH_SEEDS)
-    assert numbers(done, metrics) == pytest.approx(together(19), rel=BOUND)
+    flags = (*COMMON, "--seed", str(seed), *layout, "--metrics-file", str(metrics))
+    assert numbers(run_train(*flags, processes=2), metrics) == pytest.approx(
+        together(seed), rel=BOUND
+    )
 
 
-def test_data_parallel_ranks_with_hash_seeds_of_their_own_and_small_buckets(together, tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
-    flags = (*COMMON, "--seed", "11", *OVERLAP, "--ddp-bucket-size", "100000")
-    done = ranks.run_apart(TRAIN, *flags, "--metrics-file", str(metrics), hash_seeds=HASH_SEEDS)
-    assert numbers(done, metrics) == pytest.approx(together(11), rel=BOUND)
-
-
-@pytest.mark.parametrize("overlap", [OVERLAP, OVERLAP_ALL], ids=["gradients", "and weights"])
-@pytest.mark.parametrize("bucket_size", ["20000", "400000"])
-def test_gradients_of_small_buckets_are_reduced_in_one_order(
-    overlap, bucket_size, together, tmp_path
-):
-    metrics = tmp_path / "metrics.jsonl"
-    flags = (*COMMON, "--seed", "11", *overlap, "--ddp-bucket-size", bucket_size)
-    done = run_train(*flags, "--metrics-file", str(metrics), processes=2)
-    assert numbers(done, metrics) == pytest.approx(together(11), rel=BOUND)
+@pytest.mark.parametrize("data", DATA)
+def test_ranks_that_read_and_ranks_that_do_not_drop_out_alike(data, spoken_shards, tmp_path):
+    """Else the copies of a norm on tensor-parallel ranks part, which the script looks at."""
+    source = (*DATA[data], *(("--data-path", str(spoken_shards)) if "energon" in data else ()))
+    flags = (*COMMON, *TP2, *source, "--hidden-dropout", "0.1", "--seed", "11")
+    save = ("--save", str(tmp_path), "--save-interval", "1")
+    done = ranks.run("tests/helpers/measured_train.py", *flags, *save, processes=2)
+    assert done.returncode == 0, done.stderr

@@ -202,12 +202,12 @@ def overlay(base: Any, values: Any, where: str = "config") -> Any:
     `values`: a checkpoint's JSON can change a model's sizes and nothing else.
     """
     if dataclasses.is_dataclass(base) and not isinstance(base, type):
-        names = {f.name for f in dataclasses.fields(base)}
+        names = [f.name for f in dataclasses.fields(base)]
         if isinstance(values, dict):
             # A field that is younger than the checkpoint has its default, which means "as before".
             defaults = {f.name: f.default for f in dataclasses.fields(base)}
             values = {n: d for n, d in defaults.items() if d is not dataclasses.MISSING} | values
-        _same_keys(names, values, where)
+        _same_keys(set(names), values, where)
         return dataclasses.replace(
             base, **{n: overlay(getattr(base, n), values[n], f"{where}.{n}") for n in names}
         )

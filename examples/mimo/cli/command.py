@@ -36,6 +36,8 @@ PROGRESS_SECONDS = 5.0
 def run(command: str, main: Callable[[], None]) -> None:
     """Call `main`; a ValueError ends the process with one line on stderr and exit status 2.
 
+    Any other error has a traceback; it ends a rank at once too, and torchrun the others.
+
     Under torchrun every rank meets a wrong input alike, so rank 0 reports for all, and the others
     wait for torchrun to end them; once ranks differ (`report_every_rank`), each reports its own.
     """
@@ -60,6 +62,11 @@ def run(command: str, main: Callable[[], None]) -> None:
         _exit_now(2)
     except KeyboardInterrupt:
         _exit_now(130)
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        sys.excepthook(*sys.exc_info())
+        _exit_now(1)
 
 
 def check_source_tree() -> None:
@@ -113,7 +120,7 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Raise ValueError with argparse's message, and the flag that was perhaps meant."""
     known = [flag for action in parser._actions for flag in action.option_strings]
     wrong = next((word for word in message.split() if word.startswith("--")), "")
-    close = difflib.get_close_matches(wrong, set(known) - {wrong}, n=1)
+    close = difflib.get_close_matches(wrong, [flag for flag in known if flag != wrong], n=1)
     hint = f"; did you mean {close[0]}?" if close and wrong not in known else ""
     raise ValueError(f"{message}{hint}")
 

@@ -144,7 +144,7 @@ def refuse_unknown_groups(parser: argparse.ArgumentParser, argv: Sequence[str]) 
             used = typed.intersection(action.option_strings)
             reason = REFUSED_GROUPS.get(group.title or "") or REFUSED_FLAGS.get(action.dest)
             if used and reason:
-                raise ValueError(f"{used.pop()} would do nothing here: {reason}")
+                raise ValueError(f"{min(used)} would do nothing here: {reason}")
 
 
 def refuse_idle_flags(args: argparse.Namespace, config: Any, argv: Sequence[str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +31,7 @@ from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import BadSample, BadSampleCount
 from examples.mimo.parallel.placement import LANGUAGE
-from examples.mimo.training.layout import module_of_rank, rank_groups
+from examples.mimo.training.layout import data_share, module_of_rank, rank_groups
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 # What gloo and NCCL say when the other side of a connection is gone.
@@ -226,10 +228,17 @@ class RunObserver:
     ) -> None:
         """Show one iteration; every rank must call this, one of them prints.
 
-        ValueError when all ranks together could not read more than `--max-bad-samples`.
+        ValueError when all ranks together could not read more than `--max-bad-samples`, or when
+        ranks that work on the same samples did not read the same.
         """
-        totals, keys = self._take_totals()
+        totals, keys, digest = self._take_totals()
         last = f"; the last: {self.bad_samples.last.reason}" if self.bad_samples.last else ""
+        if not _is_alike(digest):
+            raise ValueError(
+                f"iteration {iteration}: ranks that must read the same samples read others, as "
+                f"where a file can be read on one machine only{last}; see that --data-path is the "
+                "same for all, and resume from the last checkpoint"
+            )
         if totals.bad_samples > self.args.max_bad_samples:
             raise ValueError(
                 f"--data-path {self.args.data_path[0]}: {totals.bad_samples} samples could not be "
@@ -344,8 +353,11 @@ class RunObserver:
         os.register_at_fork(after_in_child=restore_in_child)
         threading.Thread(target=wait_for_sigterm, daemon=True).start()
 
-    def _take_totals(self) -> tuple[IterationTotals, list[str]]:
-        """Sum the counts over the data-parallel group, gather its samples' keys, and start over."""
+    def _take_totals(self) -> tuple[IterationTotals, list[str], float | None]:
+        """Sum the counts over the data-parallel group, gather its samples' keys, and start over.
+
+        Last comes a number that depends on which samples the group read; None when it needs none.
+        """
         group, counts, self.counts = mpu.get_data_parallel_group(), self.counts, BatchCounts()
         names = sorted(self.config.modalities)
         values = torch.tensor(
@@ -354,13 +366,17 @@ class RunObserver:
                 counts.slots,
                 counts.wait_seconds / group.size(),
                 self.bad_samples.count,
+                # Not `hash`, which differs from process to process; exact up to 2**21 samples.
+                sum(zlib.crc32(key.encode()) for key in counts.keys),
                 *(counts.items[name] for name in names),
             ],
             dtype=torch.float64,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         dist.all_reduce(values, group=group)
-        tokens, slots, wait_seconds, bad_samples, *items = values.tolist()
+        tokens, slots, wait_seconds, bad_samples, digest, *items = values.tolist()
+        # Replicas of an encoder may share the media of the same samples.
+        digest /= data_share(self.args.data_parallel_size).shares
         now = time.perf_counter()
         seconds, self.iteration_ended = now - self.iteration_ended, now
         keys: list[Any] = [None] * group.size()
@@ -374,7 +390,11 @@ class RunObserver:
             dict(zip(names, map(int, items), strict=True)),
             int(bad_samples),
         )
-        return totals, [key for of_rank in keys for key in of_rank or []]
+        return (
+            totals,
+            [key for of_rank in keys for key in of_rank or []],
+            digest if counts.keys else None,
+        )
 
     def _is_logging_rank(self) -> bool:
         """The first data-parallel rank of those that know the loss."""
@@ -394,3 +414,13 @@ class RunObserver:
         with file.open("a", encoding="utf-8") as stream:
             for bad in bad_samples:
                 stream.write(json.dumps({"iteration": iteration, **asdict(bad)}) + "\n")
+
+
+def _is_alike(number: float | None) -> bool:
+    """Whether it is one number on all ranks that have one; every rank must call this."""
+    bounds = [-math.inf, -math.inf] if number is None else [number, -number]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    highest = torch.tensor(bounds, dtype=torch.float64, device=device)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    most, least = highest.tolist()
+    return most == -least

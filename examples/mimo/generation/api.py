@@ -283,17 +283,27 @@ def forbidden_tokens(tokenizer: Tokenizer, config: MimoConfig) -> set[int]:
 
 
 def on_rank_zero[T](function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 alone; every rank gets its result, or raises its ValueError."""
+    """Run `function` on rank 0 alone; every rank gets its result, or raises with it.
+
+    A ValueError is one on every rank. Any other error is a RuntimeError that quotes it on the
+    others: a rank that was not told would wait for ever, or take the next result for this one.
+    """
     if dist.get_world_size() == 1:
         return function()
-    result: list[Any] = [None, None]
+    result: list[Any] = [None, None, False]
+    raised: Exception | None = None
     if dist.get_rank() == 0:
         try:
             result[0] = function()
-        except ValueError as error:
-            result[1] = str(error)
+        except Exception as error:
+            raised = error
+            is_value_error = isinstance(error, ValueError)
+            kind = "" if is_value_error else f"rank 0: {type(error).__name__}: "
+            result[1:] = [f"{kind}{error}", is_value_error]
     dist.broadcast_object_list(result, src=0)
-    value, message = result
+    value, message, is_value_error = result
+    if raised is not None:
+        raise raised
     if message is not None:
-        raise ValueError(message)
+        raise (ValueError if is_value_error else RuntimeError)(message)
     return value

@@ -161,10 +161,13 @@ def _open_files(source: Path, target: Path) -> tuple[int, set[tuple[int, int]]]:
         raise ValueError(f"--output {target}: its folder does not exist")
     if target.exists() and target.samefile(source):
         raise ValueError(f"--output {target}: this is the input; name another file")
-    done: set[tuple[int, int]] = set()
-    if target.exists():
-        with target.open("rb+") as file:
+    try:
+        # Also where there is nothing to read: later rank 0 alone would learn that it cannot write.
+        with target.open("ab+") as file:
+            file.seek(0)
             done = _read_answered(target, file)
+    except OSError as error:
+        raise ValueError(f"--output {target}: {error.strerror}; name another file") from None
     return sum(1 for _ in json_lines(source, MAX_LINE_BYTES)), done
 
 

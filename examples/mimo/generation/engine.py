@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import collate, to_device
+from examples.mimo.data.batch import Batch, collate, to_device
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation.cuda_graphs import DecodingGraphs
 from examples.mimo.generation.prefix_cache import (
@@ -249,11 +249,9 @@ class Engine:
             if prefix.cache is not None:
                 self.cache.write_slot(slot, prefix.cache, prefix.slot, start)
         sequences = [sequence for sequence, _ in batch]
-        self.sequences += sequences
         inputs = to_device(collate([_remaining_sample(s, start) for s in sequences]), self.device)
-        embedded = None
-        if self.model.pre_process:
-            embedded = self.model.embed(inputs.input_ids, inputs.modality_inputs).transpose(0, 1)
+        embedded = self._embed(inputs)
+        self.sequences += sequences
         starts = [start] * len(sequences)
         hidden = self._run_stages(embedded, first_slot, inputs.seq_length, starts)
         prompt_logprobs = None
@@ -261,6 +259,31 @@ class Engine:
             prompt_logprobs = self._prompt_logprobs(sequences, hidden)
         last = None if hidden is None else hidden[:, -1]
         return self._next_tokens(sequences, last, prompt_logprobs)
+
+    def _embed(self, inputs: Batch) -> torch.Tensor | None:
+        """(B, S, H) on the first stage, None elsewhere; an encoder's error is one on every stage.
+
+        A stage that was not told would wait for the hidden states. As `on_rank_zero` does, the
+        others raise a ValueError, or a RuntimeError in place of any other kind.
+        """
+        embedded: torch.Tensor | None = None
+        raised: Exception | None = None
+        if self.model.pre_process:
+            try:
+                embedded = self.model.embed(inputs.input_ids, inputs.modality_inputs)
+                embedded = embedded.transpose(0, 1)
+            except Exception as error:
+                raised = error
+        group = mpu.get_pipeline_model_parallel_group()
+        message = [(isinstance(raised, ValueError), str(raised)) if raised else None]
+        if group.size() > 1:
+            dist.broadcast_object_list(message, group_src=0, group=group)
+        if raised is not None:
+            raise raised
+        if message[0] is not None:
+            is_value_error, text = message[0]
+            raise (ValueError if is_value_error else RuntimeError)(text)
+        return embedded
 
     def _run_stages(
         self,

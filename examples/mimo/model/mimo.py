@@ -10,7 +10,7 @@ a tensor-parallel group, each encode a share of a micro-batch's items (`encode_s
 parallel/context.py), so each rank holds a part of an encoder's gradient.
 - Over context-parallel ranks Megatron's DDP sums it; its group includes them. Before that
   `gather_embeddings` sums the embeddings' gradients, as every rank's loss depends on every item.
-- Over replicas `EncoderReplicas.finalizer` (parallel/replicas.py) sums it, once an iteration.
+- Over replicas `EncoderReplicas.finalizer` (parallel/placement.py) sums it, once an iteration.
 - Non-colocated encoders get their embeddings' gradients over a bridge (parallel/placement.py),
   summed over the context-parallel ranks by `NonColocatedMimoModel.encode`. DDP sums the weights'
   over an encoder's own replicas, `finalize_noncolocated` divides by the tokens of all of them.
@@ -43,7 +43,7 @@ from examples.mimo.model.parts import ENCODER, part_prefix
 from examples.mimo.parallel.context import encode_shares, shard_sequence
 
 if TYPE_CHECKING:
-    from examples.mimo.parallel.replicas import EncoderReplicas
+    from examples.mimo.parallel.placement import EncoderReplicas
 
 # Input name -> (N, ...): N inputs of one modality's encoder.
 Inputs = dict[str, torch.Tensor]
@@ -98,7 +98,7 @@ def check_count(
 class StageMimoModel(MimoModel):
     """What one pipeline stage holds of the model, encoders colocated with the language model.
 
-    `dummy_inputs` are one input of each encoder; see parallel/replicas.py for `encoder_replicas`.
+    `dummy_inputs` are one input of each encoder; see parallel/placement.py for `encoder_replicas`.
     """
 
     def __init__(

@@ -1,20 +1,30 @@
-"""Placement of modules on ranks, the bridges between modules, and each rank's share of a batch.
+"""Where encoders live: replicas of them inside tensor-parallel groups, or ranks of their own.
 
-An encoder's data-parallel size may differ from the language model's: `join_batches` reads for
-several replicas of the language model, `take_share` a part of what one of them reads.
+Colocated encoders may have a smaller TP than the language model. A tensor-parallel group of T ranks
+then holds T / E data-parallel replicas of an encoder that is split over E of them
+(`EncoderReplicas`), and each encodes its share of a micro-batch's media items. Megatron's
+`ColocatedBridgeCommunicator` has the same purpose, for one pipeline stage, no context parallelism
+and as many media tokens in every sample; none of these need hold here.
+
+Non-colocated encoders have a `Placement` of their own, and `Bridges` to the language model. Their
+data-parallel size may differ from the language model's: `join_batches` reads for several replicas
+of the language model, `take_share` a part of what one of them reads.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
@@ -22,6 +32,7 @@ from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicat
 from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator,
 )
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn import functional
 
 from examples.mimo.data.batch import TEXT, Batch
@@ -30,6 +41,81 @@ from examples.mimo.parallel.context import share_of
 LANGUAGE = MIMO_LANGUAGE_MODULE_KEY
 # The axes of what travels between the language model's stages: (S, B, H).
 LANGUAGE_AXES = {"s": 0, "b": 1, "h": 2}
+
+
+@dataclass(frozen=True)
+class EncoderReplicas:
+    """Process groups of the encoders and projectors on this rank, colocated with a smaller TP.
+
+    `layers` are the groups that their layers are built with, `replicas` the ranks of one
+    tensor-parallel group that hold the same shard of them.
+    """
+
+    layers: Any
+    replicas: dist.ProcessGroup
+
+    def tie(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Give all replicas the same weights; only the first's count in the gradient's norm."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for parameter in parameters:
+            start = parameter.data.to(device)
+            dist.broadcast(start, group_src=0, group=self.replicas)
+            parameter.data.copy_(start)
+            setattr(parameter, "shared", self.replicas.rank() > 0)
+
+    def mark(self, sharded_state_dict: dict[str, Any]) -> None:
+        """Let a checkpoint hold the first replica: the others' replica ids are not zero."""
+        for entry in nested_values(sharded_state_dict):
+            if hasattr(entry, "replica_id"):
+                pipeline, tensor, data = entry.replica_id
+                tensor += self.replicas.rank() * self.layers.tp.size()
+                entry.replica_id = (pipeline, tensor, data)
+
+    def finalizer(self) -> Callable[..., None]:
+        """Megatron's `finalize_model_grads`, which sums gradients over data-parallel ranks.
+
+        Then they are summed over the replicas, of whose existence DDP knows nothing: each encoded
+        a share of the media.
+        """
+
+        def finalize(model: list[torch.nn.Module], *positional: Any, **named: Any) -> None:
+            finalize_model_grads(model, *positional, **named)
+            gradients = [
+                parameter.main_grad  # type: ignore[attr-defined]
+                for chunk in model
+                for name, parameter in chunk.named_parameters()
+                if "modality_submodules." in name and parameter.requires_grad
+            ]
+            if not gradients:
+                return
+            flat = _flatten_dense_tensors(gradients)
+            dist.all_reduce(flat, group=self.replicas)
+            totals = _unflatten_dense_tensors(flat, gradients)
+            for gradient, total in zip(gradients, totals, strict=True):
+                gradient.copy_(total)
+
+        return finalize
+
+
+def create_encoder_replicas(
+    tensor_parallel_size: int, pg_collection: Any
+) -> EncoderReplicas | None:
+    """Groups for encoders at TP `tensor_parallel_size`; None where that is the language model's.
+
+    `pg_collection` holds the language model's groups. Every rank of the world must call this.
+    """
+    tp, cp = pg_collection.tp.size(), pg_collection.cp.size()
+    if tensor_parallel_size == tp:
+        return None
+    others = dist.get_world_size() // (tp * cp)
+    # Megatron's order of ranks, with the tensor-parallel dimension in two.
+    grid = HyperCommGrid(
+        [tensor_parallel_size, tp // tensor_parallel_size, cp, others],
+        ["tp", "replicas", "cp", "others"],
+    )
+    layers = copy.copy(pg_collection)
+    layers.tp = grid.create_pg("tp")
+    return EncoderReplicas(layers, grid.create_pg("replicas"))
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,7 @@ from examples.mimo.parallel.noncolocated import (
     build_noncolocated_model,
     initialize_module_parallel,
 )
-from examples.mimo.parallel.placement import create_grids, here
-from examples.mimo.parallel.replicas import create_encoder_replicas
+from examples.mimo.parallel.placement import create_encoder_replicas, create_grids, here
 from examples.mimo.planner.flops import Workload
 from examples.mimo.planner.pipeline import (
     COUNTED_SAMPLES,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.energon import (
     Cooker,
     CrudeWebdataset,
@@ -332,7 +333,8 @@ class ShardBatches:
     """An endless iterator over micro-batches, whose state can be saved and restored.
 
     With several loaders a micro-batch joins one of each, in their order. Plain generators serve as
-    loaders where no state is needed.
+    loaders where no state is needed. Energon seeds torch's random numbers and draws from them; they
+    are put back, as ranks that do not read must have the same ones to drop out alike.
     """
 
     def __init__(self, loaders: Sequence[Any]) -> None:
@@ -343,10 +345,11 @@ class ShardBatches:
         return self
 
     def __next__(self) -> Batch:
-        if not self._iterators:
-            self._iterators = [iter(loader) for loader in self.loaders]
         try:
-            return join_batches([next(iterator) for iterator in self._iterators])
+            with torch.random.fork_rng(devices=()):
+                if not self._iterators:
+                    self._iterators = [iter(loader) for loader in self.loaders]
+                return join_batches([next(iterator) for iterator in self._iterators])
         except FatalSampleError as error:
             # Energon puts the whole sample in front, and a worker process its traceback.
             raise ValueError(str(error).rpartition(ENERGON_CAUSE)[2].strip()) from None
@@ -363,8 +366,9 @@ class ShardBatches:
     def restore_state(self, states: Sequence[Any]) -> None:
         """Continues from `save_state`; call it before the first micro-batch is read."""
         assert not self._iterators
-        for loader, state in zip(self.loaders, states, strict=True):
-            loader.restore_state_rank(state)
+        with torch.random.fork_rng(devices=()):
+            for loader, state in zip(self.loaders, states, strict=True):
+                loader.restore_state_rank(state)
 
 
 def endless(loader: SavableDataLoader) -> Iterator[Batch]:

@@ -31,7 +31,7 @@ from examples.mimo.model.mimo import MediaCountError, StageMimoModel, build_mimo
 from examples.mimo.model.parts import freeze_parts
 from examples.mimo.parallel import noncolocated
 from examples.mimo.parallel.context import parallel_argmax, shard_sequence
-from examples.mimo.parallel.replicas import EncoderReplicas, create_encoder_replicas
+from examples.mimo.parallel.placement import EncoderReplicas, create_encoder_replicas
 from examples.mimo.training.inputs import (
     SHARDS,
     fresh_parts,
@@ -227,6 +227,8 @@ def _batches(
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
         collate_fn=share.of(collate_fn),
+        # Else it draws from torch's own, with which ranks that do not read drop out alike.
+        generator=torch.Generator(),
     )
     return iter(loader)
 
