@@ -107,9 +107,8 @@ def tokenizer(args: argparse.Namespace) -> None:
 def _texts(file: Path, config: MimoConfig) -> Iterator[str]:
     """The turns of the conversations in a .jsonl manifest, or the lines of any other file."""
     if file.suffix == ".jsonl":
-        from examples.mimo.data.conversation import errors_named
         from examples.mimo.data.datasets import read_records
-        from examples.mimo.data.turns import conversation_of, parse_turns
+        from examples.mimo.data.turns import conversation_of, errors_named, parse_turns
 
         for number, record in enumerate(read_records(file), start=1):
             with errors_named(f"{file}, line {number}"):

@@ -8,7 +8,6 @@ control tokens and placeholders: what a person typed never does.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +18,7 @@ import numpy as np
 import torch
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.tokenizer import (
-    TextEncoder,
-    Tokenizer,
-    free_id_hint,
-    is_ordinary_token,
-)
+from examples.mimo.data.tokenizer import TextEncoder, Tokenizer, free_id_hint, is_ordinary_token
 from examples.mimo.data.turns import (
     ASSISTANT,
     SYSTEM,
@@ -32,6 +26,7 @@ from examples.mimo.data.turns import (
     MediaPlace,
     Turn,
     conversation_of,
+    errors_named,
     find_media,
     parse_turns,
     with_leading_places,
@@ -207,23 +202,6 @@ class SampleEncoder:
                 f"{where}: {length} tokens ({spent or 'all text'}) do not fit a sequence of "
                 f"{self.seq_length}; shorten the conversation, or train with a longer --seq-length"
             )
-
-
-@contextlib.contextmanager
-def errors_named(where: str, drop: str = "") -> Iterator[None]:
-    """Any error inside becomes a ValueError of one line that begins with `where`.
-
-    A message that begins with `drop` loses that, where `where` says it already.
-    """
-    try:
-        yield
-    except ValueError as error:
-        reason = " ".join(str(error).split()).removeprefix(drop)
-        raise ValueError(f"{where}: {reason}") from None
-    # A modality's own code, or a library on a damaged file, can fail in any way.
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{where}: {reason}") from error
 
 
 def to_pieces(turns: Sequence[Turn], config: MimoConfig) -> list[Piece]:

@@ -13,14 +13,8 @@ import numpy as np
 import torch
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import (
-    BadSample,
-    Sample,
-    SampleEncoder,
-    TokenSequence,
-    errors_named,
-)
-from examples.mimo.data.turns import FilesInside, refuse_other_modalities
+from examples.mimo.data.conversation import BadSample, Sample, SampleEncoder, TokenSequence
+from examples.mimo.data.turns import FilesInside, errors_named, refuse_other_modalities
 from examples.mimo.modalities.files import json_lines
 
 

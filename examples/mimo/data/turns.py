@@ -9,8 +9,9 @@ A turn is `{"from": "human", "value": ...}` or `{"role": "user", "content": ...}
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,20 @@ class FilesInside:
         if not path.is_relative_to(self.root.resolve()):
             raise ValueError(f"{path} lies outside the data folder {self.root}")
         return path
+
+
+@contextlib.contextmanager
+def errors_named(where: str, drop: str = "") -> Iterator[None]:
+    """Any error inside becomes a ValueError of one line that begins with `where`.
+
+    A message that begins with `drop` loses that, where `where` says it already.
+    """
+    try:
+        yield
+    except ValueError as error:
+        reason = " ".join(str(error).split()).removeprefix(drop)
+        raise ValueError(f"{where}: {reason}") from None
+    # A modality's own code, or a library on a damaged file, can fail in any way.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{where}: {reason}") from error
