@@ -37,6 +37,9 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     values = np.array([[0, 32896, 65535]], dtype=np.uint16)
     read = read_image(save(Image.fromarray(values), tmp_path / "a.png"))
     assert np.asarray(read)[0, :, 0].tolist() == [0, 128, 255]
+    # A dark one is no picture of eight bits.
+    dark = Image.fromarray(np.array([[0, 200, 514]], dtype=np.uint16).clip(max=255))
+    assert np.asarray(read_image(save(dark, tmp_path / "b.png"))).max() == 0
 
 
 def test_exif_rotation_is_applied(tmp_path):
