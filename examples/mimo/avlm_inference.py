@@ -59,11 +59,11 @@ def answer(ckpt: Path, parser: argparse.ArgumentParser, stdout: TextIO) -> None:
     checkpoint = dataclasses.replace(checkpoint, config=config)
     model = Mimo(checkpoint, args.tp, args.pp, cuda_graphs=args.cuda_graphs)
     if args.interactive:
-        from examples.mimo.generation.chat import ChatSession
+        from examples.mimo.generation.sessions import ChatSession
 
         ChatSession(model, options, stdout).run(sys.stdin)
     elif args.input:
-        from examples.mimo.generation.batch_file import answer_file
+        from examples.mimo.generation.sessions import answer_file
 
         answer_file(model, args.input, args.output, options, args.samples, args.batch_size)
     else:
@@ -76,7 +76,7 @@ def answer_prompt(
     """Answer one prompt about the files of the flags; rank 0 prints."""
     from examples.mimo.data.turns import prompt_content
     from examples.mimo.generation.api import on_rank_zero
-    from examples.mimo.generation.batch_file import answer_fields
+    from examples.mimo.generation.sessions import answer_fields
 
     paths = media_paths(model.config, args)
     content = prompt_content(prompt, paths)

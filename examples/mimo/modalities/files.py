@@ -342,7 +342,7 @@ def _decode(sound: Sound, source: Source, max_seconds: float) -> np.ndarray:
 def _sounds(stream: BinaryIO, source: Source) -> Iterator[Sound]:
     """The recordings in a file: one, or several that were joined."""
     # Which uses what is defined here.
-    from examples.mimo.modalities.video import container_sounds, is_container, sections
+    from examples.mimo.modalities.recordings import container_sounds, is_container, sections
 
     head = stream.read(16)
     stream.seek(0)
