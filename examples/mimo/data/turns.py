@@ -222,7 +222,8 @@ def find_media(
     refuse_other_modalities(record, config)
     media = {}
     for name, modality in config.modalities.items():
-        items = record.get(name, [])
+        items = record.get(name)
+        items = [] if items is None else items
         if not isinstance(items, list) or not all(isinstance(i, (str, Path, Blob)) for i in items):
             raise ValueError(f"{name} must be a list of file names, not {items!r:.80}")
         files = [p.file for turn in turns for p in turn.places if p.modality == name]

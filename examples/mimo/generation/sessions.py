@@ -112,7 +112,8 @@ def question_record(line: object, model: Mimo, key: str) -> tuple[dict[str, Any]
         raise ValueError("a question must be a JSON object")
     turns = conversation_of(line)
     if turns is None:
-        prompt = line.get("prompt", model.config.prompt)
+        prompt = line.get("prompt")
+        prompt = model.config.prompt if prompt is None else prompt
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be text, not {prompt!r:.80}")
         if not prompt.strip() and not any(line.get(name) for name in model.config.modalities):
