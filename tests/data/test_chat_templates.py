@@ -1,6 +1,6 @@
 """Conversations get the ids of the models' own chat templates, and only templates make control ids.
 
-`pytest -s` prints the table of docs/data.md.
+`pytest -s` prints the table of docs/pretrained.md.
 """
 
 import dataclasses
