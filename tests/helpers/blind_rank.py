@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from examples.mimo.cli import command
-from examples.mimo.data import conversation
+from examples.mimo.data import turns
 from examples.mimo.evaluate import main
 
 
@@ -14,5 +14,5 @@ def finds_nothing(self: object, name: str) -> Path:
 
 if __name__ == "__main__":
     if os.environ["RANK"] != "0":
-        conversation.FilesInside.__call__ = finds_nothing
+        turns.FilesInside.__call__ = finds_nothing
     command.run("evaluate.py", main)

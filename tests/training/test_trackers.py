@@ -6,8 +6,10 @@ import re
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.helpers import ranks
 from tests.helpers.commands import run_train
 
+TRACKED_TRAIN = "tests/helpers/tracked_train.py"
 ITERATIONS = 3
 # The functions of wandb that Megatron and this package call; each call is a line of a file.
 WANDB = """
@@ -39,10 +41,9 @@ FLAGS = (
 
 
 @pytest.fixture
-def wandb(tmp_path, monkeypatch):
+def wandb(tmp_path):
     """Flags for a wandb that writes to a file, and what reads the file."""
     (tmp_path / "wandb.py").write_text(f"LOG = {str(tmp_path / 'log')!r}\n{WANDB}")
-    monkeypatch.syspath_prepend(tmp_path)
 
     def read():
         first, *lines = map(json.loads, (tmp_path / "log").read_text().splitlines())
@@ -81,9 +82,9 @@ def check(values, stderr):
     assert values["samples per second", 1] > 0
 
 
-def test_wandb_alone_gets_everything(wandb):
+def test_wandb_alone_gets_everything(wandb, tmp_path):
     flags, read = wandb
-    done = run_train(*FLAGS, *flags)
+    done = ranks.run(TRACKED_TRAIN, str(tmp_path), *FLAGS, *flags)
     assert done.returncode == 0, done.stderr
     check(read(), done.stderr)
 
@@ -93,7 +94,8 @@ def test_both_get_everything_where_the_last_rank_holds_an_encoder(wandb, tmp_pat
     flags, read = wandb
     encoders = ("--encoder-ranks", "images=2", "audios=1")
     board = ("--tensorboard-dir", str(tmp_path / "board"))
-    done = run_train(*FLAGS, *flags, *board, *encoders, processes=3)
+    command = (TRACKED_TRAIN, str(tmp_path), *FLAGS, *flags, *board, *encoders)
+    done = ranks.run(*command, processes=3)
     assert done.returncode == 0, done.stderr
     check(read(), done.stderr)
     events = EventAccumulator(str(tmp_path / "board")).Reload()

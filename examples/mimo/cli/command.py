@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -58,6 +59,7 @@ def run(command: str, main: Callable[[], None]) -> None:
         single = os.environ.get("WORLD_SIZE", "1") == "1"
         names_rank = rank != 0 or (_every_rank_reports and not single)
         who = f" [rank {rank}]" if names_rank else ""
+        _say_nothing_more()
         log_line(f"{command}{who}: error: {' '.join(str(error).split())}")
         _exit_now(2)
     except KeyboardInterrupt:
@@ -65,6 +67,7 @@ def run(command: str, main: Callable[[], None]) -> None:
     except Exception:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
+        _say_nothing_more()
         sys.excepthook(*sys.exc_info())
         _exit_now(1)
 
@@ -93,6 +96,11 @@ def log_line(line: str) -> None:
     """Write a line to stderr in one call: `print` makes two, and ranks under torchrun mingle."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def _say_nothing_more() -> None:
+    """Silence what says where a rank was when it was ended: it ends for a reason of its own."""
+    signal.set_wakeup_fd(-1)
 
 
 def _exit_now(status: int) -> NoReturn:
