@@ -93,12 +93,23 @@ def _score(
 ) -> dict[str, Any]:
     from examples.mimo.cli.command import ProgressBar
     from examples.mimo.data.conversation import Sample
-    from examples.mimo.data.turns import FilesInside, conversation_of, without_last_answer
+    from examples.mimo.data.turns import (
+        FilesInside,
+        conversation_of,
+        errors_named,
+        without_last_answer,
+    )
     from examples.mimo.generation.api import on_rank_zero
     from examples.mimo.generation.sampling import Options
 
     reader, files = answerer.sample_encoder(blank or []), FilesInside(root)
-    pairs = [without_last_answer(conversation_of(r), answerer.config) for r in records]
+    pairs = []
+    for number, record in enumerate(records, start=1):
+        with errors_named(f"{root}, {title}, line {number}"):
+            turns, expected = without_last_answer(conversation_of(record), answerer.config)
+            if expected is None and "ending" not in record:
+                raise ValueError("no answer to compare with; end with one, or give an ending")
+        pairs.append((turns, expected))
 
     def question(record: dict[str, Any], turns: Any) -> Sample:
         return reader.encode({**record, "conversations": turns}, files)

@@ -165,6 +165,28 @@ def test_a_field_that_is_younger_than_the_checkpoint_has_its_default(folder, tin
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["smollm2_avlm", "llava_avlm"])
+def test_a_template_of_before_start_and_system_turn_is_the_same_model(folder, name):
+    config = get_model_config(name)
+    saved = {"format": 1, "config": dataclasses.asdict(config)}
+    chat = saved["config"]["chat"]
+    chat["human"] += chat.pop("start")
+    del chat["past_start"], chat["system_turn"]
+    (folder / FILE_NAME).write_text(json.dumps(saved))
+    loaded = open_checkpoint(folder).config
+    assert loaded.chat.human == config.chat.human + config.chat.start
+    assert (loaded.chat.start, loaded.chat.system_turn) == ("", config.chat.system_turn)
+    check_same_model("--load", folder, config)
+    # Another text is another template, and the message is one line whatever is in it.
+    chat["human"] += "<think>\n"
+    (folder / FILE_NAME).write_text(json.dumps(saved))
+    with pytest.raises(
+        ValueError, match=r"has chat.human '.*<think>.n', but this run's has '"
+    ) as error:
+        check_same_model("--load", folder, config)
+    assert "\n" not in str(error.value)
+
+
 def test_what_ends_an_answer_travels_with_the_tokenizer(tiny, tmp_path):
     source = tokenizers.byte_level(tmp_path / "hf", tokenizers.QWEN3)
     ends = {load_tokenizer(source).symbols[end] for end in ("<|endoftext|>", "<|im_end|>")}

@@ -227,3 +227,51 @@ def test_a_tokens_bytes_joined_are_the_text(model, tmp_path):
             joined = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))
             assert joined.decode().removeprefix(" ") == tokenizer.decode(tokenizer.encode(text))
         assert tokenizer.token_bytes(tokenizer.eos_id) == b""
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece"])
+def test_unknown_characters_leave_the_words_around_them_alone(kind, tmp_path):
+    tokenizer = load_tokenizer(tokenizers.without_bytes(tmp_path, kind))
+    encoder = TextEncoder(tokenizer, get_model_config("qwen3_avlm"))
+    assert tokenizer.unk_id in tokenizer.special
+    for text in ("it is 漢, a dog", "漢", "a picture 😀 and a dog"):
+        assert encoder.encode(text) == tokenizer.encode(text)
+        assert tokenizer.unk_id in encoder.encode(text)
+    # Nor is anything lost of text that goes on.
+    for text in ("picture of it", "漢 it", "it is. a dog", ".. it"):
+        goes_on, begins = encoder.encode(text, goes_on=True), tokenizer.encode(text)
+        assert tokenizer.decode(goes_on).strip() == tokenizer.decode(begins).strip()
+    # Typed, the token's name is words like any other control token's.
+    spelled = f"it {tokenizer.model.unk_token} is"
+    assert encoder.encode(spelled) != tokenizer.encode(spelled)
+    joined = b"".join(map(tokenizer.token_bytes, tokenizer.encode("a picture user")))
+    assert joined == b" a picture user"
+
+
+@pytest.mark.parametrize("word", ["!", "it", "a"])
+def test_a_word_that_the_folder_names_for_padding_stays_a_word(word, tmp_path):
+    """Fine-tuned models that lack a padding token are given one so; CLIP's is "!"."""
+    plain = load_tokenizer(tokenizers.byte_level(tmp_path / "a", tokenizers.QWEN3))
+    folder = tokenizers.byte_level(tmp_path / "b", tokenizers.QWEN3, pad_token=word)
+    tokenizer, config = load_tokenizer(folder), get_model_config("qwen3_avlm")
+    assert tokenizer.pad_id == plain.encode(word)[0]
+    assert tokenizer.pad_id not in forbidden_tokens(tokenizer, config)
+    text = f"it is{word} a cat {word}{word}! <|im_end|>"
+    ids = TextEncoder(tokenizer, config).encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.pad_id in ids
+    assert tokenizer.token_bytes(tokenizer.pad_id) == word.encode()
+
+
+def test_a_tokenizer_without_an_end_token_is_one_line(tmp_path):
+    folder = tokenizers.byte_level(tmp_path / "hf", tokenizers.QWEN3, eos_token=None)
+    with pytest.raises(ValueError, match=r"hf: this tokenizer has no end-of-text token.*eos_token"):
+        load_tokenizer(folder)
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        sentencepiece_model(tmp_path / "sp", eos_id=-1)
+    # Its name may stand in the other file alone.
+    for path, end in ((folder, 384), (tmp_path / "sp", 5)):
+        (path / "generation_config.json").write_text(f'{{"eos_token_id": [{end}, {end + 1}]}}')
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.eos_id == end
+        assert tokenizer.end_ids == {end, end + 1}

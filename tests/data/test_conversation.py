@@ -13,7 +13,7 @@ from examples.mimo.data.conversation import (
     tokenise,
 )
 from examples.mimo.data.tokenizer import TextEncoder
-from examples.mimo.data.turns import find_media, parse_turns
+from examples.mimo.data.turns import files_of_parts, find_media, parse_turns
 
 
 def human(text):
@@ -128,6 +128,18 @@ def test_parts_and_placeholders_give_the_same_tokens(tiny, tokenizer):
     in_parts = tokens_of([human(parts), gpt("c")], counts, tiny, tokenizer)
     in_text = tokens_of([human("a <image> b <audio><image>"), gpt("c")], counts, tiny, tokenizer)
     assert in_parts == in_text
+
+
+def test_nothing_of_a_part_is_left_out(tiny):
+    text, place = {"type": "text", "text": "a cat"}, {"type": "image", "image": "a.png"}
+    for part, other in ((text | {"image": "a.png"}, "a.png"), (place | {"text": "cat"}, "cat")):
+        with pytest.raises(ValueError, match=f"{part['type']} holds '{other}' too; give it its"):
+            parse_turns([human([part])], tiny)
+    # Null says that a field is absent, wherever a table has it, and the other name counts.
+    nulls = {"text": None, "image": None, "audio_url": None, "detail": "high"}
+    turn = {"from": None, "value": None, "role": "user", "content": [nulls | text, nulls | place]}
+    assert parse_turns([turn], tiny) == parse_turns([human([text, place])], tiny)
+    assert files_of_parts([turn]) == ["a.png"]
 
 
 def test_in_parts_a_placeholder_is_a_word(tiny, tokenizer):

@@ -256,6 +256,13 @@ def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
     low, high = scores["heldout"]["interval_95"]
     assert 0 <= low <= scores["heldout"]["exact_match"] <= high <= 1
     assert "95 % interval" in done.stdout
+    # Without an answer there is nothing to compare with.
+    question = {"conversations": [{"from": "human", "value": "seven?"}]}
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(question))
+    done = run_command("evaluate.py", "--ckpt", str(checkpoint), "--data", str(tmp_path))
+    assert done.returncode == 2
+    assert "heldout, line 1: no answer to compare with" in done.stderr
+    assert not (checkpoint / "eval.json").exists()
 
 
 @pytest.mark.parametrize(("pad", "eos"), [(0, 3), (3, 3)])

@@ -99,3 +99,25 @@ def metaspace(folder: Path, template: str, scheme: str) -> Path:
     whole.chat_template = template
     whole.save_pretrained(folder)
     return folder
+
+
+def without_bytes(folder: Path, kind: str) -> Path:
+    """As of T5 ("unigram") or BERT ("wordpiece"): other than ASCII is unknown, <unk> or [UNK]."""
+    if kind == "wordpiece":
+        model = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        model.decoder = decoders.WordPiece(cleanup=False)
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]"}
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=[*names.values()])
+    else:
+        model = tokenizers.Tokenizer(models.Unigram())
+        model.pre_tokenizer = pre_tokenizers.Metaspace()
+        model.decoder = decoders.Metaspace()
+        names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+        special = [*names.values(), *CHATML]
+        trainer = trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    model.train_from_iterator([text.encode("ascii", "ignore").decode() for text in TEXTS], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, **names).save_pretrained(folder)
+    return folder

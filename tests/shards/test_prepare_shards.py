@@ -15,6 +15,8 @@ import pytest
 
 from examples.mimo.checkpoint.description import DatasetModel
 from examples.mimo.configs import get_model_config
+from examples.mimo.data.conversation import SampleEncoder
+from examples.mimo.data.turns import FilesInside
 from examples.mimo.shards.manifest import Entry, read_record
 from examples.mimo.shards.write import Item, Shard, WriteOptions, prepare_shards, split_of
 from tests.helpers import broken
@@ -22,6 +24,8 @@ from tests.helpers.commands import ROOT, run_command
 from tests.helpers.megatron_example import write_megatron_example
 
 pytest.importorskip("megatron.energon")
+from examples.mimo.shards.read import part_finder
+from examples.mimo.shards.show import inspect_shards
 
 
 def options(manifest, output, **fields):
@@ -222,6 +226,60 @@ def test_a_llava_list_is_taken_as_it_is(tiny, tmp_path):
         assert (record["key"], record["images"]) == ("000/1.x", ["images.0.png"])
         assert record["conversations"][0]["value"] == f"<image>\n{question}"
     assert about["rejected"] == 0
+
+
+def a_part(kind, **fields):
+    """A part as tables write it, in which every row has every column."""
+    return {"type": kind, "text": None, "image": None, "image_url": None, "path": None} | fields
+
+
+def test_shards_give_the_tokens_of_the_manifest_in_every_way_to_write_it(
+    tiny, tokenizer, data_folder, tmp_path
+):
+    record = json.loads((data_folder / "train.jsonl").read_text().partition("\n")[0])
+    image, audio = record["images"][0], record["audios"][0]
+    words = a_part("text", text="What does <image> mean?")
+    answer = broken.turns("q")[1]
+    by_role = [{"role": "assistant", "content": answer["value"], "from": None, "value": None}]
+    places = [a_part("image"), a_part("audio"), words]
+    named = [
+        a_part("image", image={"bytes": None, "path": image}),
+        a_part("audio_url", audio_url={"url": audio, "detail": "high"}),
+        words,
+    ]
+    mixed = [a_part("image", detail="high"), a_part("audio", path=audio), words]
+    role = {"role": "user", "from": None, "value": None}
+    lists = {"images": [image], "audios": [audio]}
+    records = [
+        {"conversations": None, "messages": [role | {"content": places}, *by_role], **lists},
+        {"messages": [role | {"content": named}, *by_role], "images": None},
+        {"id": None, "messages": [role | {"content": mixed}, *by_role], "images": [image]},
+        {"conversations": [{"from": "human", "value": named}, answer], "audios": []},
+    ]
+    encoder = SampleEncoder(tiny, tokenizer, 999)
+    expected = encoder.encode(records[0], FilesInside(data_folder))
+    llava = {"image": image, "images": None, "audio": [audio], "audios": None}
+    (tmp_path / "m.json").write_text(json.dumps([records[0] | llava]))
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for suffix, count in (("json", 1), ("jsonl", len(records))):
+        manifest, output = tmp_path / f"m.{suffix}", tmp_path / suffix
+        about = prepare_shards(
+            options(manifest, output, media=data_folder, splits={"train": 1.0}), tiny
+        )
+        assert (about["samples"], about["rejected"]) == ({"train": count}, 0)
+        # Prepared once more, from the shards.
+        prepare_shards(options(output, tmp_path / f"{suffix}2", splits={"train": 1.0}), tiny)
+        for folder in (output, tmp_path / f"{suffix}2"):
+            result, _ = samples(folder)
+            for key, parts in result.items():
+                sample = encoder.encode(read_record(key, parts, tiny), part_finder(key, parts))
+                assert sample.tokens == expected.tokens
+                assert list(map(len, sample.media.values())) == [1, 1]
+                # The names of the files as they were before are gone.
+                assert image.encode() not in parts["json"]
+            statistics, _ = inspect_shards(folder, encoder, limit=9, num_shown=9)
+            assert sum(statistics.samples.values()) == count
+            assert not statistics.refused
 
 
 def test_keys_that_cannot_be_file_names_stay_apart(tiny, tmp_path):

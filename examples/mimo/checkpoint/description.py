@@ -86,7 +86,11 @@ def open_checkpoint(folder: Path, flag: str = "--ckpt") -> Checkpoint:
         raise ValueError(
             f"{flag} {folder}: {FILE_NAME} has format {saved_format}, this package reads {FORMAT}"
         )
-    config = overlay(_config_named(name, f"{flag} {folder}"), saved["config"], FILE_NAME)
+    base = _config_named(name, f"{flag} {folder}")
+    if isinstance(chat := saved["config"].get("chat"), dict):
+        # Older descriptions do not say how a system turn is written; the model's family does.
+        chat.setdefault("system_turn", base.chat.system_turn)
+    config = overlay(base, saved["config"], FILE_NAME)
     return Checkpoint(folder, latest_weights(folder, flag), config, saved.get("sources", {}))
 
 
@@ -113,11 +117,15 @@ def check_same_model(
     check_parts(flag, folder, checkpoint_config, config, fresh_parts)
     fresh_paths = paths_of_fresh(checkpoint_config, config, fresh_parts)
     saved, expected = weight_fields(checkpoint_config), weight_fields(config)
+    for fields in (saved, expected):
+        # In older descriptions the text that begins an answer is the end of `human`.
+        if fields["chat.past_start"] is None:
+            fields["chat.human"] = f"{fields['chat.human']}{fields.pop('chat.start')}"
     for path in sorted(saved.keys() | expected.keys()):
         if saved.get(path) != expected.get(path) and not path.startswith(fresh_paths):
             raise ValueError(
-                f"{flag} {folder}: this folder's model has {path} {saved.get(path)}, but this "
-                f"run's has {expected.get(path)}; change the run or name another folder"
+                f"{flag} {folder}: this folder's model has {path} {saved.get(path)!r}, but this "
+                f"run's has {expected.get(path)!r}; change the run or name another folder"
             )
 
 

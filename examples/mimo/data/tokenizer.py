@@ -17,7 +17,8 @@ from examples.mimo.configs.schema import MimoConfig
 class Tokenizer(Protocol):
     """What the data path and generation need of a tokenizer; a token that it lacks is -1.
 
-    Any of `end_ids` ends an answer; `eos_id`, one of them, ends an answer in training. `symbols`
+    Any of `end_ids` ends an answer; `eos_id`, one of them, ends an answer in training. `unk_id`
+    stands for characters that the vocabulary lacks. `symbols`
     are the tokens that are found in a text as they are spelled, before it is cut into words;
     those of them in `special` are never text.
     """
@@ -25,6 +26,7 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     pad_id: int
+    unk_id: int
     end_ids: frozenset[int]
     size: int
     symbols: dict[str, int]
@@ -47,10 +49,10 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError):
             raise ValueError(f"{path}: not a SentencePiece model") from None
         self.bos_id = self.model.bos_id()
-        self.eos_id = self.model.eos_id()
         self.pad_id = self.model.pad_id()
-        self.end_ids = end_ids(path.parent, self.eos_id, self.model.vocab_size())
+        self.unk_id = self.model.unk_id()
         self.size = self.model.vocab_size()
+        self.eos_id, self.end_ids = end_ids(path.parent, self.model.eos_id(), self.size)
         pieces = ModelProto.FromString(self.model.serialized_model_proto()).pieces
         kinds = {number: piece.type for number, piece in enumerate(pieces)}
         piece_type = ModelProto.SentencePiece
@@ -92,14 +94,19 @@ class HuggingFaceTokenizer:
         # Ids may have gaps, which makes the largest one larger than their number.
         self.size = max(len(self.model), 1 + max(self.model.get_vocab().values(), default=-1))
         self.bos_id = _id_or_none(self.model.bos_token_id)
-        self.end_ids = end_ids(path, _id_or_none(self.model.eos_token_id), self.size)
-        self.eos_id = _id_or_none(self.model.eos_token_id)
-        if self.eos_id < 0:
-            self.eos_id = min(self.end_ids, default=-1)
+        eos_id = _id_or_none(self.model.eos_token_id)
+        self.eos_id, self.end_ids = end_ids(path, eos_id, self.size)
         self.pad_id = _id_or_none(self.model.pad_token_id)
+        self.unk_id = _id_or_none(self.model.unk_token_id)
         added = self.model.added_tokens_decoder
         self.symbols = {token.content: token_id for token_id, token in added.items()}
-        self.special = frozenset(token_id for token_id, token in added.items() if token.special)
+        # Some name a word for padding, such as "!", which stays one that people write.
+        words = self.model.backend_tokenizer.get_vocab(with_added_tokens=False)
+        self.special = frozenset(
+            token_id
+            for token_id, token in added.items()
+            if token.special and (token.content not in words or _RESERVED.fullmatch(token.content))
+        )
         # The kind of decoder says how a token spells its bytes; JSON is its only description.
         decoder = self.model.backend_tokenizer.decoder
         self.decoder = bytes(decoder.__getstate__()).decode() if decoder else ""
@@ -111,7 +118,7 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control tokens vanish."""
-        return self.model.decode(ids, skip_special_tokens=True)
+        return self.model.decode([token_id for token_id in ids if token_id not in self.special])
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 of what a token adds to a text; a word's includes the space before it."""
@@ -126,7 +133,9 @@ class HuggingFaceTokenizer:
             return bytes([int(token[3:5], 16)])
         if "\u2581" in self.decoder:
             return token.replace("\u2581", " ").encode()
-        return self.decode([token_id]).encode()
+        # What it adds behind another one, as WordPiece writes "##ing" for "ing".
+        before = self.encode("a")
+        return self.decode([*before, token_id]).removeprefix(self.decode(before)).encode()
 
 
 def _id_or_none(token_id: int | None) -> int:
@@ -150,10 +159,12 @@ def _byte_level_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_level_alphabet()
 
 
-def end_ids(folder: Path, eos_id: int, size: int) -> frozenset[int]:
-    """The tokens that end an answer: `eos_id`, and those of a `generation_config.json` beside it.
+def end_ids(folder: Path, eos_id: int, size: int) -> tuple[int, frozenset[int]]:
+    """The token that ends an answer in training, and all that end one.
 
-    Llama 3 and Qwen list several there. ValueError, one line, when the file is damaged.
+    They are `eos_id`, -1 if there is none, and those of a `generation_config.json` in `folder`,
+    where Llama 3 and Qwen list several. ValueError, one line, when the file is damaged, or when
+    nothing can end an answer.
     """
     file = folder / GENERATION_CONFIG
     listed: Any = []
@@ -166,7 +177,13 @@ def end_ids(folder: Path, eos_id: int, size: int) -> frozenset[int]:
     for token_id in listed:
         if type(token_id) is not int or not 0 <= token_id < size:
             raise ValueError(f"{file}: eos_token_id {token_id!r:.40} is no token of these {size:,}")
-    return frozenset(token_id for token_id in (eos_id, *listed) if token_id >= 0)
+    ends = frozenset(token_id for token_id in (eos_id, *listed) if token_id >= 0)
+    if not ends:
+        raise ValueError(
+            f"{folder}: this tokenizer has no end-of-text token, so no answer would end; name one "
+            f"as eos_token in tokenizer_config.json, or as eos_token_id in {file.name}"
+        )
+    return (eos_id if eos_id >= 0 else min(ends)), ends
 
 
 class TextEncoder:
@@ -193,10 +210,12 @@ class TextEncoder:
         self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # Many a SentencePiece tokenizer puts a space before a text, or takes away the one it begins
         # with. Text that goes on must keep its own, so it is encoded behind a character that merges
-        # with nothing.
-        self.lead = tokenizer.encode(_LEAD)
+        # with nothing, and that the tokenizer knows: unknown ones may swallow what follows.
+        known = (c for c in _LEADS if tokenizer.decode(tokenizer.encode(c)).strip() == c)
+        self.lead = next(known, "")
+        self.lead_ids = tokenizer.encode(self.lead)
         self.needs_lead = any(
-            tokenizer.encode(_LEAD + text)[len(self.lead) :] != tokenizer.encode(text)
+            tokenizer.encode(self.lead + text)[len(self.lead_ids) :] != tokenizer.encode(text)
             for text in ("a", " a")
         )
         # Some Hugging Face ones put a space behind each control token as well.
@@ -220,25 +239,27 @@ class TextEncoder:
         before it.
         """
         ids = self._encode(text, goes_on)
-        if self.control_ids.isdisjoint(ids):
+        cuts = [match.start() + 1 for match in self.spelling.finditer(text)]
+        # Unless it is spelled, the unknown token stands for a character that people may well write.
+        unspelled = self.control_ids - {self.tokenizer.unk_id}
+        if (self.control_ids if cuts else unspelled).isdisjoint(ids):
             return ids
         # Cut in the middle, no spelling is whole; one that a normaliser makes is cut everywhere.
-        cuts = [match.start() + 1 for match in self.spelling.finditer(text)]
         edges = [0, *(cuts or range(1, len(text))), len(text)]
         parts = [text[start:end] for start, end in pairwise(edges)]
         ids = [i for n, part in enumerate(parts) for i in self._encode(part, goes_on or n > 0)]
-        return [token_id for token_id in ids if token_id not in self.control_ids]
+        return [token_id for token_id in ids if token_id not in unspelled]
 
     def _encode(self, text: str, goes_on: bool) -> list[int]:
         if not (goes_on and self.needs_lead):
             return self.tokenizer.encode(text)
-        ids = self.tokenizer.encode(_LEAD + text)
-        if ids[: len(self.lead)] != self.lead:
+        ids = self.tokenizer.encode(self.lead + text)
+        if ids[: len(self.lead_ids)] != self.lead_ids:
             return self.tokenizer.encode(text)
-        return ids[len(self.lead) :]
+        return ids[len(self.lead_ids) :]
 
 
-_LEAD = "\U0001f600"
+_LEADS = ("\U0001f600", "~", ".")
 
 
 def _check_whole(text: str) -> None:

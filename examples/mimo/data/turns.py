@@ -25,6 +25,9 @@ ROLES = {
     **{"gpt": ASSISTANT, "assistant": ASSISTANT},
 }
 
+# A place is written as {"type": "image"} or {"type": "image_url"}.
+_ENDS = ("", "_url")
+
 # From the name of a file in a record to the file; ValueError where there is none.
 FindFile = Callable[[str], Source]
 
@@ -55,9 +58,14 @@ class Turn:
         return [part for part in self.parts if isinstance(part, MediaPlace)]
 
 
+def first_of(fields: Mapping[str, Any], *names: str) -> Any:
+    """The first of these fields that is there; null says that it is not."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
 def conversation_of(record: Mapping[str, Any]) -> Any:
     """The turns of a record as it holds them, under either of their usual names."""
-    return record.get("conversations", record.get("messages"))
+    return first_of(record, "conversations", "messages")
 
 
 def without_last_answer(conversation: Any, config: MimoConfig) -> tuple[Any, str | None]:
@@ -71,21 +79,16 @@ def without_last_answer(conversation: Any, config: MimoConfig) -> tuple[Any, str
 
 def files_of_parts(conversation: object) -> list[str]:
     """The names of the files that parts of turns name themselves."""
-    fields = [
-        value.get("url") if isinstance(value, Mapping) else value
-        for turn in (conversation if isinstance(conversation, list) else [])
-        for part in _places(turn)
-        for name, value in part.items()
-        if name != "type"
-    ]
-    return [value for value in fields if isinstance(value, str)]
+    turns = conversation if isinstance(conversation, list) else []
+    files = [_file_of(part) for turn in turns for part in _places(turn)]
+    return [file for file in files if isinstance(file, str)]
 
 
 def without_files(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Turns that parse, without the files that their parts name; the places stay."""
     bare = []
     for turn in conversation:
-        name = "value" if "value" in turn else "content"
+        name = "content" if turn.get("value") is None else "value"
         content = turn.get(name)
         if isinstance(content, list):
             content = [p if p["type"] == "text" else {"type": p["type"]} for p in content]
@@ -94,13 +97,20 @@ def without_files(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _places(turn: object) -> list[Mapping[str, Any]]:
-    content = turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else None
+    content = first_of(turn, "value", "content") if isinstance(turn, Mapping) else None
     parts = content if isinstance(content, list) else []
     return [part for part in parts if isinstance(part, Mapping) and part.get("type") != "text"]
 
 
+def _file_of(part: Mapping[str, Any]) -> Any:
+    """What a place names as its file, in any of the usual ways; None where it names none."""
+    singular = str(part.get("type")).removesuffix("_url")
+    file = first_of(part, *(singular + end for end in _ENDS), "path", "url")
+    return first_of(file, "url", "path") if isinstance(file, Mapping) else file
+
+
 def _role(turn: Mapping[str, Any]) -> str | None:
-    role = turn.get("from", turn.get("role"))
+    role = first_of(turn, "from", "role")
     return ROLES.get(role) if isinstance(role, str) else None
 
 
@@ -118,10 +128,10 @@ def parse_turns(
     for turn in conversation:
         if not isinstance(turn, Mapping):
             raise ValueError("a turn must be an object with 'from' and 'value'")
-        role, written = _role(turn), turn.get("from", turn.get("role"))
+        role, written = _role(turn), first_of(turn, "from", "role")
         if role is None:
             raise ValueError(f"a turn is from {written!r:.60}; known are {', '.join(ROLES)}")
-        content = turn.get("value", turn.get("content"))
+        content = first_of(turn, "value", "content")
         if not isinstance(content, str | list | None):
             raise ValueError(
                 f"a turn from {written} has no text, but {content!r:.60}; write a string or a list "
@@ -150,23 +160,26 @@ def _parse_part(part: object, config: MimoConfig) -> str | MediaPlace:
     if not isinstance(part, Mapping):
         raise ValueError(f"a part must be an object with a type, not {part!r:.60}")
     kind, text = part.get("type"), part.get("text")
+    files = {f"{m.singular}{end}": name for name, m in config.modalities.items() for end in _ENDS}
     if kind == "text":
         if not isinstance(text, str):
             raise ValueError(f"a part of type text must have text, not {text!r:.60}")
+        _refuse_other(kind, first_of(part, *files))
         return text
-    for name, modality in config.modalities.items():
-        url = f"{modality.singular}_url"
-        if kind not in (modality.singular, url):
-            continue
-        fields = (part.get(field) for field in (modality.singular, url, "path", "url"))
-        file = next((value for value in fields if value is not None), None)
-        if isinstance(file, Mapping):
-            file = file.get("url")
+    if isinstance(kind, str) and kind in files:
+        file = _file_of(part)
         if not isinstance(file, str | Path | Blob | None):
             raise ValueError(f"a part of type {kind} must name its file, not {file!r:.60}")
-        return MediaPlace(name, file)
+        _refuse_other(kind, text)
+        return MediaPlace(files[kind], file)
     known = ", ".join(["text", *(m.singular for m in config.modalities.values())])
     raise ValueError(f"a part has the type {kind!r:.60}; {config.name} takes {known}")
+
+
+def _refuse_other(kind: str, content: object) -> None:
+    """ValueError where a part holds something that its type would leave out without a word."""
+    if content:
+        raise ValueError(f"a part of type {kind} holds {content!r:.60} too; give it its own part")
 
 
 def split_at_placeholders(text: str, config: MimoConfig) -> tuple[str | MediaPlace, ...]:

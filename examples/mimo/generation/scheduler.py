@@ -33,9 +33,9 @@ class TextStream:
         self._shown: list[str] = []
         # Decoded text that is not shown yet, as a stop string may begin in it.
         self._held = ""
-        # The window begins at token `_start`; up to `_read` its text is `_known`.
-        self._start = self._read = 0
-        self._known = ""
+        # The text of the window's first `_read` tokens is `_known`.
+        self._window: list[int] = []
+        self._read, self._known = 0, ""
 
     @property
     def text(self) -> str:
@@ -45,6 +45,7 @@ class TextStream:
     def add(self, token: int) -> str:
         """Append a token; returns the text that is certain now and was not before."""
         self.tokens.append(token)
+        self._window.append(token)
         self._held += self._decode_window()
         return self._show(final=False)
 
@@ -56,24 +57,27 @@ class TextStream:
         whole = self.tokenizer.decode(self.tokens)
         if not whole.startswith(decoded):
             # Only behind a long run of broken characters; the window's own rest is close to it.
-            decoded, whole = self._known, self.tokenizer.decode(self.tokens[self._start :])
+            decoded, whole = self._known, self.tokenizer.decode(self._window)
         self._held += whole[len(decoded) :]
         return self._show(final=True)
 
     def _decode_window(self) -> str:
         """The text that the newest tokens add, once their last character is complete."""
-        window = self.tokenizer.decode(self.tokens[self._start :])
+        window = self.tokenizer.decode(self._window)
         is_complete = not window.endswith(REPLACEMENT_CHARACTER) and window.startswith(self._known)
-        if not is_complete and len(self.tokens) - self._read < MAX_TOKENS_OF_A_CHARACTER:
+        if not is_complete and len(self._window) - self._read < MAX_TOKENS_OF_A_CHARACTER:
             return ""
-        new = window[len(self._known) :]
+        new, last = window[len(self._known) :], self._window[self._read :]
         # What came last is the next window's context: a word's space depends on there being one.
-        context = self.tokenizer.decode(self.tokens[self._read :])
-        if context or len(self.tokens) - self._start >= MAX_TOKENS_OF_A_CHARACTER:
-            self._start, self._known = self._read, context
+        context = self.tokenizer.decode(last)
+        is_long = len(self._window) >= MAX_TOKENS_OF_A_CHARACTER
+        if context or (new and is_long):
+            self._window, self._known = last, context
+        elif is_long:  # of control tokens, which have no text and make no context
+            del self._window[self._read :]
         else:
             self._known = window
-        self._read = len(self.tokens)
+        self._read = len(self._window)
         return new
 
     def _show(self, final: bool) -> str:

@@ -150,7 +150,8 @@ def _question(model: Mimo, source: Path, number: int, line: Any) -> Question:
         return Question(number, error=str(line))
     key = None
     try:
-        key = str(line["key"]) if isinstance(line, dict) and "key" in line else None
+        key = line.get("key") if isinstance(line, dict) else None
+        key = None if key is None else str(key)
         record, expected = question_record(line, model, key or f"line {number}")
         sample = model.encode(record, FilesInside(source.parent))
         return Question(number, key, sample, expected=expected)

@@ -13,7 +13,13 @@ from typing import Any
 import yaml
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.turns import FilesInside, FindFile, conversation_of, files_of_parts
+from examples.mimo.data.turns import (
+    FilesInside,
+    FindFile,
+    conversation_of,
+    files_of_parts,
+    first_of,
+)
 from examples.mimo.modalities.files import Blob, json_lines
 
 MAX_LIST_BYTES = 4 * 2**30
@@ -81,7 +87,8 @@ def _entries(
                 raise record
             if not isinstance(record, dict):
                 raise ValueError("a sample must be a JSON object")
-            key = _checked_key(record.get("key", record.get("id", f"{unit}-{number:08d}")))
+            key = first_of(record, "key", "id")
+            key = f"{unit}-{number:08d}" if key is None else _checked_key(key)
         except ValueError as error:
             yield Entry(place, problem=str(error))
         else:
@@ -94,8 +101,8 @@ def _with_media_lists(record: Mapping[str, Any], config: MimoConfig) -> dict[str
     known = {name: value for name, value in record.items() if name != "id"}
     for name, modality in config.modalities.items():
         file = known.pop(modality.singular, None)
-        if file is not None:
-            known.setdefault(name, [file] if isinstance(file, str) else file)
+        if file is not None and known.get(name) is None:
+            known[name] = [file] if isinstance(file, str) else file
     return known
 
 
@@ -302,8 +309,10 @@ def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dic
         record = {"conversations": record}
     if not isinstance(record, dict):
         raise ValueError(f"sample {key}: {key}.json must hold an object or a list of turns")
-    record.setdefault("key", key)
-    if any(name in record for name in config.modalities) or files_of_parts(conversation_of(record)):
+    if record.get("key") is None:
+        record["key"] = key
+    named = first_of(record, *config.modalities)
+    if named is not None or files_of_parts(conversation_of(record)):
         return record
     for name in config.modalities:
         suffixes = _own_suffixes(config, name)

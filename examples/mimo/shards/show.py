@@ -134,8 +134,8 @@ def _read_sample(parts: TarParts, reader: SampleEncoder) -> tuple[Sample, dict[s
     record = parts.record(reader.config)
     sample = reader.encode(record, parts)
     raw = {
-        name: [reader.config.modalities[name].encoder.read(parts(file)) for file in record[name]]
-        for name in sample.media
+        name: [reader.config.modalities[name].encoder.read(parts(file)) for file in files]
+        for name, files in sample.sources.items()
     }
     return sample, raw
 

@@ -374,6 +374,7 @@ def checked_parts(entry: Entry, config: MimoConfig) -> dict[str, bytes]:
         if names:
             record[modality] = names
     record["conversations"] = without_files(conversation_of(entry.record))
+    record.pop("messages", None)  # the other name of the turns
     return {"json": json.dumps(record, ensure_ascii=False).encode(), **parts}
 
 
