@@ -25,6 +25,9 @@ ROLES = {
     **{"gpt": ASSISTANT, "assistant": ASSISTANT},
 }
 
+# What other programs take in the place of a file's name.
+ADDRESS = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
 # From the name of a file in a record to the file; ValueError where there is none.
 FindFile = Callable[[str], Source]
 
@@ -57,7 +60,12 @@ class Turn:
 
 def conversation_of(record: Mapping[str, Any]) -> Any:
     """The turns of a record as it holds them, under either of their usual names."""
-    return record.get("conversations", record.get("messages"))
+    return _first_given(record, "conversations", "messages")
+
+
+def _first_given(fields: Mapping[str, Any], *names: str) -> Any:
+    """The first of these fields that is not null: tables of mixed sources fill columns with it."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
 def without_last_answer(conversation: Any, config: MimoConfig) -> tuple[Any, str | None]:
@@ -85,7 +93,7 @@ def without_files(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Turns that parse, without the files that their parts name; the places stay."""
     bare = []
     for turn in conversation:
-        name = "value" if "value" in turn else "content"
+        name = "content" if turn.get("value") is None else "value"
         content = turn.get(name)
         if isinstance(content, list):
             content = [p if p["type"] == "text" else {"type": p["type"]} for p in content]
@@ -94,13 +102,13 @@ def without_files(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _places(turn: object) -> list[Mapping[str, Any]]:
-    content = turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else None
+    content = _first_given(turn, "value", "content") if isinstance(turn, Mapping) else None
     parts = content if isinstance(content, list) else []
     return [part for part in parts if isinstance(part, Mapping) and part.get("type") != "text"]
 
 
 def _role(turn: Mapping[str, Any]) -> str | None:
-    role = turn.get("from", turn.get("role"))
+    role = _first_given(turn, "from", "role")
     return ROLES.get(role) if isinstance(role, str) else None
 
 
@@ -118,10 +126,10 @@ def parse_turns(
     for turn in conversation:
         if not isinstance(turn, Mapping):
             raise ValueError("a turn must be an object with 'from' and 'value'")
-        role, written = _role(turn), turn.get("from", turn.get("role"))
+        role, written = _role(turn), _first_given(turn, "from", "role")
         if role is None:
             raise ValueError(f"a turn is from {written!r:.60}; known are {', '.join(ROLES)}")
-        content = turn.get("value", turn.get("content"))
+        content = _first_given(turn, "value", "content")
         if not isinstance(content, str | list | None):
             raise ValueError(
                 f"a turn from {written} has no text, but {content!r:.60}; write a string or a list "
@@ -158,8 +166,7 @@ def _parse_part(part: object, config: MimoConfig) -> str | MediaPlace:
         url = f"{modality.singular}_url"
         if kind not in (modality.singular, url):
             continue
-        fields = (part.get(field) for field in (modality.singular, url, "path", "url"))
-        file = next((value for value in fields if value is not None), None)
+        file = _first_given(part, modality.singular, url, "path", "url")
         if isinstance(file, Mapping):
             file = file.get("url")
         if not isinstance(file, str | Path | Blob | None):
@@ -236,8 +243,16 @@ def find_media(
             )
         listed = iter(items)
         named = [next(listed) if file is None else file for file in files]
-        media[name] = [find_file(file) if isinstance(file, str) else file for file in named]
+        media[name] = [_find(file, find_file) if isinstance(file, str) else file for file in named]
     return media
+
+
+def _find(name: str, find_file: FindFile) -> Source:
+    if ADDRESS.match(name):
+        raise ValueError(
+            f"{name[:60]!r}: an address, and nothing is fetched; name a file in the data folder"
+        )
+    return find_file(name)
 
 
 @dataclass(frozen=True)
