@@ -161,11 +161,14 @@ def end_ids(folder: Path, eos_id: int, size: int) -> frozenset[int]:
         try:
             listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError, RecursionError):
-            raise ValueError(f"{file}: not a JSON object") from None
+            raise ValueError(f"{file}: not a JSON object; mend or remove it") from None
         listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     for token_id in listed:
         if type(token_id) is not int or not 0 <= token_id < size:
-            raise ValueError(f"{file}: eos_token_id {token_id!r:.40} is no token of these {size:,}")
+            raise ValueError(
+                f"{file}: eos_token_id {token_id!r:.40} is no token of these {size:,}; mend or "
+                "remove the file"
+            )
     return frozenset(token_id for token_id in (eos_id, *listed) if token_id >= 0)
 
 
