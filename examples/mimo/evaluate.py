@@ -23,6 +23,7 @@ import numpy as np
 from examples.mimo.cli import command
 
 if TYPE_CHECKING:
+    from examples.mimo.configs.schema import MimoConfig
     from examples.mimo.generation.api import Mimo
 
 BOOTSTRAP_DRAWS = 2_000
@@ -69,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         scores["scores"][split] = _score(answerer, records[split], args.data, split)
     for name, modality in answerer.config.modalities.items():
         title = f"{first}, {modality.singular} blanked"
-        with_media = [record for record in records[first] if record.get(name)]
+        with_media = [r for r in records[first] if _has_media(r, name, answerer.config)]
         if with_media:
             scores["scores"][title] = _score(answerer, with_media, args.data, title, blank=[name])
     example = records[first][0]
@@ -77,6 +78,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     for score in scores["scores"].values():
         score.pop("first_answer", None)
     return scores
+
+
+def _has_media(record: dict[str, Any], name: str, config: MimoConfig) -> bool:
+    """Whether a turn has a place of this modality; parts may name files of their own."""
+    from examples.mimo.data.turns import conversation_of, parse_turns
+
+    turns = parse_turns(conversation_of(record), config)
+    return any(place.modality == name for turn in turns for place in turn.places)
 
 
 def heldout_splits(data: Path) -> list[str]:
@@ -105,10 +114,14 @@ def _score(
     reader, files = answerer.sample_encoder(blank or []), FilesInside(root)
     pairs = []
     for number, record in enumerate(records, start=1):
-        with errors_named(f"{root}, {title}, line {number}"):
+        key = record.get("key")
+        where = f"{root}, {title}, line {number}" if key is None else f"sample {key}"
+        with errors_named(where):
             turns, expected = without_last_answer(conversation_of(record), answerer.config)
             if expected is None and "ending" not in record:
-                raise ValueError("no answer to compare with; end with one, or give an ending")
+                raise ValueError(
+                    "no answer to compare with; end the conversation with one, or give an 'ending'"
+                )
         pairs.append((turns, expected))
 
     def question(record: dict[str, Any], turns: Any) -> Sample:

@@ -13,7 +13,7 @@ from examples.mimo.data.conversation import (
     tokenise,
 )
 from examples.mimo.data.tokenizer import TextEncoder
-from examples.mimo.data.turns import files_of_parts, find_media, parse_turns
+from examples.mimo.data.turns import files_of_parts, find_media, parse_turns, without_files
 
 
 def human(text):
@@ -117,6 +117,32 @@ def test_messages_is_another_name_of_conversations(tiny, tokenizer):
     turns = [human("seven?"), gpt("seven")]
     samples = [encoder.encode({name: turns}, str) for name in ("conversations", "messages")]
     assert samples[0].tokens == samples[1].tokens
+
+
+def test_null_is_an_absent_field(tiny, tokenizer):
+    """Tables that were joined have every column in every line."""
+    encoder = SampleEncoder(tiny, tokenizer, 128)
+    question = {"role": "user", "content": "seven?", "from": None, "value": None}
+    answer = {"from": "gpt", "value": "seven", "role": None, "content": None}
+    part = {"type": "text", "text": "seven?", "image": None, "url": None}
+    plain = encoder.encode({"conversations": [human("seven?"), gpt("seven")]}, str).tokens
+    for first in (question, question | {"content": [part]}):
+        record = {"conversations": None, "messages": [first, answer], "images": None}
+        assert encoder.encode(record, str).tokens == plain
+    turn = {"role": "user", "content": [{"type": "image", "path": "a.png"}], "value": None}
+    assert files_of_parts([turn]) == ["a.png"]
+    assert without_files([turn]) == [turn | {"content": [{"type": "image"}]}]
+
+
+@pytest.mark.parametrize("name", ["https://a.org/b.png", "data:image/png;base64,AA", "S3://a/b"])
+def test_addresses_are_refused_in_one_short_line(tiny, name):
+    long = name + "A" * 10_000
+    part = {"type": "image_url", "image_url": {"url": long}}
+    for turn, record in ((human([part]), {}), (human("<image>"), {"images": [long]})):
+        with pytest.raises(ValueError, match="an address, and nothing is fetched") as error:
+            find_media(parse_turns([turn], tiny), record, tiny, Path)
+        assert name in str(error.value)
+        assert len(str(error.value)) < 200
 
 
 def test_parts_and_placeholders_give_the_same_tokens(tiny, tokenizer):

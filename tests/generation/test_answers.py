@@ -161,13 +161,15 @@ def test_overflow_truncates_when_told(checkpoint, media, tiny):
         (("--max-new-tokens", "0"), "--max-new-tokens 0"),
         (("--tp", "2"), "--nproc-per-node 2"),
         (("--imag-path", "white.png"), "did you mean --image-path?"),
+        (("--image-background", "blue"), "(choose from 'white', 'black', 'mean')$"),
+        (("--top-k", "x"), "argument --top-k: invalid int value: 'x'$"),
     ],
 )
 def test_wrong_questions_are_refused(ask, checkpoint, media, flags, message):
     flags = [str(media / f) if f.endswith((".png", ".wav", ".flac")) else f for f in flags]
     with pytest.raises(ValueError) as error:  # noqa: PT011
         ask("--ckpt", str(checkpoint), *flags)
-    assert message in str(error.value)
+    assert message in f"{error.value}$"
 
 
 def test_a_wrong_question_ends_with_one_line(checkpoint, media):
@@ -263,6 +265,22 @@ def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
     assert done.returncode == 2
     assert "heldout, line 1: no answer to compare with" in done.stderr
     assert not (checkpoint / "eval.json").exists()
+    # Files that parts name can be blanked; a sample without an answer is no question of a test.
+    picture = next((data_folder / "images/heldout").iterdir())
+    (tmp_path / "a.png").write_bytes(picture.read_bytes())
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}]},
+        {"role": "assistant", "content": "nine"},
+    ]
+    split = tmp_path / "heldout.jsonl"
+    split.write_text(json.dumps({"messages": turns}))
+    flags = ("--ckpt", str(checkpoint), "--data", str(tmp_path), "--output", str(output))
+    assert run_command("evaluate.py", *flags).returncode == 0
+    assert set(json.loads(output.read_text())["scores"]) == {"heldout", "heldout, image blanked"}
+    split.write_text(json.dumps({"messages": turns[:1], "key": "asked"}))
+    done = run_command("evaluate.py", *flags)
+    assert done.returncode == 2
+    assert "sample asked: no answer to compare with" in done.stderr
 
 
 @pytest.mark.parametrize(("pad", "eos"), [(0, 3), (3, 3)])

@@ -126,6 +126,12 @@ def test_a_conversation_answers_as_its_turns_in_a_file(say, media, tmp_path):
     assert json.loads((tmp_path / "out.jsonl").read_text())["answer"] == third
 
 
+def test_a_command_without_a_file_says_so(say):
+    spoken = say("--interactive", lines=["/image", "/audio  "])
+    assert "/image: name a file behind it" in spoken.err
+    assert "/audio: name a file behind it" in spoken.err
+
+
 def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(say):
     spoken = say("--interactive", lines=[QUESTION, "word " * 200, "/reset", QUESTION])
     first, again = spoken.out.splitlines()
@@ -183,14 +189,16 @@ def test_the_answers_of_training_data_stand_beside_the_models(say, tmp_path, dat
             "content": [{"type": "text", "text": "se"}, {"type": "text", "text": "v"}],
         },
     ]
-    lines = [*records, {"messages": messages * 6}, {"prompt": QUESTION}]
+    table = {"conversations": None, "messages": [{"role": "user", "content": QUESTION}]}
+    lines = [*records, {"messages": messages * 6}, {"prompt": QUESTION}, table]
     source = data_folder / "with_answers.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)))
     say("--input", str(source), "--output", str(tmp_path / "out.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     rows.sort(key=lambda row: row["line"])
     expected = [record["conversations"][-1]["value"] for record in records]
-    assert [row.get("expected") for row in rows] == [*expected, "sev", None]
+    assert [row.get("expected") for row in rows] == [*expected, "sev", None, None]
+    assert rows[-1]["answer"] == rows[-2]["answer"]
     # As the same questions without an answer at their end.
     asked = [{**record, "conversations": record["conversations"][:-1]} for record in records]
     source.write_text("\n".join(map(json.dumps, asked)))

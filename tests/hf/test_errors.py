@@ -101,6 +101,10 @@ def broken_config(folder):
     (folder / "config.json").write_text("{")
 
 
+def end_that_is_no_token(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 128]}')
+
+
 def no_folder(folder):
     shutil.rmtree(folder)
 
@@ -122,6 +126,10 @@ def no_folder(folder):
         (no_weights, "no model.safetensors in this folder"),
         (no_config, "config.json is missing"),
         (broken_config, "config.json: not JSON"),
+        (
+            end_that_is_no_token,
+            r"generation_config.json: eos_token_id 128 is no token of these",
+        ),
         (no_folder, "no such folder"),
     ],
 )

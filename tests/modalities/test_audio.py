@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import sys
 import tracemalloc
@@ -8,7 +9,7 @@ import pytest
 import soundfile
 
 from examples.mimo.modalities.audio import AUDIO_SUFFIXES
-from examples.mimo.modalities.files import Blob, read_audio
+from examples.mimo.modalities.files import BLOCK_SAMPLES, Blob, read_audio
 from tests.helpers.videos import write_video
 
 RATE = 16_000
@@ -225,6 +226,12 @@ def test_damage_is_what_the_decoder_reports():
                 decoded(broken)
             # The sound that is asked for is whole.
             assert len(decoded(broken, 0.25, truncate=True)) == RATE // 4
+    # Of FLAC all that can be read is counted, not whole blocks alone.
+    data = encoded("FLAC")
+    with pytest.raises(ValueError, match="damaged audio") as error:
+        decoded(data[: len(data) // 2])
+    count = int(re.search(r"only ([\d,]+) samples", str(error.value))[1].replace(",", ""))
+    assert count % BLOCK_SAMPLES > 0
     assert len(decoded(encoded("WAV")[:20_044])) == 10_000
     for kind in (
         ("WAV",),
@@ -237,7 +244,7 @@ def test_damage_is_what_the_decoder_reports():
     ):
         data = encoded(*kind)
         for length in (4, 13, 40):
-            with pytest.raises(ValueError, match=r"^a: "):
+            with pytest.raises(ValueError, match=r"^a: (?!.*pipe)"):
                 decoded(data[:length])
 
 

@@ -222,6 +222,13 @@ def test_avif_is_read(tmp_path):
     file.write_bytes(file.read_bytes()[:150])
     with pytest.raises(ValueError, match=r"a\.avif: "):
         read_image(file)
+    # Whole boxes, with what no decoder makes a picture of.
+    whole = bytearray(save(picture, file).read_bytes())
+    body = whole.index(b"mdat") + 4
+    whole[body:] = bytes(len(whole) - body)
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"a\.avif: damaged image \("):
+        read_image(file)
 
 
 def test_heic_needs_its_plugin(tmp_path, monkeypatch):

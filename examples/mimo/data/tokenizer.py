@@ -162,9 +162,22 @@ _BYTE_OF = _byte_level_alphabet()
 def end_ids(folder: Path, eos_id: int, size: int) -> tuple[int, frozenset[int]]:
     """The token that ends an answer in training, and all that end one.
 
-    They are `eos_id`, -1 if there is none, and those of a `generation_config.json` in `folder`,
-    where Llama 3 and Qwen list several. ValueError, one line, when the file is damaged, or when
-    nothing can end an answer.
+    They are `eos_id`, -1 if there is none, and those of a `generation_config.json` in `folder`.
+    ValueError, one line, when nothing can end an answer.
+    """
+    ends = frozenset(i for i in (eos_id, *listed_end_ids(folder, size)) if i >= 0)
+    if not ends:
+        raise ValueError(
+            f"{folder}: this tokenizer has no end-of-text token, so no answer would end; name one "
+            f"as eos_token in tokenizer_config.json, or as eos_token_id in {GENERATION_CONFIG}"
+        )
+    return (eos_id if eos_id >= 0 else min(ends)), ends
+
+
+def listed_end_ids(folder: Path, size: int) -> list[int]:
+    """The end tokens in a `generation_config.json`, where Llama 3 and Qwen list several.
+
+    ValueError, one line, when the file is damaged or names tokens that a vocabulary of `size` lacks.
     """
     file = folder / GENERATION_CONFIG
     listed: Any = []
@@ -172,18 +185,15 @@ def end_ids(folder: Path, eos_id: int, size: int) -> tuple[int, frozenset[int]]:
         try:
             listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError, RecursionError):
-            raise ValueError(f"{file}: not a JSON object") from None
+            raise ValueError(f"{file}: not a JSON object; mend or remove it") from None
         listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     for token_id in listed:
         if type(token_id) is not int or not 0 <= token_id < size:
-            raise ValueError(f"{file}: eos_token_id {token_id!r:.40} is no token of these {size:,}")
-    ends = frozenset(token_id for token_id in (eos_id, *listed) if token_id >= 0)
-    if not ends:
-        raise ValueError(
-            f"{folder}: this tokenizer has no end-of-text token, so no answer would end; name one "
-            f"as eos_token in tokenizer_config.json, or as eos_token_id in {file.name}"
-        )
-    return (eos_id if eos_id >= 0 else min(ends)), ends
+            raise ValueError(
+                f"{file}: eos_token_id {token_id!r:.40} is no token of these {size:,}; mend or "
+                "remove the file"
+            )
+    return listed
 
 
 class TextEncoder:

@@ -27,6 +27,8 @@ ROLES = {
 
 # A place is written as {"type": "image"} or {"type": "image_url"}.
 _ENDS = ("", "_url")
+# What other programs take in the place of a file's name.
+ADDRESS = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 # From the name of a file in a record to the file; ValueError where there is none.
 FindFile = Callable[[str], Source]
@@ -249,8 +251,16 @@ def find_media(
             )
         listed = iter(items)
         named = [next(listed) if file is None else file for file in files]
-        media[name] = [find_file(file) if isinstance(file, str) else file for file in named]
+        media[name] = [_find(file, find_file) if isinstance(file, str) else file for file in named]
     return media
+
+
+def _find(name: str, find_file: FindFile) -> Source:
+    if ADDRESS.match(name):
+        raise ValueError(
+            f"{name[:60]!r}: an address, and nothing is fetched; name a file in the data folder"
+        )
+    return find_file(name)
 
 
 @dataclass(frozen=True)

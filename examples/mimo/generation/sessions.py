@@ -286,6 +286,8 @@ class ChatSession:
         if word == "/reset":
             self.conversation = Conversation()
         elif word in self.modalities:
+            if not rest:
+                raise ValueError(f"{word}: name a file behind it")
             self._add_file(self.modalities[word], Path(rest))
         elif word.startswith("/"):
             raise ValueError(f"{word}: not a command; {self.help}")

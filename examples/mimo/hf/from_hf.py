@@ -24,6 +24,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_description
 from examples.mimo.checkpoint.loading import language_transformer_config, sharding_metadata
 from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.tokenizer import listed_end_ids
 from examples.mimo.hf.io import (
     CONFIG,
     OWN_MODEL_TYPE,
@@ -70,6 +71,9 @@ def from_hf(
     those of `config`. All are checked before the first tensor is read.
     """
     config, preprocessors = _with_preprocessors(config, folders, progress, chosen)
+    language = folders.get("language")
+    if language:  # its tokenizer is read later, by whoever trains or answers
+        listed_end_ids(language.path, config.language.vocab_size)
     chunks: list[Chunk] = []
     objects: list[ShardedObject] = []
     sources: dict[str, Any] = {}
@@ -98,7 +102,6 @@ def from_hf(
                     sources[part]["preprocessor"] = preprocessors[part]
         (draft / RELEASE).mkdir()
         write_checkpoint(draft / RELEASE, chunks, objects)
-        language = folders.get("language")
         save_description(draft, config, language.path if language else None, sources)
         (draft / TRACKER).write_text(RELEASE)
 

@@ -115,7 +115,7 @@ def _decode_image(source: Source, max_pixels: int, background: Colour) -> Image.
     except Image.UnidentifiedImageError:
         known = ", ".join(FORMATS)
         raise ValueError(f"{source}: not an image that Pillow can read as {known}") from None
-    except (OSError, SyntaxError, EOFError, NotImplementedError) as error:
+    except (OSError, SyntaxError, EOFError, RuntimeError) as error:
         raise ValueError(f"{source}: damaged image ({error})") from None
     except ValueError as error:
         # Pillow's own do not name the file.
@@ -357,8 +357,9 @@ def _sounds(stream: BinaryIO, source: Source) -> Iterator[Sound]:
                 blocks = _blocks(file, source, stated)
                 yield Sound(file.samplerate, blocks, stated, section.padding, section.lost_bytes)
     except soundfile.SoundFileError as error:
-        # The whole text names the open file as an object.
-        reason = getattr(error, "error_string", error)
+        # The whole text names the open file as an object; of a damaged MP3 it asks of pipes.
+        reason = getattr(error, "error_string", str(error))
+        reason = "no frame of an MP3 can be decoded" if "a pipe" in reason else reason
         raise ValueError(f"{source}: not sound that libsndfile can read ({reason})") from None
 
 
@@ -383,6 +384,8 @@ def _blocks(file: soundfile.SoundFile, source: Source, stated: int) -> Iterator[
             if 0 < stated <= count:
                 return
             reason = getattr(error, "error_string", error)
+            with contextlib.suppress(soundfile.SoundFileError):
+                count = file.tell()  # with those of this block that lie in front of the damage
             raise ValueError(
                 f"{source}: damaged audio, only {count:,} samples can be read ({reason})"
             ) from None

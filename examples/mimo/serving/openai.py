@@ -103,6 +103,8 @@ def _options(body: Mapping[str, Any]) -> Options:
         raise ValueError("stop must be text, or a list of texts")
     name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     max_tokens = _number(body, name, int)
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"{name} {max_tokens}: at least 1")
     return Options(
         DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         Sampling(**sampling),
@@ -241,7 +243,9 @@ def _file_part(
         if not isinstance(data, str):
             raise ValueError(f"{at}.data must be base64 or a data: URL")
         return name, _decode(data, at)
-    types = ["text", *url_types, *data_types, "input_file"] if allowed else ["text"]
+    if not allowed:
+        raise ValueError(f"{at}: its type must be text; files go into messages of the user")
+    types = ["text", *url_types, *data_types, "input_file"]
     raise ValueError(f"{at}: its type must be one of {', '.join(types)}")
 
 
