@@ -177,7 +177,7 @@ def end_ids(folder: Path, eos_id: int, size: int) -> tuple[int, frozenset[int]]:
 def listed_end_ids(folder: Path, size: int) -> list[int]:
     """The end tokens in a `generation_config.json`, where Llama 3 and Qwen list several.
 
-    ValueError, one line, when the file is damaged or names tokens that a vocabulary of `size` lacks.
+    ValueError, one line, when the file is damaged or a vocabulary of `size` lacks one of them.
     """
     file = folder / GENERATION_CONFIG
     listed: Any = []
