@@ -11,24 +11,6 @@ from tests.helpers.commands import run_train
 
 TRACKED_TRAIN = "tests/helpers/tracked_train.py"
 ITERATIONS = 3
-# The functions of wandb that Megatron and this package call; each call is a line of a file.
-WANDB = """
-import json, types
-
-def log(values, step):
-    with open(LOG, "a") as file:
-        file.write(json.dumps({"step": step, **values}) + "\\n")
-
-def init(**kwargs):
-    with open(LOG, "a") as file:
-        file.write(json.dumps({"project": kwargs["project"], "name": kwargs["name"]}) + "\\n")
-
-def finish():
-    pass
-
-config = types.SimpleNamespace(update=lambda values, **kwargs: None)
-run = types.SimpleNamespace(config=config)
-"""
 SHOWN = {
     *("lm loss", "learning-rate", "grad-norm", "samples per second", "tokens per second"),
     *("padding", "data wait", "bad samples", "items/images", "items/audios"),
@@ -43,7 +25,6 @@ FLAGS = (
 @pytest.fixture
 def wandb(tmp_path):
     """Flags for a wandb that writes to a file, and what reads the file."""
-    (tmp_path / "wandb.py").write_text(f"LOG = {str(tmp_path / 'log')!r}\n{WANDB}")
 
     def read():
         first, *lines = map(json.loads, (tmp_path / "log").read_text().splitlines())
@@ -84,7 +65,7 @@ def check(values, stderr):
 
 def test_wandb_alone_gets_everything(wandb, tmp_path):
     flags, read = wandb
-    done = ranks.run(TRACKED_TRAIN, str(tmp_path), *FLAGS, *flags)
+    done = ranks.run(TRACKED_TRAIN, str(tmp_path / "log"), *FLAGS, *flags)
     assert done.returncode == 0, done.stderr
     check(read(), done.stderr)
 
@@ -94,7 +75,7 @@ def test_both_get_everything_where_the_last_rank_holds_an_encoder(wandb, tmp_pat
     flags, read = wandb
     encoders = ("--encoder-ranks", "images=2", "audios=1")
     board = ("--tensorboard-dir", str(tmp_path / "board"))
-    command = (TRACKED_TRAIN, str(tmp_path), *FLAGS, *flags, *board, *encoders)
+    command = (TRACKED_TRAIN, str(tmp_path / "log"), *FLAGS, *flags, *board, *encoders)
     done = ranks.run(*command, processes=3)
     assert done.returncode == 0, done.stderr
     check(read(), done.stderr)

@@ -351,11 +351,11 @@ class _Settings:
             value = {"height": value[0], "width": value[1]}
         elif not isinstance(value, dict):
             value = {"height": value, "width": value} if is_square else {"shortest_edge": value}
-        given = {key: side for key, side in value.items() if side is not None}
-        sides = set(given.values()) if all(map(_is_side, given.values())) else set()
-        if len(sides) != 1 or set(given) not in ({"height", "width"}, {"shortest_edge"}):
+        lengths = {key: side for key, side in value.items() if side is not None}
+        sides = set(lengths.values()) if all(map(_is_side, lengths.values())) else set()
+        if len(sides) != 1 or set(lengths) not in ({"height", "width"}, {"shortest_edge"}):
             self.refuse(name, "a shortest_edge, or equal height and width, is needed")
-        return "shortest_edge" in given, sides.pop()
+        return "shortest_edge" in lengths, sides.pop()
 
 
 def _is_number(value: Any) -> bool:
