@@ -86,7 +86,7 @@ def with_preprocessing(
     Only what a preprocessor_config.json said is taken over, and no field that `assignments` set.
     """
     from examples.mimo.checkpoint.description import weight_fields
-    from examples.mimo.hf.weights import family_of
+    from examples.mimo.hf.weights import family_of, unchosen
 
     chosen = {assignment.partition("=")[0] for assignment in assignments}
     modalities = dict(config.modalities)
@@ -100,10 +100,8 @@ def with_preprocessing(
         if weight_fields(imported) == weight_fields(modality.encoder):
             where = f"{checkpoint.folder}: preprocessor of {part}"
             reader = family_of(source["model_type"], imported, where).preprocessor
-            fields = reader.fields(source["preprocessor"], imported, where, part) if reader else ()
-            changes = {f: getattr(imported, f) for f in fields if f"{part}.{f}" not in chosen}
-            if f"{part}.fit" in chosen:
-                changes.pop("resize_side", None)
+            fields = reader.fields(source["preprocessor"], imported, where, part) if reader else {}
+            changes = {field: getattr(imported, field) for field in unchosen(fields, part, chosen)}
             encoder: Any = modality.encoder
             encoder = dataclasses.replace(encoder, **changes)
             modalities[name] = dataclasses.replace(modality, encoder=encoder)

@@ -173,8 +173,8 @@ def penalise(
 ) -> torch.Tensor:
     """(B, V) logits -> (B, V) after the penalties; the ids are those that `choose` takes."""
     logits = logits.clone()
-    rows = zip(logits, samplings, previous, answered, strict=True)
-    for sequence_logits, sampling, ids, answer in rows:
+    sequences = zip(logits, samplings, previous, answered, strict=True)
+    for sequence_logits, sampling, ids, answer in sequences:
         penalty = sampling.repetition_penalty
         if penalty != 1.0:
             values = sequence_logits[ids]

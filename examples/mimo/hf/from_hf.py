@@ -34,7 +34,14 @@ from examples.mimo.hf.io import (
     draft_folder,
     write_checkpoint,
 )
-from examples.mimo.hf.weights import REMEDY, Family, WeightMapping, families_for, family_of
+from examples.mimo.hf.weights import (
+    REMEDY,
+    Family,
+    WeightMapping,
+    families_for,
+    family_of,
+    unchosen,
+)
 from examples.mimo.model.mimo import build_part
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
@@ -130,11 +137,9 @@ def _with_preprocessors(
         fields = family.preprocessor.fields(found[part], encoder, where, f"{config.name}'s {part}")
         changes = {
             field: value
-            for field, value in fields.items()
-            if f"{part}.{field}" not in chosen and value != getattr(encoder, field)
+            for field, value in unchosen(fields, part, chosen).items()
+            if value != getattr(encoder, field)
         }
-        if f"{part}.fit" in chosen:
-            changes.pop("resize_side", None)
         if changes:
             said = ", ".join(f"{field} {value}" for field, value in changes.items())
             progress(f"{part}: as {file} says, {said}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -304,6 +304,17 @@ class WhisperPreprocessor:
             "n_samples": config.window_samples,
             "nb_max_frames": 2 * config.window_frames,
         }
+
+
+def unchosen(fields: Mapping[str, Any], part: str, chosen: Collection[str]) -> dict[str, Any]:
+    """What a file says, without the fields that the user set, such as `images.encoder.fit`.
+
+    A `fit` of the user's own goes without the file's `resize_side`, which belongs to another one.
+    """
+    kept = {name: value for name, value in fields.items() if f"{part}.{name}" not in chosen}
+    if f"{part}.fit" in chosen:
+        kept.pop("resize_side", None)
+    return kept
 
 
 class _Settings:
