@@ -189,6 +189,8 @@ def load_weights(
 
     `fresh_parts`, such as `sensors.encoder`, keep the weights they have and may be absent.
     """
+    # Torch loads without it when it cannot be read, and does not say why.
+    FileSystemReader(checkpoint.weights).read_metadata()
     prefixes = tuple(part_prefix(part) for part in fresh_parts)
     expected = model.sharded_state_dict(metadata=sharding_metadata())
     expected = {key: value for key, value in expected.items() if not key.startswith(prefixes)}

@@ -34,8 +34,9 @@ class Replacement(NamedTuple):
 def install() -> list[Replacement]:
     """Make Megatron run on this machine; every command calls this before it imports Megatron.
 
-    With CUDA, one function of Megatron changes: the one that runs `make` in its source tree, which
-    a wheel lacks. Without CUDA, the importing process changes for good:
+    With CUDA, three functions change: those that unpickle checkpoints, which know the classes that
+    checkpoints need and no others, and the one that runs `make` in Megatron's source tree, which a
+    wheel lacks. Without CUDA, the importing process changes for good:
 
     - `Tensor.cuda` and `Module.cuda` return the tensor or module as it is, and factories such as
       `torch.zeros` take `device="cuda"` and `pin_memory=True` to mean plain CPU memory;
@@ -60,8 +61,9 @@ def install() -> list[Replacement]:
         # Megatron takes some of these by name when it is imported, so torch comes first.
         entries += _put_in_place(cpu.torch_replacements())
         entries += _put_in_place(cpu.megatron_replacements())
-    from examples.mimo.compat import megatron
+    from examples.mimo.compat import megatron, unpickler
 
+    entries += _put_in_place(unpickler.unpickler_replacements())
     return entries + _put_in_place(megatron.wheel_replacements())
 
 
