@@ -23,10 +23,9 @@ from examples.mimo.shards.read import (
     Packing,
     ShardBatches,
     training_loader,
-    validation_loader,
     worker_config,
 )
-from examples.mimo.shards.resume import from_plain, to_plain
+from examples.mimo.shards.resume import from_plain, to_plain, validation_loader
 
 SEQ_LENGTH = 256
 

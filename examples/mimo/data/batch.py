@@ -28,7 +28,8 @@ class Batch:
     `tensors` has "input_ids", "labels" and "loss_mask" (B, S), and "MODALITY.INPUT" with the
     encoder inputs of all items, in the order of the placeholders. `items[modality]` says of each
     item its sample's key and its file. In a packed batch B is 1 and `cu_seqlens` are the starts of
-    the samples and the sequence's end. `bad_samples` were skipped on the way here.
+    the samples and the sequence's end. `bad_samples` were skipped on the way here. `places` is
+    where shards hold all these samples: folder of the mixture, and index in it.
     """
 
     batch_size: int
@@ -38,6 +39,7 @@ class Batch:
     items: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     cu_seqlens: list[int] | None = None
     bad_samples: list[BadSample] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property

@@ -267,6 +267,7 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         items={m: [item for b in batches for item in b.items.get(m, [])] for m in modalities},
         cu_seqlens=cu_seqlens if packed else None,
         bad_samples=[bad for batch in batches for bad in batch.bad_samples],
+        places=[place for batch in batches for place in batch.places],
         tensors=tensors,
     )
 

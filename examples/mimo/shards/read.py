@@ -30,7 +30,8 @@ from megatron.energon import (
 from megatron.energon.epathlib import EPath
 from megatron.energon.errors import FatalSampleError, reraise_exception
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
-from megatron.energon.wrappers import ShuffleBufferDataset
+from megatron.energon.wrappers import BlendDataset, MapDataset, ShuffleBufferDataset
+from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from examples.mimo.data.batch import Batch
@@ -103,10 +104,22 @@ def _best_fill(lengths: Sequence[int], room: int) -> set[int]:
 
 @dataclass
 class ShardSample:
-    """A sample, and where energon finds it again."""
+    """A sample, where energon finds it again, and as `Batch.places` says where it is."""
 
     sample: Sample
     __restore_key__: tuple[Any, ...]
+    place: tuple[int, int]
+
+
+def sample_place(restore_key: Sequence[Any]) -> tuple[int, int]:
+    """The folder of the mixture that a sample comes from, and its index in it.
+
+    Energon's datasets each put their name and a number in front: "BlendDataset", folder, ...,
+    "Webdataset", index.
+    """
+    blend = BlendDataset.__name__
+    folder = restore_key[restore_key.index(blend) + 1] if blend in restore_key else 0
+    return folder, restore_key[-1]
 
 
 @dataclass(frozen=True)
@@ -148,18 +161,20 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         self.max_bad_samples = max_bad_samples
         self.packing = packing
         self.bad_samples: list[BadSample] = []
+        self.bad_places: list[tuple[int, int]] = []
 
     @stateless
     def encode_sample(self, parts: dict[str, Any]) -> ShardSample:
         """Decodes the media, computes encoder inputs and tokenises; SkipSample when it cannot."""
-        key = str(parts["__key__"])
+        key, place = str(parts["__key__"]), sample_place(parts["__restore_key__"])
         try:
             sample = self._encode(key, parts)
         # A damaged file can make a decoder fail in any way; the run goes on without the sample.
         except Exception as error:
+            self.bad_places.append(place)
             self._add_bad_sample(BadSample(key, error_reason(error)))
             raise SkipSample from None
-        return ShardSample(sample, parts["__restore_key__"])
+        return ShardSample(sample, parts["__restore_key__"], place)
 
     def _encode(self, key: str, parts: dict[str, Any]) -> Sample:
         record = read_record(key, parts, self.sample_encoder.config)
@@ -203,6 +218,8 @@ class ConversationEncoder(TaskEncoder):  # type: ignore[type-arg]
         members = samples[0] if self.packing else samples
         batch = self.collate([member.sample for member in members])
         batch.bad_samples, self.bad_samples = self.bad_samples, []
+        batch.places = [member.place for member in members] + self.bad_places
+        self.bad_places = []
         return batch
 
 
@@ -234,16 +251,73 @@ class EpochShuffle(ShuffleBufferDataset):  # type: ignore[type-arg]
         self._drains = False
 
 
-class ShuffledShards(CrudeWebdataset):
-    """A folder of shards that gives each sample once an epoch, in a new order every epoch."""
+class RestOfEpoch(BaseWrapperDataset):  # type: ignore[type-arg]
+    """First `passes`, then the epochs of `dataset`.
 
-    def __init__(self, path: EPath, buffer_size: int, **options: Any) -> None:
+    A pass is the indices of samples that other readers left over, and is dealt out to all readers:
+    each takes a share, in sequences of neighbours.
+    """
+
+    _savable_fields = ("_pass", "_position")
+
+    def __init__(self, dataset: Any, passes: Sequence[np.ndarray], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.passes = passes
+        self.reset_state_own()
+
+    def reset_state_own(self) -> None:
+        """Resets to before the first sample."""
+        self._pass = self._position = 0
+
+    def len_worker(self, worker_idx: int | None = None) -> int:
+        """As of `dataset`: a pass is at most an epoch."""
+        return self.dataset.len_worker(worker_idx)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._pass >= len(self.passes):
+            yield from self.dataset
+            return
+        share = self._share(self._pass)
+        while self._position < len(share):
+            index = int(share[self._position])
+            self._position += 1
+            yield self.dataset.restore_sample((MapDataset.__name__, 0, "Webdataset", index))
+        self._pass, self._position = self._pass + 1, 0
+
+    def _share(self, number: int) -> np.ndarray:
+        """This reader's part of a pass."""
+        indices, workers = self.passes[number], self.worker_config
+        sequences = np.array_split(indices, max(1, len(indices) // SAMPLES_PER_SEQUENCE))
+        order = np.random.default_rng([workers.seed_offset, number]).permutation(len(sequences))
+        dealt = np.concatenate([sequences[i] for i in order])
+        # Without worker processes a rank is a reader itself.
+        num_workers = max(1, workers.num_workers)
+        reader = workers.rank * num_workers + workers.rank_worker_id()
+        return np.array_split(dealt, workers.world_size * num_workers)[reader]
+
+    def config(self) -> dict[str, Any]:
+        """What energon compares of two loaders."""
+        return {"type": type(self).__qualname__, "dataset": self.dataset.config()}
+
+
+class ShuffledShards(CrudeWebdataset):
+    """A folder of shards that gives each sample once an epoch, in a new order every epoch.
+
+    With `passes` it begins with what is left of an epoch.
+    """
+
+    def __init__(
+        self, path: EPath, buffer_size: int, passes: Sequence[np.ndarray], **options: Any
+    ) -> None:
         super().__init__(path, **options)
         self.buffer_size = buffer_size
+        self.passes = passes
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
         """The dataset of one epoch, which energon repeats."""
-        dataset = super().build(worker_rotation_offset)
+        dataset: Any = super().build(worker_rotation_offset)
+        if self.passes:
+            dataset = RestOfEpoch(dataset, self.passes, worker_config=self.worker_config)
         return EpochShuffle(dataset, self.buffer_size, worker_config=self.worker_config)
 
 
@@ -265,8 +339,12 @@ def training_loader(
     workers: WorkerConfig,
     micro_batch_size: int,
     shuffle_buffer_size: int,
+    passes: Sequence[Sequence[np.ndarray]] = (),
 ) -> SavableDataLoader:
-    """Endless micro-batches of the shards at `path`, or of the mixture that the file lists."""
+    """Endless micro-batches of the shards at `path`, or of the mixture that the file lists.
+
+    `passes[i]` is what folder i of the mixture has left of an epoch, as of `RestOfEpoch`.
+    """
     parts = read_mixture(path, split)
     build = functools.partial(
         ShuffledShards,
@@ -276,7 +354,10 @@ def training_loader(
     )
     packing = encoder.packing
     dataset = encoder.build_train_datasets(
-        datasets=[_dataset(build, part, workers) for part in parts],
+        datasets=[
+            folder_dataset(functools.partial(build, passes=left), part, workers)
+            for part, left in zip(parts, passes or [()] * len(parts), strict=True)
+        ],
         worker_config=workers,
         batch_size=1 if packing else micro_batch_size,
         batch_drop_last=True,
@@ -284,30 +365,10 @@ def training_loader(
         shuffle_buffer_size=None,
         blend_mode=DatasetBlendMode.DATASET_WEIGHT if len(parts) > 1 else DatasetBlendMode.NONE,
     )
-    return _loader(dataset, checkpoint_every_sec=CHECKPOINT_EVERY_SECONDS)
+    return savable_loader(dataset, checkpoint_every_sec=CHECKPOINT_EVERY_SECONDS)
 
 
-def validation_loader(
-    path: Path,
-    split: str,
-    encoder: ConversationEncoder,
-    workers: WorkerConfig,
-    micro_batch_size: int,
-    num_batches: int,
-) -> SavableDataLoader:
-    """The first `num_batches` micro-batches of a split, in its order; every pass is the same."""
-    build = functools.partial(CrudeWebdataset, training=False)
-    dataset = encoder.build_val_datasets(
-        datasets=[_dataset(build, part, workers) for part in read_mixture(path, split)],
-        worker_config=workers,
-        batch_size=micro_batch_size,
-        batch_drop_last=True,
-        limit=num_batches,
-    )
-    return _loader(dataset)
-
-
-def _dataset(build: Callable[..., Any], part: Part, workers: WorkerConfig) -> LoadedDataset:
+def folder_dataset(build: Callable[..., Any], part: Part, workers: WorkerConfig) -> LoadedDataset:
     """One folder; energon's `.nv-meta/dataset.yaml` may name code to run, so it is not read."""
     dataset = build(EPath(part.path), split_part=part.split, worker_config=workers, decoder=None)
     num_workers = max(1, workers.num_workers)
@@ -321,7 +382,8 @@ def _dataset(build: Callable[..., Any], part: Part, workers: WorkerConfig) -> Lo
     return LoadedDataset(dataset=dataset, weight=part.weight)
 
 
-def _loader(dataset: Any, **options: Any) -> SavableDataLoader:
+def savable_loader(dataset: Any, **options: Any) -> SavableDataLoader:
+    """Energon's loader, whose position can be saved."""
     # Without worker processes a garbage collection would walk through all that Megatron holds.
     every = GC_DEFAULT_EVERY_N_ITER if dataset.worker_config.num_workers else 0
     return SavableDataLoader(
@@ -369,16 +431,3 @@ class ShardBatches:
         with torch.random.fork_rng(devices=()):
             for loader, state in zip(self.loaders, states, strict=True):
                 loader.restore_state_rank(state)
-
-
-def endless(loader: SavableDataLoader) -> Iterator[Batch]:
-    """Repeats a loader's passes; ValueError when a pass is empty."""
-    while True:
-        batch = None
-        for batch in loader:
-            yield batch
-        if batch is None:
-            raise ValueError(
-                "the validation split has less than a micro-batch for a data-parallel rank; "
-                "prepare more of it, or leave --eval-iters at 0"
-            )

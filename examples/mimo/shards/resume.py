@@ -2,12 +2,19 @@
 
 Every data-parallel rank saves the state of its loader with each checkpoint, as plain values: a
 pickle can make an instance of any class, and `torch.load(weights_only=True)` reads numbers, text,
-lists, dicts and tensors alone. A run resumes only with the sharding that it was saved with.
+lists, dicts and tensors alone. A run with the same readers goes on from these states, with the very
+next sample.
+
+A rank also saves how often it has read each sample. From the counts of all ranks follows what an
+epoch still lacks, and a run with other readers (data-parallel ranks, workers, batch sizes, buffers)
+deals that out anew: each sample comes once in that epoch too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import pickle
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.energon import CrudeWebdataset, WorkerConfig
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.rng import SystemRngState
 from megatron.energon.savable_loader import (
@@ -35,9 +43,9 @@ from examples.mimo.shards.read import (
     ConversationEncoder,
     Packing,
     ShardBatches,
-    endless,
+    folder_dataset,
+    savable_loader,
     training_loader,
-    validation_loader,
     worker_config,
 )
 
@@ -100,6 +108,43 @@ class ShardOptions:
         }
 
 
+@dataclass
+class Position:
+    """Where a training stands in its data.
+
+    `lacks[folder]` says of each sample how many passes it was short of when the data were last
+    dealt out, and `reads[folder]` how often this rank has read it since; None after a checkpoint
+    that did not say. `deals` counts how often that was. With the readers of the checkpoint,
+    `loaders` are their states.
+    """
+
+    lacks: list[np.ndarray]
+    reads: list[np.ndarray] | None
+    deals: int = 0
+    bad_samples: int = 0
+    loaders: list[Any] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def start(cls, sizes: Sequence[int]) -> Position:
+        """Before the first sample of folders of these sizes."""
+        return cls(_zeros(sizes), _zeros(sizes))
+
+    def passes(self) -> list[list[np.ndarray]]:
+        """What each folder had left of an epoch when it was dealt out, as of `RestOfEpoch`.
+
+        Readers need not be in the same epoch: a sample that is two passes short comes in the first
+        pass and in the second, others only in the second.
+        """
+        return [
+            [np.flatnonzero(lack >= depth) for depth in range(int(lack.max(initial=0)), 0, -1)]
+            for lack in self.lacks
+        ]
+
+
+def _zeros(sizes: Sequence[int]) -> list[np.ndarray]:
+    return [np.zeros(size, dtype=np.int32) for size in sizes]
+
+
 class ResumableBatches(ShardBatches):
     """Training batches whose position Megatron saves with every checkpoint.
 
@@ -113,21 +158,51 @@ class ResumableBatches(ShardBatches):
         sharding: dict[str, Any],
         saves_state: bool,
         bad_samples: BadSampleCount,
+        position: Position,
     ) -> None:
         super().__init__(loaders)
         self.sharding = sharding
         self.saves_state = saves_state
         self.bad_samples = bad_samples
+        self.position = position
+
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        if self.position.reads is not None:
+            for folder, index in batch.places:
+                self.position.reads[folder][index] += 1
+        batch.places = []
+        return batch
 
     def save_state(self) -> Any:
         """For `megatron.training.checkpointing`; None where another rank saves."""
         if not self.saves_state:
             return None
-        return {
+        state = {
             "sharding": self.sharding,
             "bad_samples": self.bad_samples.count,
             "loaders": to_plain(super().save_state()),
         }
+        if self.position.reads is None:
+            return state
+        return state | {
+            "deals": self.position.deals,
+            "lacks": list(map(to_runs, self.position.lacks)),
+            "reads": list(map(to_runs, self.position.reads)),
+        }
+
+
+def to_runs(counts: np.ndarray) -> dict[str, Any]:
+    """Counts as runs of equal ones: readers read neighbours, so there are few."""
+    starts = np.flatnonzero(np.diff(counts, prepend=counts[:1] - 1))
+    runs = torch.from_numpy(starts), torch.from_numpy(counts[starts])
+    return {"size": len(counts), "starts": runs[0], "counts": runs[1]}
+
+
+def from_runs(runs: dict[str, Any]) -> np.ndarray:
+    """What `to_runs` was called with."""
+    lengths = np.diff(runs["starts"].numpy(), append=runs["size"])
+    return np.repeat(runs["counts"].numpy(), lengths)
 
 
 def shard_iterators(
@@ -141,10 +216,14 @@ def shard_iterators(
 
     A batch joins a micro-batch of each of these data-parallel replicas of the language model.
     """
-    loaders = [_training_loader(options, reader, collate, rank) for rank in options.replicas]
-    train = ResumableBatches(loaders, options.sharding(), options.saves_state, bad_samples)
-    if options.checkpoint:
-        _restore(options.checkpoint, train, options.replicas)
+    sharding, position = options.sharding(), _position(options)
+    passes, seed = position.passes(), options.seed + position.deals
+    dealt = dataclasses.replace(options, seed=seed)
+    loaders = [_training_loader(dealt, reader, collate, rank, passes) for rank in options.replicas]
+    train = ResumableBatches(loaders, sharding, options.saves_state, bad_samples, position)
+    bad_samples.count = position.bad_samples
+    if position.loaders:
+        train.restore_state(position.loaders)
     if not options.eval_batches:
         return train, None
     valid = [
@@ -171,7 +250,11 @@ def first_shard_batches(
 
 
 def _training_loader(
-    options: ShardOptions, reader: SampleEncoder, collate: Collate, rank: int
+    options: ShardOptions,
+    reader: SampleEncoder,
+    collate: Collate,
+    rank: int,
+    passes: Sequence[Sequence[np.ndarray]] = (),
 ) -> SavableDataLoader:
     reader = dataclasses.replace(reader, augment=options.augment)
     packing = None
@@ -186,30 +269,118 @@ def _training_loader(
         worker_config(rank, options.data_parallel_size, options.num_workers, options.seed),
         options.micro_batch_size,
         options.shuffle_buffer_size,
+        passes,
     )
 
 
-def _restore(checkpoint: Path, train: ResumableBatches, ranks: Sequence[int]) -> None:
-    """Continues `train` from the states of `ranks` in the checkpoint; ValueError if it cannot."""
-    saved = sorted(checkpoint.glob("*/train_dataloader_dprank*.pt"))
-    if not saved:
-        if torch.distributed.get_rank() == 0:
-            print(
-                "  the checkpoint holds no position in the data, which starts over",
-                file=sys.stderr,
+def validation_loader(
+    path: Path,
+    split: str,
+    encoder: ConversationEncoder,
+    workers: WorkerConfig,
+    micro_batch_size: int,
+    num_batches: int,
+) -> SavableDataLoader:
+    """The first `num_batches` micro-batches of a split, in its order; every pass is the same."""
+    build = functools.partial(CrudeWebdataset, training=False)
+    dataset = encoder.build_val_datasets(
+        datasets=[folder_dataset(build, part, workers) for part in read_mixture(path, split)],
+        worker_config=workers,
+        batch_size=micro_batch_size,
+        batch_drop_last=True,
+        limit=num_batches,
+    )
+    return savable_loader(dataset)
+
+
+def endless(loader: SavableDataLoader) -> Iterator[Batch]:
+    """Repeats a loader's passes; ValueError when a pass is empty."""
+    while True:
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            raise ValueError(
+                "the validation split has less than a micro-batch for a data-parallel rank; "
+                "prepare more of it, or leave --eval-iters at 0"
             )
-        return
+
+
+def num_split_samples(path: Path, split: str) -> list[int]:
+    """How many samples a split has, by folder of the mixture."""
+    build = functools.partial(CrudeWebdataset, training=False)
+    alone = worker_config(rank=0, world_size=1, num_workers=0, seed=0)
+    parts = read_mixture(path, split)
+    return [len(folder_dataset(build, part, alone).dataset) for part in parts]  # type: ignore[arg-type]
+
+
+def _position(options: ShardOptions) -> Position:
+    """Where this run stands in its data: at the start, or where its checkpoint says."""
+    sizes = num_split_samples(options.data_path, options.train_split)
+    if options.checkpoint is None:
+        return Position.start(sizes)
+    saved = sorted(options.checkpoint.glob("*/train_dataloader_dprank*.pt"))
+    if not saved:
+        _say("the checkpoint holds no position in the data, which starts over")
+        return Position.start(sizes)
+    first = _load_state(saved[0])
+    ranks = range(first["sharding"]["data-parallel size"])
+    sharding = options.sharding()
+    changed = [name for name in sharding if sharding[name] != first["sharding"].get(name)]
+    if not changed:
+        return _same_readers(
+            [_load_state(saved[0].with_name(STATE_FILE.format(rank))) for rank in options.replicas],
+            sizes,
+        )
+    if "samples" in changed or "reads" not in first:
+        name = "samples" if "samples" in changed else changed[0]
+        raise ValueError(
+            f"--load {options.checkpoint.parent}: was trained with {name} "
+            f"{first['sharding'].get(name)}, and this run has {sharding[name]}; the rest of an "
+            "epoch of other data, or of an older checkpoint, cannot be dealt out anew: keep it, or "
+            "start the data over with --finetune"
+        )
     states = [_load_state(saved[0].with_name(STATE_FILE.format(rank))) for rank in ranks]
-    for state in states:
-        for name, value in train.sharding.items():
-            if state["sharding"].get(name) != value:
-                raise ValueError(
-                    f"--load {checkpoint.parent}: was trained with {name} "
-                    f"{state['sharding'].get(name)}, and this run has {value}; the samples of an "
-                    "epoch cannot be sharded anew: keep it, or start the data over with --finetune"
-                )
-    train.restore_state([state["loaders"][0] for state in states])
-    train.bad_samples.count = sum(state["bad_samples"] for state in states)
+    return _other_readers(states, options.replicas)
+
+
+def _same_readers(states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> Position:
+    """The position of a rank that reads for the ranks of `states`."""
+    position = Position.start(sizes)
+    position.bad_samples = sum(state["bad_samples"] for state in states)
+    position.loaders = [state["loaders"][0] for state in states]
+    if "reads" not in states[0]:
+        position.reads = None
+        return position
+    position.deals = states[0]["deals"]
+    position.lacks = list(map(from_runs, states[0]["lacks"]))
+    position.reads = _sum_of_reads(states)
+    return position
+
+
+def _other_readers(states: Sequence[dict[str, Any]], replicas: range) -> Position:
+    """The position of a run that deals out what the ranks of `states` left."""
+    lacks = []
+    for runs, reads in zip(states[0]["lacks"], _sum_of_reads(states), strict=True):
+        count = reads - from_runs(runs)
+        lacks.append(count.max(initial=0) - count)
+    left = sum(np.count_nonzero(lack) for lack in lacks)
+    _say(f"other readers: the {left:,} samples that are left of this epoch are dealt out anew")
+    position = Position(lacks, _zeros(list(map(len, lacks))), deals=states[0]["deals"] + 1)
+    if 0 in replicas:
+        position.bad_samples = sum(state["bad_samples"] for state in states)
+    return position
+
+
+def _sum_of_reads(states: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+    """How often the ranks of `states` together have read each sample, by folder."""
+    by_folder = zip(*(state["reads"] for state in states), strict=True)
+    return [np.sum([from_runs(runs) for runs in folder], axis=0) for folder in by_folder]
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"  {line}", file=sys.stderr)
 
 
 def _load_state(file: Path) -> dict[str, Any]:
