@@ -111,11 +111,6 @@ def test_longer_sequences_need_no_second_flag(parse):
             "--total-seq-length would do nothing here: it is the length of packed",
         ),
         (
-            2,
-            (*PP2, "--num-layers-per-virtual-pipeline-stage=1", "--dataset-provider=energon"),
-            "runs without virtual stages",
-        ),
-        (
             1,
             ("--packing-buffer-size", "8"),
             "--packing-buffer-size would do nothing here: only --dataset-provider energon",

@@ -25,6 +25,7 @@ from tests.helpers.videos import write_video
 pytest.importorskip("megatron.energon")
 
 LAYOUTS = {"TP 2": TP2, "DP 2": ()}
+VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
 ITERATIONS, EVERY, KILLS = 50, 4, 5
 
 
@@ -102,20 +103,41 @@ def test_peers_read_the_same_and_ranks_different_samples(spoken, tmp_path):
 def test_going_on_at_another_layout(spoken, tmp_path):
     whole = train(spoken, tmp_path / "whole", *TP2, "--train-iters", "8")
     train(spoken, tmp_path / "half", *TP2, "--train-iters", "8", "--exit-interval", "4")
-    shutil.copytree(tmp_path / "half", tmp_path / "dp")
-    again = train(spoken, tmp_path / "half", *PP2, "--train-iters", "8")
-    assert keys(again) == keys(whole)
+    shutil.copytree(tmp_path / "half", tmp_path / "stages")
+    for name, more in (("half", PP2), ("stages", (*PP2, *VIRTUAL))):
+        again = train(spoken, tmp_path / name, *more, "--train-iters", "8")
+        assert keys(again) == keys(whole)
+        for iteration, row in whole.items():
+            assert again[iteration]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("packed", [(), ("--pack-sequences",)], ids=["padded", "packed"])
+def test_virtual_stages_go_on_with_the_next_sample(packed, spoken, tmp_path):
+    more = (*PP2, *VIRTUAL, *packed, "--train-iters", "6")
+    whole = train(spoken, tmp_path / "whole", *more)
+    train(spoken, tmp_path / "half", *more, "--exit-interval", "3")
+    again = train(spoken, tmp_path / "half", *more)
     for iteration, row in whole.items():
-        assert again[iteration]["loss"] == pytest.approx(row["loss"], rel=1e-5)
-    for more, message in (
-        ((), "was trained with data-parallel size 1, and this run has 2"),
-        ((*TP2, "--micro-batch-size=4"), "was trained with --micro-batch-size 2"),
-        ((*TP2, "--num-workers", "2"), "was trained with --num-workers 0, and this run has 2"),
-    ):
-        done = run_train(*flags(spoken, tmp_path / "dp", *more, "--train-iters", "8"), processes=2)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        # A sample counts once, though each stage reads it.
+        assert len(set(row["keys"])) == len(row["keys"]) == 4
+        for column in ("keys", "loss", "tokens"):
+            assert again[iteration][column] == row[column]
+
+
+def test_going_on_with_other_readers(spoken, tmp_path):
+    """One data-parallel rank, then two, then two with workers, then one with other batches."""
+    steps = (
+        (3, TP2),
+        (6, ()),
+        (9, ("--num-workers", "2")),
+        (12, (*TP2, "--micro-batch-size", "4", "--shuffle-buffer-size", "9")),
+    )
+    for last, more in steps:
+        flags = (*more, "--train-iters", "12", "--exit-interval", str(last))
+        result = train(spoken, tmp_path / "run", *flags)
+    read = [key for row in result.values() for key in row["keys"]]
+    assert len(result) == 12
+    assert len(set(read)) == len(read) == 48
 
 
 @pytest.mark.parametrize(

@@ -383,11 +383,6 @@ def _check_virtual_stages(args: argparse.Namespace) -> None:
             "--encoder-ranks runs without virtual stages: Megatron's schedule for non-colocated "
             'modules is not interleaved ("MimoModel does not support virtual pipeline parallelism")'
         )
-    if args.dataset_provider in SHARDED:
-        raise ValueError(
-            f"--dataset-provider {args.dataset_provider} runs without virtual stages: Megatron "
-            "saves the position of one data iterator per rank, not of one per virtual stage"
-        )
     stages, count = args.pipeline_model_parallel_size, run_shape(args).num_micro_batches
     left = count % (args.microbatch_group_size_per_vp_stage or stages)
     if 0 < left < stages:

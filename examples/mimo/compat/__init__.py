@@ -34,7 +34,7 @@ class Replacement(NamedTuple):
 def install() -> list[Replacement]:
     """Make Megatron run on this machine; every command calls this before it imports Megatron.
 
-    With CUDA, three functions change: those that unpickle checkpoints, which know the classes that
+    With CUDA, four functions change: three that unpickle checkpoints, which know the classes that
     checkpoints need and no others, and the one that runs `make` in Megatron's source tree, which a
     wheel lacks. Without CUDA, the importing process changes for good:
 
@@ -77,6 +77,7 @@ def install_for_training(observer: Any, saves_checkpoints: bool) -> None:
     _put_in_place(megatron.observer_hooks(observer))
     _put_in_place(megatron.adam_replacements())
     if saves_checkpoints:
+        _put_in_place(megatron.dataloader_replacements())
         install_results_queue()
 
 
@@ -111,6 +112,7 @@ def replacements() -> dict[str, list[Replacement]]:
         "train.py": [
             *megatron.observer_hooks(None),
             *megatron.adam_replacements(),
+            *megatron.dataloader_replacements(),
             *megatron.results_queue_replacement(None),
         ],
         "train.py --encoder-ranks": megatron.noncolocated_replacements(

@@ -24,7 +24,7 @@ import torch
 from megatron.core import optimizer, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
-from megatron.training import training
+from megatron.training import checkpointing, training
 
 from examples.mimo.compat import Replacement
 
@@ -117,6 +117,18 @@ def results_queue_replacement(queue: Any) -> list[Replacement]:
         "outlives a rank that is killed or fails"
     )
     return [Replacement(filesystem_async, "_results_queue", queue, reason)]
+
+
+def dataloader_replacements() -> list[Replacement]:
+    """Save the position in the data of a rank whose virtual stages each have an iterator."""
+    save = checkpointing.maybe_save_dataloader_state
+
+    def save_of_first_stage(iterators: Any, *args: Any, **kwargs: Any) -> None:
+        """All virtual stages of a rank are at the same position between two iterations."""
+        save(iterators[0] if isinstance(iterators, list) else iterators, *args, **kwargs)
+
+    reason = "checkpointing.py: maybe_save_dataloader_state takes one iterator, not one per stage"
+    return [Replacement(checkpointing, "maybe_save_dataloader_state", save_of_first_stage, reason)]
 
 
 def start_results_queue() -> Any:

@@ -304,7 +304,8 @@ def next_batch(
     group = mpu.get_tensor_model_parallel_group()
     read = next(data_iterator) if data_iterator is not None and group.rank() == 0 else None
     batch = broadcast_batch(read, group, device(), stage.needs)
-    if stage.training:
+    # Every virtual stage reads a packed batch for itself; the first one counts it.
+    if stage.training and not (get_args().pack_sequences and stage.vp_stage):
         observer.add_batch(batch, time.perf_counter() - start)
     # The model's outputs are shards of the sequence, (B, S / CP).
     for name in stage.needs & {"labels", "loss_mask"}:
