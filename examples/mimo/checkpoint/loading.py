@@ -23,12 +23,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import functional
 
 from examples.mimo.checkpoint.description import Checkpoint, latest_weights
+from examples.mimo.checkpoint.integrity import begin_check, finish_check, first_line
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
 SEED = 1234
+# Of an encoder's sequence: 16 GiB in fp32.
+MAX_POSITIONS = 2**32
 TIMEOUT = timedelta(minutes=10)
 
 # What a training checkpoint holds beside the model.
@@ -58,6 +61,9 @@ def load_model(checkpoint: Checkpoint, tp: int = 1, pp: int = 1) -> StageMimoMod
     """
     config = checkpoint.config
     check_layout(config, tp, pp)
+    check_size(checkpoint)
+    if checkpoint.verify:  # while the model is built
+        begin_check(checkpoint.weights, checkpoint.named)
     start_parallel(tp, pp)
     on_cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_cuda else torch.float32
@@ -71,6 +77,7 @@ def load_model(checkpoint: Checkpoint, tp: int = 1, pp: int = 1) -> StageMimoMod
         post_process=groups.pp.rank() == pp - 1,
     )
     model.to(device=device, dtype=dtype).eval()
+    finish_check(checkpoint.weights)
     load_weights(model, checkpoint)
     return model
 
@@ -95,6 +102,32 @@ def check_layout(config: MimoConfig, tp: int, pp: int) -> None:
         raise ValueError(
             f"language.num_layers {config.language.num_layers} is not divisible by --pp {pp}; "
             f"choose a divisor of {config.language.num_layers}"
+        )
+
+
+def check_size(checkpoint: Checkpoint) -> None:
+    """ValueError where the config describes a model that the files are too small for.
+
+    Of an own model's sizes only the order of magnitude is known before it is built: the product of
+    layers and widths is less than its parameters, and a parameter takes a byte at least.
+    """
+    config = checkpoint.config
+    language = config.language
+    least = language.vocab_size * language.hidden_size
+    least += 2 * language.num_layers * language.hidden_size * language.ffn_hidden_size
+    for name, modality in config.modalities.items():
+        encoder = modality.encoder
+        if encoder.sequence_length * encoder.hidden_size > MAX_POSITIONS:
+            raise ValueError(
+                f"{checkpoint.named}: {name}.encoder has {encoder.sequence_length:,} positions of "
+                f"hidden_size {encoder.hidden_size:,}, but {MAX_POSITIONS:,} numbers fit; its "
+                "description is damaged"
+            )
+    size = sum(path.stat().st_size for path in checkpoint.weights.glob("*.distcp"))
+    if least > size:
+        raise ValueError(
+            f"{checkpoint.named}: the model described has more than {least:,} parameters, but "
+            f"the weights take {size:,} bytes; the description is damaged, or another model's"
         )
 
 
@@ -197,10 +230,8 @@ def load_weights(
         state, unused, absent = dist_checkpointing.load(
             {"model": expected}, str(checkpoint.weights), strict="return_all"
         )
-    except (*CHECKPOINT_ERRORS, RuntimeError, KeyError, OSError) as error:
-        raise ValueError(
-            f"--ckpt {checkpoint.folder}: the weights do not load ({reason(error)})"
-        ) from None
+    except (*CHECKPOINT_ERRORS, Exception) as error:  # damaged pickles raise what they like
+        raise ValueError(f"{checkpoint.named}: the weights do not load ({reason(error)})") from None
     unknown = {
         key
         for key in unused
@@ -209,13 +240,13 @@ def load_weights(
     for problem, keys in (("lacks", absent), ("holds, unknown to the model,", unknown)):
         if keys:
             raise ValueError(
-                f"--ckpt {checkpoint.folder}: the checkpoint {problem} {len(keys)} tensors, such "
+                f"{checkpoint.named}: the checkpoint {problem} {len(keys)} tensors, such "
                 f"as {sorted(keys)[0]}; it is not {checkpoint.config.name}'s"
             )
     missing, unexpected = model.load_state_dict(state["model"], strict=not prefixes)
     if any(not key.startswith(prefixes) for key in missing) or unexpected:
         raise ValueError(
-            f"--ckpt {checkpoint.folder}: the weights are not exactly those of "
+            f"{checkpoint.named}: the weights are not exactly those of "
             f"{checkpoint.config.name}: missing {missing}, unexpected {unexpected}"
         )
 
@@ -224,8 +255,7 @@ def reason(error: BaseException) -> str:
     """The first line of the innermost cause."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)
 
 
 def check_same_optimizer(folder: Path, distributed: bool) -> None:
@@ -253,7 +283,12 @@ def has_random_states(folder: Path, sizes: Mapping[str, int]) -> bool:
 
 def _tensor_names(folder: Path) -> Collection[str]:
     weights = latest_weights(folder, flag="--load")
-    return FileSystemReader(weights).read_metadata().state_dict_metadata
+    try:
+        return FileSystemReader(weights).read_metadata().state_dict_metadata
+    except Exception as error:  # damaged pickles raise what they like
+        raise ValueError(
+            f"--load {folder}: {weights.name}/.metadata is damaged ({first_line(error)})"
+        ) from None
 
 
 def schedule_mismatch(error: AssertionError) -> str | None:

@@ -58,7 +58,7 @@ class Mimo:
         command.single_process_unless_launched()
         compat.install()
         with command.stdout_to(os.devnull):
-            return cls(open_checkpoint(Path(folder)), tp, pp)
+            return cls(open_checkpoint(Path(folder), verify=True), tp, pp)
 
     def __init__(
         self,
