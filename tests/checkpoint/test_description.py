@@ -151,7 +151,7 @@ def test_fields_say_themselves_whether_weights_depend_on_them():
         (lambda folder: (folder / TRACKER).write_text("x"), "names no iteration: 'x'"),
         (
             lambda folder: (folder / TRACKER).write_text("4"),
-            "iter_0000004, which latest_checkpointed_iteration.txt names, ",
+            "iter_0000004, which latest_checkpointed_iteration.txt names, has no whole",
         ),
     ],
 )

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.mimo.checkpoint.integrity import (
+    CHANGED,
+    COPY,
+    REMEDY,
     check_file_digests,
     check_small_files,
     file_digests,
@@ -136,18 +139,23 @@ def check_description(folder: Path, flag: str) -> None:
 def _read_description(folder: Path, flag: str, verify: bool) -> dict[str, Any]:
     """The content of `mimo.json`, of this shape; ValueError when it is damaged."""
     try:
-        file = folder / FILE_NAME
-        saved, _ = read_json(file, ("format", "config", "sources", TOKENIZER), verify)
+        keys = ("format", "config", *SECTIONS)
+        saved, is_as_sealed = read_json(folder / FILE_NAME, keys)
         sources = saved.get("sources", {})
         are_objects = all(isinstance(saved.get(key, {}), dict) for key in (*SECTIONS, "config"))
         if "config" not in saved or not are_objects or not all(map(_is_source, sources.values())):
             raise ValueError(
                 f"is damaged (config, {' or '.join(SECTIONS)} is not as it is written)"
             )
-        if verify and TOKENIZER in saved:
-            check_file_digests(folder / TOKENIZER, saved[TOKENIZER])
     except ValueError as error:
-        raise ValueError(f"{flag} {folder}: {FILE_NAME} {error}") from None
+        raise ValueError(f"{flag} {folder}: {FILE_NAME} {error}; {COPY}") from None
+    if verify and is_as_sealed is False:
+        raise ValueError(f"{flag} {folder}: {FILE_NAME} {CHANGED}; {REMEDY}")
+    if verify and TOKENIZER in saved:
+        try:
+            check_file_digests(folder / TOKENIZER, saved[TOKENIZER])
+        except ValueError as error:
+            raise ValueError(f"{flag} {folder}: {error}") from None
     if saved.get("format") != FORMAT:
         raise ValueError(
             f"{flag} {folder}: {FILE_NAME} has format {saved.get('format')}, this package reads "
@@ -260,8 +268,8 @@ def latest_weights(folder: Path, flag: str = "--ckpt") -> Path:
     weights = folder / (RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}")
     if not _is_loadable(weights):
         raise ValueError(
-            f"{flag} {folder}: the weights in {weights.name}, which {TRACKER} names, are missing "
-            f"or damaged; {_others(folder)}"
+            f"{flag} {folder}: {weights.name}, which {TRACKER} names, has no whole .metadata and "
+            f"{FORMAT_FILE}; {_others(folder)}"
         )
     return weights
 

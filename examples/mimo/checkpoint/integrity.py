@@ -36,7 +36,9 @@ MAX_THREADS = 8
 # A file of these that the manifest does not name might be loaded.
 LOADED_SUFFIXES = (".distcp", ".metadata", ".pt", ".json")
 OF_A_RANK = re.compile(r"__(\d+)_\d+\.distcp")
-REMEDY = "copy the checkpoint anew or load another, or take it as it is with --no-verify-integrity"
+COPY = "copy the checkpoint anew or load another"
+REMEDY = f"{COPY}, or take it as it is with --no-verify-integrity"
+CHANGED = "is not what was saved (its SHA-256 differs)"
 UNSEALED = "0" * 64
 Digests = dict[str, Any]
 
@@ -47,15 +49,14 @@ def sealed(content: Mapping[str, Any]) -> str:
     return text.replace(UNSEALED, hashlib.sha256(text.encode()).hexdigest(), 1)
 
 
-def read_json(file: Path, keys: Iterable[str], verify: bool = True) -> tuple[dict[str, Any], bool]:
-    """A JSON object that has no other keys than these, and whether it is sealed.
+def read_json(file: Path, keys: Iterable[str]) -> tuple[dict[str, Any], bool | None]:
+    """A JSON object that has no other keys than these, and whether it is as it was sealed.
 
-    ValueError, which goes on behind the file's name, when it is damaged; with `verify` also when it
-    is sealed and differs from what was.
+    None says that it was not. ValueError, which goes on behind the file's name, when it is damaged.
     """
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"has more than {MAX_JSON_BYTES:,} bytes")
+            raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
         raw = file.read_bytes()
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -65,12 +66,10 @@ def read_json(file: Path, keys: Iterable[str], verify: bool = True) -> tuple[dic
     if not isinstance(content, dict) or not set(content) <= {SELF, *keys}:
         raise ValueError(f"is damaged (not an object of {', '.join(keys)})")
     if SELF not in content:
-        return content, False
+        return content, None
     digest = str(content.pop(SELF))
     unsealed = raw.replace(digest.encode(errors="replace"), UNSEALED.encode(), 1)
-    if verify and hashlib.sha256(unsealed).hexdigest() != digest:
-        raise ValueError(f"is not what was saved (its SHA-256 differs); {REMEDY}")
-    return content, True
+    return content, hashlib.sha256(unsealed).hexdigest() == digest
 
 
 def file_digests(folder: Path) -> dict[str, str]:
@@ -82,13 +81,12 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def check_file_digests(folder: Path, expected: Mapping[str, str]) -> None:
-    """ValueError, which goes on behind `folder`, unless it holds these files and no others."""
+    """ValueError, which begins with a file's name, unless these are in the folder and no others."""
     actual = file_digests(folder) if folder.is_dir() else {}
     for name in sorted(actual.keys() | expected.keys()):
         if actual.get(name) != expected.get(name):
-            what = "is not what was saved (its SHA-256 differs)"
-            what = "is missing" if name not in actual else what
-            what = "was not saved with the checkpoint" if name not in expected else what
+            what = "is missing" if name not in actual else CHANGED
+            what = "was not saved with the checkpoint: remove it" if name not in expected else what
             raise ValueError(f"{folder.name}/{name} {what}; {REMEDY}")
 
 
@@ -255,9 +253,8 @@ class WeightsCheck:
         for name, number, digest, future in self.expected:
             try:
                 if future.result() != digest:
-                    start, end = number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES
-                    where = f"from byte {start:,} to {end:,} " if number else ""
-                    problems.setdefault(name, f"is not what was saved (its SHA-256 {where}differs)")
+                    at = f" behind byte {number * BLOCK_BYTES:,}" if number else ""
+                    problems.setdefault(name, CHANGED.replace(" differs", f"{at} differs"))
             except OSError as error:
                 problems.setdefault(name, f"cannot be read ({error.strerror})")
         self.pool.shutdown()
@@ -306,20 +303,21 @@ def check_small_files(weights: Path, where: str) -> None:
     for name, entry in read_manifest(weights, where).items():
         is_small = "/" not in name and not name.endswith(".distcp")
         if is_small and _entry(weights, name, entry["bytes"]) != entry:
-            problems[name] = "is not what was saved (its SHA-256 differs)"
+            problems[name] = CHANGED
     _refuse(problems, weights, where)
 
 
 def read_manifest(weights: Path, where: str) -> Digests:
     """What the manifest says of each file; ValueError unless the files have these lengths."""
     try:
-        content, is_sealed = read_json(weights / MANIFEST, ("block_bytes", "files"))
-        if not is_sealed or content.get("block_bytes") != BLOCK_BYTES:
-            raise ValueError("is damaged, or of another version of this package")
-        entries = content["files"]
-        if not isinstance(entries, dict) or not all(map(_is_entry, entries, entries.values())):
-            raise ValueError("is damaged (not a list of files)")
-    except (ValueError, KeyError) as error:
+        content, is_as_sealed = read_json(weights / MANIFEST, ("block_bytes", "files"))
+        if not is_as_sealed:
+            raise ValueError(CHANGED)
+        entries: Digests = content.get("files") or {}
+        is_known = isinstance(entries, dict) and content.get("block_bytes") == BLOCK_BYTES
+        if not is_known or not all(map(_is_entry, entries, entries.values())):
+            raise ValueError("is of another version of this package")
+    except ValueError as error:
         raise ValueError(f"{where}: {weights.name}/{MANIFEST} {error}; {REMEDY}") from None
     actual = _files(weights)
     problems = {}
@@ -330,7 +328,7 @@ def read_manifest(weights: Path, where: str) -> Digests:
             problems[name] = f"has {actual[name]:,} bytes, but {entry['bytes']:,} were saved"
     for name, size in actual.items():
         if name not in entries and name.endswith(LOADED_SUFFIXES):
-            problems[name] = f"was not saved with the checkpoint ({size:,} bytes); remove it"
+            problems[name] = f"was not saved with the checkpoint ({size:,} bytes): remove it"
     _refuse(problems, weights, where)
     return entries
 
