@@ -285,7 +285,9 @@ def _is_loadable(weights: Path) -> bool:
     """Whether a folder has what Megatron looks for first: the index, and the format's name."""
     try:
         content, _ = read_json(weights / FORMAT_FILE, FORMAT_KEYS)
-        return content["sharded_backend"] == "torch_dist" and (weights / ".metadata").is_file()
+        is_known = content["sharded_backend"] == "torch_dist"
+        is_known &= type(content.get("sharded_backend_version", 1)) is int
+        return is_known and (weights / ".metadata").is_file()
     except (ValueError, KeyError):
         return False
 

@@ -30,16 +30,21 @@ SELF = "sha256"
 # A part of a file that has a digest of its own, so that threads and ranks can share a large file.
 BLOCK_BYTES = 16 * 2**20
 READ_BYTES = 2**20
-# Of a JSON file that is read whole.
-MAX_JSON_BYTES = 256 * 2**20
+# Of JSON files, which are read whole: a description, and the manifest of terabytes.
+MAX_JSON_BYTES = 8 * 2**20
+MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_THREADS = 8
 # A file of these that the manifest does not name might be loaded.
 LOADED_SUFFIXES = (".distcp", ".metadata", ".pt", ".json")
+# Megatron's function that reads all but tensors.
+COMMON_STATE = "load_common_state_dict"
 OF_A_RANK = re.compile(r"__(\d+)_\d+\.distcp")
 COPY = "copy the checkpoint anew or load another"
 REMEDY = f"{COPY}, or take it as it is with --no-verify-integrity"
 CHANGED = "is not what was saved (its SHA-256 differs)"
 UNSEALED = "0" * 64
+# What a damaged file makes of a loader; Megatron's own errors and torch's are told elsewhere.
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, EOFError, ImportError)
 Digests = dict[str, Any]
 
 
@@ -49,14 +54,16 @@ def sealed(content: Mapping[str, Any]) -> str:
     return text.replace(UNSEALED, hashlib.sha256(text.encode()).hexdigest(), 1)
 
 
-def read_json(file: Path, keys: Iterable[str]) -> tuple[dict[str, Any], bool | None]:
+def read_json(
+    file: Path, keys: Iterable[str], max_bytes: int = MAX_JSON_BYTES
+) -> tuple[dict[str, Any], bool | None]:
     """A JSON object that has no other keys than these, and whether it is as it was sealed.
 
     None says that it was not. ValueError, which goes on behind the file's name, when it is damaged.
     """
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
+        if (size := file.stat().st_size) > max_bytes:
+            raise ValueError(f"{size:,} bytes, more than {max_bytes:,}")
         raw = file.read_bytes()
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -310,7 +317,8 @@ def check_small_files(weights: Path, where: str) -> None:
 def read_manifest(weights: Path, where: str) -> Digests:
     """What the manifest says of each file; ValueError unless the files have these lengths."""
     try:
-        content, is_as_sealed = read_json(weights / MANIFEST, ("block_bytes", "files"))
+        keys = ("block_bytes", "files")
+        content, is_as_sealed = read_json(weights / MANIFEST, keys, MAX_MANIFEST_BYTES)
         if not is_as_sealed:
             raise ValueError(CHANGED)
         entries: Digests = content.get("files") or {}
@@ -364,8 +372,12 @@ def checked_first(load: Callable[..., Any]) -> Callable[..., Any]:
             begin_check(weights, where)
         finish_check(weights)
         try:
-            return load(*call.args, **call.kwargs)
-        except (pickle.UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
+            state = load(*call.args, **call.kwargs)
+            # Megatron ends with status 0 where it does not know how far the training was.
+            if load.__name__ == COMMON_STATE and not {"iteration", "total_iters"} & set(state):
+                raise ValueError("its common state names no iteration")
+            return state
+        except (pickle.UnpicklingError, *DAMAGE) as error:
             raise ValueError(
                 f"{where}: {weights.name} does not load ({first_line(error)})"
             ) from None

@@ -25,6 +25,7 @@ from torch.nn import functional
 from examples.mimo.checkpoint.description import Checkpoint, latest_weights
 from examples.mimo.checkpoint.integrity import begin_check, finish_check, first_line
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.modalities.base import EncoderConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
@@ -108,8 +109,8 @@ def check_layout(config: MimoConfig, tp: int, pp: int) -> None:
 def check_size(checkpoint: Checkpoint) -> None:
     """ValueError where the config describes a model that the files are too small for.
 
-    Of an own model's sizes only the order of magnitude is known before it is built: the product of
-    layers and widths is less than its parameters, and a parameter takes a byte at least.
+    A description of elsewhere must not make this process allocate what its weights cannot fill. The
+    products of layers and widths are less than the parameters, which take a byte each at least.
     """
     config = checkpoint.config
     language = config.language
@@ -123,6 +124,8 @@ def check_size(checkpoint: Checkpoint) -> None:
                 f"hidden_size {encoder.hidden_size:,}, but {MAX_POSITIONS:,} numbers fit; its "
                 "description is damaged"
             )
+        if type(encoder).build is EncoderConfig.build:  # the shared transformer
+            least += 2 * encoder.built_layers * encoder.hidden_size * encoder.ffn_hidden_size
     size = sum(path.stat().st_size for path in checkpoint.weights.glob("*.distcp"))
     if least > size:
         raise ValueError(
@@ -222,6 +225,8 @@ def load_weights(
 
     `fresh_parts`, such as `sensors.encoder`, keep the weights they have and may be absent.
     """
+    # torch would log two lines of its own for an index that it cannot read.
+    tensor_names(checkpoint.weights, checkpoint.named)
     prefixes = tuple(part_prefix(part) for part in fresh_parts)
     expected = model.sharded_state_dict(metadata=sharding_metadata())
     expected = {key: value for key, value in expected.items() if not key.startswith(prefixes)}
@@ -260,7 +265,7 @@ def reason(error: BaseException) -> str:
 
 def check_same_optimizer(folder: Path, distributed: bool) -> None:
     """ValueError when `folder` holds optimizer state of the other kind, which does not load."""
-    names = _tensor_names(folder)
+    names = tensor_names(latest_weights(folder, "--load"), f"--load {folder}")
     if not any(name.startswith(OPTIMIZER_STATE) for name in names):
         return
     saved = any(name.startswith(DISTRIBUTED_STATE) for name in names)
@@ -277,17 +282,17 @@ def has_random_states(folder: Path, sizes: Mapping[str, int]) -> bool:
 
     `sizes` are their tensor-parallel sizes. Megatron checks those of the language model.
     """
-    names = _tensor_names(folder)
+    names = tensor_names(latest_weights(folder, "--load"), f"--load {folder}")
     return all(f"{name}.{RANDOM_STATE}/shard_0.0_1.{size}" in names for name, size in sizes.items())
 
 
-def _tensor_names(folder: Path) -> Collection[str]:
-    weights = latest_weights(folder, flag="--load")
+def tensor_names(weights: Path, where: str) -> Collection[str]:
+    """What the index of an iteration lists; ValueError, which begins with `where`, if it cannot."""
     try:
         return FileSystemReader(weights).read_metadata().state_dict_metadata
     except Exception as error:  # damaged pickles raise what they like
         raise ValueError(
-            f"--load {folder}: {weights.name}/.metadata is damaged ({first_line(error)})"
+            f"{where}: {weights.name}/.metadata is damaged ({first_line(error)})"
         ) from None
 
 

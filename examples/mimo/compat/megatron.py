@@ -26,11 +26,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
 from megatron.training import training
 
-from examples.mimo.checkpoint.integrity import checked_first, with_manifest
+from examples.mimo.checkpoint.integrity import COMMON_STATE, checked_first, with_manifest
 from examples.mimo.compat import Replacement
 
 # What Megatron's training reads a checkpoint with.
-LOADERS = ("load_common_state_dict", "load")
+LOADERS = (COMMON_STATE, "load")
 
 
 def wheel_replacements() -> list[Replacement]:

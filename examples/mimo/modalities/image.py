@@ -110,7 +110,7 @@ class VitConfig(EncoderConfig):
     """
 
     image_size: int = field(metadata=bounds(1, MAX_SIDE))
-    patch_size: int
+    patch_size: int = field(metadata=bounds(1, 512))
     family: str = field(default="clip", metadata={"choices": tuple(FAMILIES)})
     feature_layer: int = field(default=-1, metadata=bounds(-1024, -1))
     patches_per_token: int = 1

@@ -115,7 +115,10 @@ class Rule:
         if origin is tuple and arguments[-1] is Ellipsis:
             return f"a list of {self._needed(arguments[0])}"
         if origin is tuple:
-            return f"a list of {len(arguments)}: {'; '.join(map(self._needed, arguments))}"
+            needed = dict.fromkeys(map(self._needed, arguments))
+            return (
+                f"a list of {len(arguments)}, {'each' * (len(needed) == 1)} {' and '.join(needed)}"
+            )
         return getattr(origin or kind, "__name__", str(kind))
 
 
