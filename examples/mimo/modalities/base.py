@@ -241,6 +241,9 @@ class ProjectorConfig(ABC):
     # As of `EncoderConfig`.
     hf_families: ClassVar[str | None] = None
 
+    def __post_init__(self) -> None:
+        check(self)
+
     @abstractmethod
     def build(
         self, input_size: int, transformer_config: TransformerConfig, pg_collection: Any
