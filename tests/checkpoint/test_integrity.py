@@ -151,7 +151,11 @@ def test_a_tracker_that_lost_its_number_names_what_is_there(folder):
         "the last one there is iter_0000003; write 3 into it to load that"
     )
     (folder / TRACKER).write_text("4")
-    assert "iter_0000004, which" in refusal(folder)
+    shutil.copytree(folder / "iter_0000003", folder / "release")
+    (folder / "iter_0000003" / MANIFEST).unlink()
+    message = refusal(folder)
+    assert "iter_0000004, which" in message
+    assert message.endswith("the last one there is release; write release into it to load that")
 
 
 def test_an_older_checkpoint_loads_with_a_line(folder, capsys):

@@ -14,6 +14,7 @@ from typing import Any
 from examples.mimo.checkpoint.integrity import (
     CHANGED,
     COPY,
+    MANIFEST,
     REMEDY,
     check_file_digests,
     check_small_files,
@@ -294,10 +295,15 @@ def _is_loadable(weights: Path) -> bool:
 
 def _others(folder: Path) -> str:
     """The remedy for a tracker that names no weights: what else it could name."""
-    names = sorted(path.name for path in folder.glob("iter_*") if _is_loadable(path))
-    if not names:
+    folders = [folder / RELEASE, *sorted(folder.glob("iter_*"))]
+    there = [path for path in folders if _is_loadable(path)]
+    # One without a manifest may be of a save that was killed.
+    there = [path for path in there if (path / MANIFEST).is_file()] or there
+    if not there:
         return "no other iteration is there; copy the checkpoint anew"
-    return f"the last one there is {names[-1]}; write {int(names[-1][5:])} into it to load that"
+    name = there[-1].name
+    number = name.removeprefix("iter_").lstrip("0")
+    return f"the last one there is {name}; write {number} into it to load that"
 
 
 def to_dict(config: MimoConfig) -> dict[str, Any]:
@@ -308,7 +314,7 @@ def to_dict(config: MimoConfig) -> dict[str, Any]:
 def overlay(base: Any, values: Any, where: str = "config") -> Any:
     """`base` with `values` laid over it; the shape of both must agree.
 
-    What is what comes from `base`, which the registry made, and only numbers and strings from
+    The classes come from `base`, which the registry made, and only numbers and strings from
     `values`: a checkpoint's JSON can change a model's sizes and nothing else. ValueError for a
     value that its field's type and bounds do not allow.
     """
