@@ -389,7 +389,7 @@ class DatasetModel:
             if "model_provider" not in about:
                 return None
             name, fields = str(about["model_provider"]), tuple(map(str, about["config_fields"]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{file}: damaged ({error!r})") from None
         if name not in MODEL_PROVIDERS:
             raise ValueError(

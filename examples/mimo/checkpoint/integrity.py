@@ -10,6 +10,7 @@ A manifest, and `mimo.json` with the digests of the tokenizer, holds a digest of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -44,7 +45,10 @@ REMEDY = f"{COPY}, or take it as it is with --no-verify-integrity"
 CHANGED = "is not what was saved (its SHA-256 differs)"
 UNSEALED = "0" * 64
 # What a damaged file makes of a loader; Megatron's own errors and torch's are told elsewhere.
-DAMAGE = (LookupError, TypeError, ValueError, AttributeError, EOFError, ImportError)
+DAMAGE = (
+    *(pickle.UnpicklingError, LookupError, TypeError, ValueError),
+    *(AttributeError, EOFError, ImportError),
+)
 Digests = dict[str, Any]
 
 
@@ -194,10 +198,12 @@ def write_and_digest(
     With --async-save this runs in the writer's process, while training goes on.
     """
     write(*args, **kwargs)
-    names = {path.name: path.stat().st_size for path in folder.glob(f"__{rank}_*.distcp")}
-    draft = folder / f".{MANIFEST}.{rank}.draft"
-    draft.write_text(json.dumps(_entries(folder, names)), encoding="utf-8")
-    draft.replace(_part_file(folder, rank))
+    # What fails here `write_manifest` meets again, where a run's errors are told.
+    with contextlib.suppress(OSError):
+        sizes = {path.name: path.stat().st_size for path in folder.glob(f"__{rank}_*.distcp")}
+        draft = folder / f".{MANIFEST}.{rank}.draft"
+        draft.write_text(json.dumps(_entries(folder, sizes)), encoding="utf-8")
+        draft.replace(_part_file(folder, rank))
 
 
 def with_manifest(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -294,8 +300,8 @@ def begin_check(weights: Path, where: str) -> None:
 def finish_check(weights: Path) -> None:
     """Wait for what `begin_check` started, if anything; ValueError for damage, on every rank."""
     check = _checks.get(weights)
-    _checks[weights] = None
     if check is not None:
+        _checks[weights] = None
         check.finish()
 
 
@@ -355,29 +361,31 @@ def _refuse(problems: Mapping[str, str], weights: Path, where: str) -> None:
     """ValueError that names the first file and how many more there are."""
     if problems:
         name = min(problems)
-        others = f", and {len(problems) - 1} more files are not either" if len(problems) > 1 else ""
+        others = f", and {len(problems) - 1} more files are damaged" if len(problems) > 1 else ""
         raise ValueError(f"{where}: {weights.name}/{name} {problems[name]}{others}; {REMEDY}")
 
 
 def checked_first(load: Callable[..., Any]) -> Callable[..., Any]:
     """A function of `dist_checkpointing` that loads a folder, behind the check of the folder."""
-    signature = inspect.signature(load)
+    signature, is_common = inspect.signature(load), load.__name__ == COMMON_STATE
+    # The common state is read by every rank for itself: no error there tells of another rank.
+    damage = (*DAMAGE, RuntimeError) if is_common else DAMAGE
 
     @functools.wraps(load)
     def load_checked(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         weights = Path(call.arguments["checkpoint_dir"])
-        where = f"--load {weights.parent}"
+        where = str(weights.parent)
         if call.arguments.pop("verify_integrity", False) and weights not in _checks:
             begin_check(weights, where)
         finish_check(weights)
         try:
             state = load(*call.args, **call.kwargs)
             # Megatron ends with status 0 where it does not know how far the training was.
-            if load.__name__ == COMMON_STATE and not {"iteration", "total_iters"} & set(state):
+            if is_common and not {"iteration", "total_iters"} & set(state):
                 raise ValueError("its common state names no iteration")
             return state
-        except (pickle.UnpicklingError, *DAMAGE) as error:
+        except damage as error:
             raise ValueError(
                 f"{where}: {weights.name} does not load ({first_line(error)})"
             ) from None
