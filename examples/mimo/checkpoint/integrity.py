@@ -24,8 +24,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 MANIFEST = "sha256.json"
 SELF = "sha256"
 # A part of a file that has a digest of its own, so that threads and ranks can share a large file.
@@ -401,20 +399,28 @@ def first_line(error: BaseException) -> str:
 # Ranks.
 
 
+def _group() -> Any:
+    """torch.distributed, or None where this process belongs to no group."""
+    import torch.distributed as dist  # not above: a --help that comes by here is to be quick
+
+    return dist if dist.is_initialized() else None
+
+
 def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    group = _group()
+    return group.get_rank() if group else int(os.environ.get("RANK", "0"))
 
 
 def _world_size() -> int:
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    group = _group()
+    return group.get_world_size() if group else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _gather(value: Any) -> list[Any]:
     """What every rank passes, in their order; a process without a group is alone."""
-    if not dist.is_initialized():
+    group = _group()
+    if not group:
         return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [None] * group.get_world_size()
+    group.all_gather_object(values, value)
     return values
