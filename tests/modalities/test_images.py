@@ -183,10 +183,10 @@ def test_flags_choose_the_background_too():
         (
             "mean",
             (0.5, 0.5),
-            r"mean is \(0.5, 0.5\); it must be a list of 3: a number from -1e\+06 to 1e\+06",
+            r"mean is \(0.5, 0.5\); it must be a list of 3, each a number from -1e\+06 to 1e\+06",
         ),
         ("mean", {"r": 1}, "mean is {.*a list of 3"),
-        ("std", [0.5, 0.5, 0], "std .*a list of 3: a number from 1e-06"),
+        ("std", [0.5, 0.5, 0], "std .*a list of 3, each a number from 1e-06"),
         ("std", [0.5, 0.5, float("nan")], "std .*a list of 3"),
         ("std", ["1", 1, 1], "std .*a list of 3"),
         ("resample", "cubic", "resample is 'cubic'; choose one of nearest"),

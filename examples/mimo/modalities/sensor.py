@@ -6,20 +6,19 @@ which are the base class's; this file defines only what is particular to the dat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from examples.mimo.modalities.base import EncoderConfig
 from examples.mimo.modalities.files import Source, open_source
-from examples.mimo.modalities.values import bounds
 
 
 @dataclass(frozen=True)
 class SensorConfig(EncoderConfig):
     """At most `max_steps` measurements of `num_channels` values; `patch_size` of them a token."""
 
-    num_channels: int = field(metadata=bounds(1, 4096))
+    num_channels: int
     patch_size: int
     max_steps: int
     suffixes = (".npy",)

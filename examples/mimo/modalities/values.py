@@ -30,6 +30,7 @@ SIZES = {
     "num_attention_heads": (1, 4_096),
     "num_query_groups": (1, 4_096),
     "patch_size": (1, 4_096),
+    "num_channels": (1, 4_096),
 }
 
 
