@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from examples.mimo.cli import command
@@ -34,7 +33,7 @@ def main() -> None:
     """Parse the flags and answer, with everything but answers kept off stdout."""
     parser = inference_parser()
     # Which flags there are for files depends on the checkpoint, so the rest is parsed after it.
-    ckpt = parser.parse_known_args()[0].ckpt
+    known = parser.parse_known_args()[0]
     command.prepare_environment()
     command.single_process_unless_launched()
     from examples.mimo import compat
@@ -42,15 +41,15 @@ def main() -> None:
     compat.install()
     stdout = sys.stdout  # for answers alone; what libraries print goes nowhere
     with command.stdout_to(os.devnull):
-        answer(ckpt, parser, stdout)
+        answer(known, parser, stdout)
 
 
-def answer(ckpt: Path, parser: argparse.ArgumentParser, stdout: TextIO) -> None:
+def answer(known: argparse.Namespace, parser: argparse.ArgumentParser, stdout: TextIO) -> None:
     """Load the model and answer in the way that the flags ask for."""
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.generation.api import Mimo
 
-    checkpoint = open_checkpoint(ckpt)
+    checkpoint = open_checkpoint(known.ckpt, verify=known.verify_integrity)
     add_modality_flags(parser, checkpoint.config)
     args = parser.parse_args()
     options = options_from_flags(args)

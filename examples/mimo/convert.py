@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from examples.mimo.cli import command
+from examples.mimo.cli.inference_flags import add_integrity_flag
 
 if TYPE_CHECKING:
     from examples.mimo.configs.schema import MimoConfig
@@ -105,7 +106,7 @@ def convert_to_hf(args: argparse.Namespace) -> None:
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.hf.to_hf import to_hf
 
-    to_hf(open_checkpoint(args.load, "--load"), args.save, _say)
+    to_hf(open_checkpoint(args.load, "--load", args.verify_integrity), args.save, _say)
 
 
 def _say(text: str) -> None:
@@ -155,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         "them, every other part as plain safetensors under this package's own names.",
     )
     to_hf.add_argument("--load", type=Path, required=True, metavar="DIR")
+    add_integrity_flag(to_hf, "--load")
     to_hf.add_argument("--save", type=Path, required=True, metavar="DIR")
     return parser
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from examples.mimo.cli import command
+from examples.mimo.cli.inference_flags import add_integrity_flag
 
 if TYPE_CHECKING:
     from examples.mimo.configs.schema import MimoConfig
@@ -54,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from examples.mimo.data.datasets import read_records
     from examples.mimo.generation.api import Mimo, on_rank_zero
 
-    checkpoint = open_checkpoint(args.ckpt)
+    checkpoint = open_checkpoint(args.ckpt, verify=args.verify_integrity)
     if not args.data.is_dir():
         raise ValueError(f"--data {args.data}: no such folder; prepare_data.py makes one")
     if args.samples is not None and args.samples < 1:
@@ -207,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, metavar="N", help="only the first N of each split")
     parser.add_argument("--output", type=Path, help="default CKPT/eval.json")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
+    add_integrity_flag(parser)
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages, under torchrun")
     return parser
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from examples.mimo.cli import command
+from examples.mimo.cli.inference_flags import add_integrity_flag
 
 if TYPE_CHECKING:
     import uvicorn
@@ -48,7 +49,7 @@ def serve(args: argparse.Namespace) -> None:
 
     # A port that is taken should not cost the time of loading.
     listener = _listen(args.host, args.port) if os.environ["RANK"] == "0" else None
-    checkpoint = open_checkpoint(args.ckpt)
+    checkpoint = open_checkpoint(args.ckpt, verify=args.verify_integrity)
     model = Mimo(checkpoint, args.tp, args.pp, args.prefixes, args.cuda_graphs)
     worker = Worker(model, args.max_batch, args.max_waiting)
     if listener is None:
@@ -154,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
     add("--pp", type=int, default=1, help="pipeline stages, under torchrun")
+    add_integrity_flag(parser)
     add("--cuda-graphs", action="store_true", help="one launch per token instead of hundreds")
     return parser
 

@@ -81,6 +81,7 @@ def train(argv: list[str]) -> None:
         observer.report_sigterm()
     # So far all ranks had the same input and failed alike; from here on one may fail alone.
     command.report_every_rank()
+    inputs.begin_integrity_check(args)
     with observer.explains_errors():
         noncolocated = prepare_noncolocated(
             args, providers.transformer_config(args), compat.install_for_noncolocated

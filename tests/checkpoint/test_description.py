@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from examples.mimo.checkpoint.description import (
     FILE_NAME,
@@ -26,9 +27,15 @@ def folder(tiny, tmp_path):
     """A checkpoint of `tiny` without weights in it."""
     save_description(tmp_path, tiny, None)
     (tmp_path / TRACKER).write_text("3")
-    (tmp_path / "iter_0000003").mkdir()
-    (tmp_path / "iter_0000003/.metadata").touch()
+    make_weights(tmp_path / "iter_0000003")
     return tmp_path
+
+
+def make_weights(folder):
+    """The files of an iteration that are looked for before weights are loaded."""
+    folder.mkdir()
+    (folder / ".metadata").touch()
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 @pytest.mark.parametrize("name", MODEL_PROVIDERS)
@@ -36,8 +43,7 @@ def test_a_config_travels_whole(name, tmp_path):
     config = get_model_config(name)
     save_description(tmp_path, config, None)
     (tmp_path / TRACKER).write_text("release")
-    (tmp_path / "release").mkdir()
-    (tmp_path / "release/.metadata").touch()
+    make_weights(tmp_path / "release")
     assert open_checkpoint(tmp_path).config == config
 
 
@@ -120,7 +126,9 @@ def test_a_value_of_another_type_is_named(folder, damaged):
     description = json.loads((folder / FILE_NAME).read_text())
     description["config"]["frozen"] = damaged
     (folder / FILE_NAME).write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"^mimo\.json\.frozen is .* in the checkpoint, but this"):
+    with pytest.raises(
+        ValueError, match=r"^--ckpt \S+: mimo\.json\.frozen is .* in the checkpoint, but this"
+    ):
         open_checkpoint(folder)
 
 
@@ -141,7 +149,10 @@ def test_fields_say_themselves_whether_weights_depend_on_them():
         (lambda folder: (folder / FILE_NAME).write_text("[]"), "mimo.json is damaged"),
         (lambda folder: (folder / TRACKER).unlink(), "nothing has been saved here yet"),
         (lambda folder: (folder / TRACKER).write_text("x"), "names no iteration: 'x'"),
-        (lambda folder: (folder / TRACKER).write_text("4"), "iter_0000004 are missing or damaged"),
+        (
+            lambda folder: (folder / TRACKER).write_text("4"),
+            "iter_0000004, which latest_checkpointed_iteration.txt names, has no whole",
+        ),
     ],
 )
 def test_a_broken_folder_is_named_with_the_flag_that_named_it(folder, break_it, message):

@@ -10,9 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation import engine as engine_file
-from examples.mimo.generation.cuda_graphs import DecodingGraphs
 from examples.mimo.generation.engine import Engine, SequenceRequest
-from examples.mimo.generation.prefix_cache import PrefixCache, prompt_units, usable_length
+from examples.mimo.generation.reuse import (
+    DecodingGraphs,
+    PrefixCache,
+    prompt_units,
+    usable_length,
+)
 from examples.mimo.generation.sampling import Sampling, SequenceGenerator, probabilities
 
 PICTURE, SOUND = 4, 5

@@ -61,7 +61,7 @@ def test_a_saved_model_answers_in_bf16(tmp_path):
 
 @torch.no_grad()
 def test_cuda_graphs_compute_what_the_layers_do(tiny, build_model):
-    from examples.mimo.generation.cuda_graphs import DecodingGraphs
+    from examples.mimo.generation.reuse import DecodingGraphs
     from examples.mimo.generation.transformer import CachedTransformer
 
     torch.manual_seed(0)

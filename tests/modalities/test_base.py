@@ -142,7 +142,7 @@ def test_what_a_modality_must_say():
 
 @pytest.mark.parametrize("field", list(SIZES))
 def test_sizes_are_positive(field):
-    with pytest.raises(ValueError, match=f"{field} is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match=f"{field} is 0; it must be a whole number from 1 to "):
         Letters(**{**SIZES, field: 0})
 
 

@@ -71,7 +71,7 @@ def test_neighbouring_patches_side_by_side_make_a_token():
     assert tokens[9].tolist() == [36, 37, 42, 43]
 
 
-@pytest.mark.parametrize("patches", [2, 16, 0])
+@pytest.mark.parametrize("patches", [2, 16])
 def test_a_token_is_a_square_of_patches(patches):
     with pytest.raises(ValueError, match="square of a number that divides the 6 patches"):
         VitConfig(1, 1, 1, 1, image_size=24, patch_size=4, patches_per_token=patches)
@@ -115,7 +115,7 @@ def test_whisper_augmentation_stays_in_the_window(tiny):
         ({"feature_layer": -3}, "-2..-1"),
         ({"family": "resnet"}, "choose one of clip, siglip, dinov2"),
         ({"fit": "squeeze"}, "fit is 'squeeze'; choose one of crop, stretch, pad"),
-        ({"hidden_size": 0}, "hidden_size is 0; it must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be a whole number from 1 to 131,072"),
     ],
 )
 def test_vit_configs_that_cannot_be(fields, message):

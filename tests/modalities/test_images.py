@@ -173,14 +173,22 @@ def test_flags_choose_the_background_too():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("resize_side", 31, "resize_side 31: from 32 to 16384"),
-        ("resize_side", "40", "resize_side '40'"),
-        ("resize_side", 10**6, "resize_side 1000000"),
-        ("mean", (0.5, 0.5), r"mean \(0.5, 0.5\): three numbers"),
-        ("mean", {"r": 1}, "mean .*three numbers"),
-        ("std", [0.5, 0.5, 0], "std .*three numbers from 1e-06"),
-        ("std", [0.5, 0.5, float("nan")], "std .*three numbers"),
-        ("std", ["1", 1, 1], "std .*three numbers"),
+        ("resize_side", 31, "resize_side 31: at least image_size 32"),
+        ("resize_side", "40", "resize_side is '40'; it must be a whole number"),
+        (
+            "resize_side",
+            10**6,
+            "resize_side is 1000000; it must be a whole number from 1 to 16,384 or none",
+        ),
+        (
+            "mean",
+            (0.5, 0.5),
+            r"mean is \(0.5, 0.5\); it must be a list of 3, each a number from -1e\+06 to 1e\+06",
+        ),
+        ("mean", {"r": 1}, "mean is {.*a list of 3"),
+        ("std", [0.5, 0.5, 0], "std .*a list of 3, each a number from 1e-06"),
+        ("std", [0.5, 0.5, float("nan")], "std .*a list of 3"),
+        ("std", ["1", 1, 1], "std .*a list of 3"),
         ("resample", "cubic", "resample is 'cubic'; choose one of nearest"),
     ],
 )

@@ -31,7 +31,7 @@ def changed(config, name="images", **fields):
         ),
         ({"token_id": 5}, "audios and images share token id 5"),
         ({"token_id": 512}, "token id 512 of images is outside the vocabulary of 512"),
-        ({"token_id": -1}, "token id -1 of images is outside"),
+        ({"token_id": -1}, "token_id is -1; it must be a whole number from 0"),
     ],
 )
 def test_a_modality_that_would_not_work_is_refused(tiny, fields, message):

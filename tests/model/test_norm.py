@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from examples.mimo.model.norms import LayerNorm
+from examples.mimo.model.parts import LayerNorm
 
 ROWS, WIDTH = 5_000, 128
 # A rounding to bf16, whose numbers are up to 2**-8 apart.

@@ -11,9 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.mimo.checkpoint.integrity import (
+    CHANGED,
+    COPY,
+    MANIFEST,
+    REMEDY,
+    check_file_digests,
+    check_small_files,
+    file_digests,
+    read_json,
+    sealed,
+)
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import copy_tokenizer
+from examples.mimo.modalities.values import as_tuples, rules, shown
 
 ABOUT = "about.json"
 FILE_NAME = "mimo.json"
@@ -22,19 +34,34 @@ TRACKER = "latest_checkpointed_iteration.txt"
 # Megatron's name for weights of no iteration, such as converted ones.
 RELEASE = "release"
 TOKENIZER = "tokenizer"
+SECTIONS = ("sources", TOKENIZER)
+# Megatron's: the format of the weights beside it.
+FORMAT_FILE = "metadata.json"
+FORMAT_KEYS = (
+    *("sharded_backend", "sharded_backend_version"),
+    *("common_backend", "common_backend_version"),
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """`folder` is what `--save` named; `weights` the iteration inside it that is loaded.
 
-    `sources` says of each part that came from Hugging Face what its config.json was.
+    `sources` says of each part that came from Hugging Face what its config.json was. `flag` is what
+    named the folder, for messages, and `verify` says whether its files are checked.
     """
 
     folder: Path
     weights: Path
     config: MimoConfig
     sources: dict[str, Any]
+    flag: str = "--ckpt"
+    verify: bool = True
+
+    @property
+    def named(self) -> str:
+        """The flag and the folder, as messages begin."""
+        return f"{self.flag} {self.folder}"
 
     @property
     def tokenizer(self) -> Path:
@@ -48,27 +75,37 @@ def save_description(
     tokenizer: Path | None,
     sources: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `mimo.json` and the tokenizer's files into `folder`, whole or not at all."""
+    """Write the tokenizer's files and `mimo.json` into `folder`, whole or not at all.
+
+    The second holds digests of the first, and of itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    description = {"format": FORMAT, "config": to_dict(config), "sources": dict(sources or {})}
-    draft = folder / f".{FILE_NAME}.{os.getpid()}"
-    draft.write_text(json.dumps(description, indent=1), encoding="utf-8")
-    draft.replace(folder / FILE_NAME)
     target = folder / TOKENIZER
-    if tokenizer is None or (target.exists() and tokenizer.resolve() == target.resolve()):
-        return
-    draft = folder / f".{TOKENIZER}.{os.getpid()}"
-    draft.mkdir()
-    copy_tokenizer(tokenizer, draft)
-    if target.is_dir():
-        shutil.rmtree(target)
-    draft.replace(target)
+    if tokenizer is not None and not (target.exists() and tokenizer.resolve() == target.resolve()):
+        draft = folder / f".{TOKENIZER}.{os.getpid()}"
+        draft.mkdir()
+        copy_tokenizer(tokenizer, draft)
+        if not target.is_dir() or file_digests(target) != file_digests(draft):
+            shutil.rmtree(target, ignore_errors=True)
+            draft.replace(target)
+        else:
+            shutil.rmtree(draft)
+    description = {
+        "format": FORMAT,
+        "config": to_dict(config),
+        "sources": dict(sources or {}),
+        TOKENIZER: file_digests(target) if target.is_dir() else {},
+    }
+    file = folder / f".{FILE_NAME}.{os.getpid()}"
+    file.write_text(sealed(description), encoding="utf-8")
+    file.replace(folder / FILE_NAME)
 
 
-def open_checkpoint(folder: Path, flag: str = "--ckpt") -> Checkpoint:
+def open_checkpoint(folder: Path, flag: str = "--ckpt", verify: bool = False) -> Checkpoint:
     """Read `folder`; ValueError, one line, when it is not a checkpoint of this package.
 
-    `flag` is what named the folder, for messages.
+    `flag` is what named the folder, for messages. With `verify` the description, the tokenizer and
+    the files that describe the weights are compared with their digests, and on loading the weights.
     """
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder}: no such folder")
@@ -77,21 +114,55 @@ def open_checkpoint(folder: Path, flag: str = "--ckpt") -> Checkpoint:
             f"{flag} {folder}: not a checkpoint of this package ({FILE_NAME} is missing); name "
             "the folder that train.py --save wrote"
         )
-    try:
-        saved = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        name, saved_format = saved["config"]["name"], saved.get("format")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"{flag} {folder}: {FILE_NAME} is damaged") from None
-    if saved_format != FORMAT:
-        raise ValueError(
-            f"{flag} {folder}: {FILE_NAME} has format {saved_format}, this package reads {FORMAT}"
-        )
+    saved = _read_description(folder, flag, verify)
+    name = saved["config"].get("name")
     base = _config_named(name, f"{flag} {folder}")
     if isinstance(chat := saved["config"].get("chat"), dict):
         # Older descriptions do not say how a system turn is written; the model's family does.
         chat.setdefault("system_turn", base.chat.system_turn)
-    config = overlay(base, saved["config"], FILE_NAME)
-    return Checkpoint(folder, latest_weights(folder, flag), config, saved.get("sources", {}))
+    try:
+        config = overlay(base, saved["config"], FILE_NAME)
+    except ValueError as error:
+        raise ValueError(f"{flag} {folder}: {error}") from None
+    weights = latest_weights(folder, flag)
+    if verify:
+        check_small_files(weights, f"{flag} {folder}")
+    return Checkpoint(folder, weights, config, saved.get("sources", {}), flag, verify)
+
+
+def check_description(folder: Path, flag: str) -> None:
+    """ValueError unless the description, the tokenizer and the index of the weights are whole."""
+    if (folder / FILE_NAME).is_file():
+        _read_description(folder, flag, verify=True)
+    check_small_files(latest_weights(folder, flag), f"{flag} {folder}")
+
+
+def _read_description(folder: Path, flag: str, verify: bool) -> dict[str, Any]:
+    """The content of `mimo.json`, of this shape; ValueError when it is damaged."""
+    try:
+        keys = ("format", "config", *SECTIONS)
+        saved, is_as_sealed = read_json(folder / FILE_NAME, keys)
+        sources = saved.get("sources", {})
+        are_objects = all(isinstance(saved.get(key, {}), dict) for key in (*SECTIONS, "config"))
+        if "config" not in saved or not are_objects or not all(map(_is_source, sources.values())):
+            raise ValueError(
+                f"is damaged (config, {' or '.join(SECTIONS)} is not as it is written)"
+            )
+    except ValueError as error:
+        raise ValueError(f"{flag} {folder}: {FILE_NAME} {error}; {COPY}") from None
+    if verify and is_as_sealed is False:
+        raise ValueError(f"{flag} {folder}: {FILE_NAME} {CHANGED}; {REMEDY}")
+    if verify and TOKENIZER in saved:
+        try:
+            check_file_digests(folder / TOKENIZER, saved[TOKENIZER])
+        except ValueError as error:
+            raise ValueError(f"{flag} {folder}: {error}") from None
+    if saved.get("format") != FORMAT:
+        raise ValueError(
+            f"{flag} {folder}: {FILE_NAME} has format {saved.get('format')}, this package reads "
+            f"{FORMAT}"
+        )
+    return saved
 
 
 def _config_named(name: Any, where: str) -> MimoConfig:
@@ -189,13 +260,50 @@ def latest_weights(folder: Path, flag: str = "--ckpt") -> Path:
     tracker = folder / TRACKER
     if not tracker.is_file():
         raise ValueError(f"{flag} {folder}: nothing has been saved here yet ({TRACKER} is missing)")
-    iteration = tracker.read_text(encoding="utf-8").strip()
-    if not iteration.isdigit() and iteration != RELEASE:
-        raise ValueError(f"{flag} {folder}: {TRACKER} names no iteration: {iteration!r}")
+    iteration = tracker.read_text(encoding="utf-8", errors="replace").strip()[:40]
+    is_number = iteration.isascii() and iteration.isdigit()
+    if not is_number and iteration != RELEASE:
+        raise ValueError(
+            f"{flag} {folder}: {TRACKER} names no iteration: {iteration!r}; {_others(folder)}"
+        )
     weights = folder / (RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}")
-    if not (weights / ".metadata").is_file():
-        raise ValueError(f"{flag} {folder}: the weights in {weights.name} are missing or damaged")
+    if not _is_loadable(weights):
+        raise ValueError(
+            f"{flag} {folder}: {weights.name}, which {TRACKER} names, has no whole .metadata and "
+            f"{FORMAT_FILE}; {_others(folder)}"
+        )
     return weights
+
+
+def _is_source(source: Any) -> bool:
+    """Whether this can say where a part came from: a model type and the content of JSON files."""
+    if not isinstance(source, dict) or not isinstance(source.get("model_type"), str):
+        return False
+    return all(isinstance(source.get(key, {}), dict) for key in ("config", "preprocessor"))
+
+
+def _is_loadable(weights: Path) -> bool:
+    """Whether a folder has what Megatron looks for first: the index, and the format's name."""
+    try:
+        content, _ = read_json(weights / FORMAT_FILE, FORMAT_KEYS)
+        is_known = content["sharded_backend"] == "torch_dist"
+        is_known &= type(content.get("sharded_backend_version", 1)) is int
+        return is_known and (weights / ".metadata").is_file()
+    except (ValueError, KeyError):
+        return False
+
+
+def _others(folder: Path) -> str:
+    """The remedy for a tracker that names no weights: what else it could name."""
+    folders = [folder / RELEASE, *sorted(folder.glob("iter_*"))]
+    there = [path for path in folders if _is_loadable(path)]
+    # One without a manifest may be of a save that was killed.
+    there = [path for path in there if (path / MANIFEST).is_file()] or there
+    if not there:
+        return "no other iteration is there; copy the checkpoint anew"
+    name = there[-1].name
+    number = name.removeprefix("iter_").lstrip("0")
+    return f"the last one there is {name}; write {number} into it to load that"
 
 
 def to_dict(config: MimoConfig) -> dict[str, Any]:
@@ -206,8 +314,9 @@ def to_dict(config: MimoConfig) -> dict[str, Any]:
 def overlay(base: Any, values: Any, where: str = "config") -> Any:
     """`base` with `values` laid over it; the shape of both must agree.
 
-    The types come from `base`, which the registry made, and only numbers and strings from
-    `values`: a checkpoint's JSON can change a model's sizes and nothing else.
+    The classes come from `base`, which the registry made, and only numbers and strings from
+    `values`: a checkpoint's JSON can change a model's sizes and nothing else. ValueError for a
+    value that its field's type and bounds do not allow.
     """
     if dataclasses.is_dataclass(base) and not isinstance(base, type):
         names = [f.name for f in dataclasses.fields(base)]
@@ -216,23 +325,32 @@ def overlay(base: Any, values: Any, where: str = "config") -> Any:
             defaults = {f.name: f.default for f in dataclasses.fields(base)}
             values = {n: d for n, d in defaults.items() if d is not dataclasses.MISSING} | values
         _same_keys(set(names), values, where)
-        return dataclasses.replace(
-            base, **{n: overlay(getattr(base, n), values[n], f"{where}.{n}") for n in names}
-        )
+        fields = {name: _field_value(base, name, values[name], f"{where}.{name}") for name in names}
+        try:
+            return dataclasses.replace(base, **fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     if isinstance(base, dict):
         _same_keys(set(base), values, where)
         return {key: overlay(base[key], values[key], f"{where}.{key}") for key in base}
-    if isinstance(base, (list, tuple)):
-        if isinstance(values, list):
-            return tuple(values)
-    elif base is None or values is None or type(base) is type(values):
+    if type(base) is type(values):
         return values
-    elif isinstance(base, float) and isinstance(values, int):
-        return float(values)
-    raise ValueError(
-        f"{where} is {values!r} in the checkpoint, but this package expects "
-        f"{type(base).__name__} ({base!r})"
-    )
+    raise ValueError(_unlike(where, values, f"{type(base).__name__} ({shown(base)})"))
+
+
+def _field_value(base: Any, name: str, value: Any, where: str) -> Any:
+    """A field's value in JSON as the field holds it; its declared type decides, if it has any."""
+    current, rule = getattr(base, name), rules(type(base))[name]
+    if dataclasses.is_dataclass(current) or isinstance(current, dict) or rule.kind is None:
+        return overlay(current, value, where)
+    value = as_tuples(value)
+    if not rule.accepts(value):
+        raise ValueError(_unlike(where, value, rule.needed))
+    return rule.normal(value)
+
+
+def _unlike(where: str, value: Any, expected: str) -> str:
+    return f"{where} is {shown(value)} in the checkpoint, but this package expects {expected}"
 
 
 def _same_keys(names: set[str], values: Any, where: str) -> None:
@@ -271,7 +389,7 @@ class DatasetModel:
             if "model_provider" not in about:
                 return None
             name, fields = str(about["model_provider"]), tuple(map(str, about["config_fields"]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{file}: damaged ({error!r})") from None
         if name not in MODEL_PROVIDERS:
             raise ValueError(

@@ -23,12 +23,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import functional
 
 from examples.mimo.checkpoint.description import Checkpoint, latest_weights
+from examples.mimo.checkpoint.integrity import begin_check, finish_check, first_line
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.modalities.base import EncoderConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
 SEED = 1234
+# Of an encoder's sequence: 16 GiB in fp32.
+MAX_POSITIONS = 2**32
 TIMEOUT = timedelta(minutes=10)
 
 # What a training checkpoint holds beside the model.
@@ -58,6 +62,9 @@ def load_model(checkpoint: Checkpoint, tp: int = 1, pp: int = 1) -> StageMimoMod
     """
     config = checkpoint.config
     check_layout(config, tp, pp)
+    check_size(checkpoint)
+    if checkpoint.verify:  # while the model is built
+        begin_check(checkpoint.weights, checkpoint.named)
     start_parallel(tp, pp)
     on_cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_cuda else torch.float32
@@ -71,6 +78,7 @@ def load_model(checkpoint: Checkpoint, tp: int = 1, pp: int = 1) -> StageMimoMod
         post_process=groups.pp.rank() == pp - 1,
     )
     model.to(device=device, dtype=dtype).eval()
+    finish_check(checkpoint.weights)
     load_weights(model, checkpoint)
     return model
 
@@ -95,6 +103,34 @@ def check_layout(config: MimoConfig, tp: int, pp: int) -> None:
         raise ValueError(
             f"language.num_layers {config.language.num_layers} is not divisible by --pp {pp}; "
             f"choose a divisor of {config.language.num_layers}"
+        )
+
+
+def check_size(checkpoint: Checkpoint) -> None:
+    """ValueError where the config describes a model that the files are too small for.
+
+    A description of elsewhere must not make this process allocate what its weights cannot fill. The
+    products of layers and widths are less than the parameters, which take a byte each at least.
+    """
+    config = checkpoint.config
+    language = config.language
+    least = language.vocab_size * language.hidden_size
+    least += 2 * language.num_layers * language.hidden_size * language.ffn_hidden_size
+    for name, modality in config.modalities.items():
+        encoder = modality.encoder
+        if encoder.sequence_length * encoder.hidden_size > MAX_POSITIONS:
+            raise ValueError(
+                f"{checkpoint.named}: {name}.encoder has {encoder.sequence_length:,} positions of "
+                f"hidden_size {encoder.hidden_size:,}, but {MAX_POSITIONS:,} numbers fit; its "
+                "description is damaged"
+            )
+        if type(encoder).build is EncoderConfig.build:  # the shared transformer
+            least += 2 * encoder.built_layers * encoder.hidden_size * encoder.ffn_hidden_size
+    size = sum(path.stat().st_size for path in checkpoint.weights.glob("*.distcp"))
+    if least > size:
+        raise ValueError(
+            f"{checkpoint.named}: the model described has more than {least:,} parameters, but "
+            f"the weights take {size:,} bytes; the description is damaged, or another model's"
         )
 
 
@@ -189,8 +225,8 @@ def load_weights(
 
     `fresh_parts`, such as `sensors.encoder`, keep the weights they have and may be absent.
     """
-    # Torch loads without it when it cannot be read, and does not say why.
-    FileSystemReader(checkpoint.weights).read_metadata()
+    # torch would log two lines of its own for an index that it cannot read.
+    tensor_names(checkpoint.weights, checkpoint.named)
     prefixes = tuple(part_prefix(part) for part in fresh_parts)
     expected = model.sharded_state_dict(metadata=sharding_metadata())
     expected = {key: value for key, value in expected.items() if not key.startswith(prefixes)}
@@ -199,10 +235,8 @@ def load_weights(
         state, unused, absent = dist_checkpointing.load(
             {"model": expected}, str(checkpoint.weights), strict="return_all"
         )
-    except (*CHECKPOINT_ERRORS, RuntimeError, KeyError, OSError) as error:
-        raise ValueError(
-            f"--ckpt {checkpoint.folder}: the weights do not load ({reason(error)})"
-        ) from None
+    except (*CHECKPOINT_ERRORS, Exception) as error:  # damaged pickles raise what they like
+        raise ValueError(f"{checkpoint.named}: the weights do not load ({reason(error)})") from None
     unknown = {
         key
         for key in unused
@@ -211,13 +245,13 @@ def load_weights(
     for problem, keys in (("lacks", absent), ("holds, unknown to the model,", unknown)):
         if keys:
             raise ValueError(
-                f"--ckpt {checkpoint.folder}: the checkpoint {problem} {len(keys)} tensors, such "
+                f"{checkpoint.named}: the checkpoint {problem} {len(keys)} tensors, such "
                 f"as {sorted(keys)[0]}; it is not {checkpoint.config.name}'s"
             )
     missing, unexpected = model.load_state_dict(state["model"], strict=not prefixes)
     if any(not key.startswith(prefixes) for key in missing) or unexpected:
         raise ValueError(
-            f"--ckpt {checkpoint.folder}: the weights are not exactly those of "
+            f"{checkpoint.named}: the weights are not exactly those of "
             f"{checkpoint.config.name}: missing {missing}, unexpected {unexpected}"
         )
 
@@ -226,13 +260,12 @@ def reason(error: BaseException) -> str:
     """The first line of the innermost cause."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)
 
 
 def check_same_optimizer(folder: Path, distributed: bool) -> None:
     """ValueError when `folder` holds optimizer state of the other kind, which does not load."""
-    names = _tensor_names(folder)
+    names = tensor_names(latest_weights(folder, "--load"), f"--load {folder}")
     if not any(name.startswith(OPTIMIZER_STATE) for name in names):
         return
     saved = any(name.startswith(DISTRIBUTED_STATE) for name in names)
@@ -249,13 +282,18 @@ def has_random_states(folder: Path, sizes: Mapping[str, int]) -> bool:
 
     `sizes` are their tensor-parallel sizes. Megatron checks those of the language model.
     """
-    names = _tensor_names(folder)
+    names = tensor_names(latest_weights(folder, "--load"), f"--load {folder}")
     return all(f"{name}.{RANDOM_STATE}/shard_0.0_1.{size}" in names for name, size in sizes.items())
 
 
-def _tensor_names(folder: Path) -> Collection[str]:
-    weights = latest_weights(folder, flag="--load")
-    return FileSystemReader(weights).read_metadata().state_dict_metadata
+def tensor_names(weights: Path, where: str) -> Collection[str]:
+    """What the index of an iteration lists; ValueError, which begins with `where`, if it cannot."""
+    try:
+        return FileSystemReader(weights).read_metadata().state_dict_metadata
+    except Exception as error:  # damaged pickles raise what they like
+        raise ValueError(
+            f"{where}: {weights.name}/.metadata is damaged ({first_line(error)})"
+        ) from None
 
 
 def schedule_mismatch(error: AssertionError) -> str | None:

@@ -322,6 +322,15 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="other token ids for placeholders, such as '<audio>,32002'",
     )
     group.add_argument(
+        "--no-verify-integrity",
+        dest="verify_integrity",
+        action="store_false",
+        help="load without comparing files with the SHA-256 of what was saved, and save without "
+        "writing it",
+    )
+    # Megatron's --verify-integrity is on unless this says otherwise.
+    parser.set_defaults(verify_integrity=True)
+    group.add_argument(
         "--metrics-file",
         metavar="FILE",
         help="append a JSON line per iteration: loss, gradient norm, speed, sample keys",

@@ -31,6 +31,7 @@ def inference_parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     add("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
     add("--pp", type=int, default=1, help="pipeline stages, under torchrun")
+    add_integrity_flag(parser)
     add("--cuda-graphs", action="store_true", help="one launch per token instead of hundreds")
     add = parser.add_argument_group("input and output").add_argument
     add("--json", action="store_true", help="print a JSON object for each answer")
@@ -52,6 +53,16 @@ def inference_parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
     add("--samples", type=int, default=1, metavar="N", help="N answers to each prompt")
     return parser
+
+
+def add_integrity_flag(parser: argparse.ArgumentParser, flag: str = "--ckpt") -> None:
+    """Add --no-verify-integrity, for a command that loads the checkpoint that `flag` names."""
+    parser.add_argument(
+        "--no-verify-integrity",
+        dest="verify_integrity",
+        action="store_false",
+        help=f"load {flag} without comparing its files with the SHA-256 of what was saved",
+    )
 
 
 def add_modality_flags(parser: argparse.ArgumentParser, config: MimoConfig) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.modalities.values import field_type
 
 if TYPE_CHECKING:
     from examples.mimo.checkpoint.description import Checkpoint
@@ -158,22 +157,13 @@ def _with_assignments(value: Any, assignments: Sequence[Assignment]) -> Any:
         if deeper:
             raise ValueError(f"--set {deeper.source}: {name} is a value and holds no fields")
         choices = fields[name].metadata.get("choices")
-        changes[name] = _parse(_field_type(value, name), last, choices)
+        kind = field_type(type(value), name) or type(current)
+        changes[name] = _parse(kind, last, choices)
     try:
         return dataclasses.replace(value, **changes)
     except ValueError as error:
         sources = " ".join(assignment.source for assignment in assignments)
         raise ValueError(f"--set {sources}: {error}") from None
-
-
-def _field_type(value: Any, name: str) -> Any:
-    """The declared type of a field; the type of its value where only type checkers know it."""
-    owner = next(c for c in type(value).__mro__ if name in inspect.get_annotations(c))
-    alone = types.SimpleNamespace(__annotations__={name: owner.__annotations__[name]})
-    try:
-        return typing.get_type_hints(alone, vars(sys.modules[owner.__module__]))[name]
-    except NameError:
-        return type(getattr(value, name))
 
 
 def _parse(kind: Any, assignment: Assignment, choices: Sequence[Any] | None) -> Any:

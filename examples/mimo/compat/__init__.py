@@ -76,6 +76,7 @@ def install_for_training(observer: Any, saves_checkpoints: bool) -> None:
 
     _put_in_place(megatron.observer_hooks(observer))
     _put_in_place(megatron.adam_replacements())
+    _put_in_place(megatron.integrity_replacements())
     if saves_checkpoints:
         _put_in_place(megatron.dataloader_replacements())
         install_results_queue()
@@ -113,6 +114,7 @@ def replacements() -> dict[str, list[Replacement]]:
             *megatron.observer_hooks(None),
             *megatron.adam_replacements(),
             *megatron.dataloader_replacements(),
+            *megatron.integrity_replacements(),
             *megatron.results_queue_replacement(None),
         ],
         "train.py --encoder-ranks": megatron.noncolocated_replacements(

@@ -196,7 +196,7 @@ def torch_replacements() -> list[Replacement]:
         (cuda, "Stream", StreamOnCpu, side_stream),
         (cuda, "Event", EventOnCpu, "param_and_grad_buffer.py: overlaps communication"),
         (cuda, "current_stream", _returns(StreamOnCpu()), side_stream),
-        (cuda, "default_stream", _returns(StreamOnCpu()), "cuda_graphs.py: leaves it"),
+        (cuda, "default_stream", _returns(StreamOnCpu()), "reuse.py: leaves it"),
         (cuda, "set_stream", _returns(), "initialize.py: a stream with a priority"),
         (cuda, "stream", _in_stream, side_stream),
         (cuda, "is_current_stream_capturing", _returns(False), "token_dispatcher.py: never here"),

@@ -21,12 +21,16 @@ from typing import Any
 
 import megatron.core.datasets.utils as dataset_utils
 import torch
-from megatron.core import optimizer, parallel_state
+from megatron.core import dist_checkpointing, optimizer, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
 from megatron.training import checkpointing, training
 
+from examples.mimo.checkpoint.integrity import COMMON_STATE, checked_first, with_manifest
 from examples.mimo.compat import Replacement
+
+# What Megatron's training reads a checkpoint with.
+LOADERS = (COMMON_STATE, "load")
 
 
 def wheel_replacements() -> list[Replacement]:
@@ -108,6 +112,17 @@ def adam_replacements() -> list[Replacement]:
         Replacement(distrib_optimizer, "HAVE_APEX_OR_TE", True, state),
         Replacement(distrib_optimizer, "USING_APEX_OPTIMIZER", True, state),
     ]
+
+
+def integrity_replacements() -> list[Replacement]:
+    """Saving and loading with this package's manifest where Megatron has its `verify_integrity`."""
+    reason = (
+        "dist_checkpointing/validation.py: on rank 0 alone, save_integrity_manifest reads all that "
+        "other ranks wrote, without folders"
+    )
+    checked = {name: checked_first(getattr(dist_checkpointing, name)) for name in LOADERS}
+    changed = {"save": with_manifest(dist_checkpointing.save), **checked}
+    return [Replacement(dist_checkpointing, name, new, reason) for name, new in changed.items()]
 
 
 def results_queue_replacement(queue: Any) -> list[Replacement]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from examples.mimo.modalities.values import bounds, check, check_divisible
+
 if TYPE_CHECKING:
     from examples.mimo.modalities.base import EncoderConfig, ProjectorConfig
 
@@ -38,17 +40,23 @@ class LanguageConfig:
     num_query_groups: int
     vocab_size: int
     seq_length: int = field(metadata=FREE)
-    rotary_base: int = 10000
-    norm_epsilon: float = 1e-5
+    rotary_base: int = field(default=10000, metadata=bounds(100, 10**9))
+    norm_epsilon: float = field(default=1e-5, metadata=bounds(1e-12, 1e-2))
     tie_embeddings: bool = False
-    init_method_std: float = field(default=0.02, metadata=FREE)
-    head_dim: int | None = None
-    rope_scaling_factor: float | None = None
+    init_method_std: float = field(default=0.02, metadata=FREE | bounds(1e-6, 1))
+    head_dim: int | None = field(default=None, metadata=bounds(2, 4096))
+    rope_scaling_factor: float | None = field(default=None, metadata=bounds(1, 1024))
     qkv_bias: bool = False
     qk_norm: bool = False
 
     # As of `EncoderConfig`.
     hf_families: ClassVar[str | None] = "examples.mimo.hf.families:LANGUAGE"
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_divisible(self, "num_attention_heads", "num_query_groups")
+        if self.head_dim is None:
+            check_divisible(self, "hidden_size", "num_attention_heads")
 
     @property
     def query_projection_size(self) -> int:
@@ -68,11 +76,13 @@ class ModalityConfig:
 
     singular: str
     placeholder: str
-    token_id: int
+    token_id: int = field(metadata=bounds(0, 2**24))
     encoder: EncoderConfig
     projector: ProjectorConfig
 
     def __post_init__(self) -> None:
+        for values in (self, self.encoder, self.projector):
+            check(values)
         if not self.singular.isidentifier():
             raise ValueError(
                 f"singular {self.singular!r} becomes part of a flag and of a variable's name: use "
@@ -100,6 +110,7 @@ class ChatTemplate:
     past_start: str | None = None
 
     def __post_init__(self) -> None:
+        check(self)
         for name in ("human", "answer", "system_turn"):
             if getattr(self, name).count("{}") != 1:
                 raise ValueError(
@@ -133,6 +144,7 @@ class MimoConfig:
     frozen: tuple[str, ...] = field(default=(), metadata=FREE)
 
     def __post_init__(self) -> None:
+        check(self)
         for name, modality in self.modalities.items():
             if not name.isidentifier() or name in RESERVED_NAMES:
                 raise ValueError(

@@ -45,8 +45,12 @@ class Mimo:
     """
 
     @classmethod
-    def load(cls, folder: str | Path, tp: int = 1, pp: int = 1) -> Mimo:
+    def load(
+        cls, folder: str | Path, tp: int = 1, pp: int = 1, verify_integrity: bool = True
+    ) -> Mimo:
         """Load the checkpoint in `folder`, on tp x pp ranks under torchrun, else on one process.
+
+        With `verify_integrity` its files are compared with the digests of what was saved.
 
         On a machine without CUDA this replaces, for the whole process, what Megatron needs of
         torch.cuda (`Tensor.cuda`, `Module.cuda`, tensor factories, streams, random state ...);
@@ -58,7 +62,7 @@ class Mimo:
         command.single_process_unless_launched()
         compat.install()
         with command.stdout_to(os.devnull):
-            return cls(open_checkpoint(Path(folder)), tp, pp)
+            return cls(open_checkpoint(Path(folder), verify=verify_integrity), tp, pp)
 
     def __init__(
         self,

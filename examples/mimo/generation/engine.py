@@ -17,8 +17,8 @@ from megatron.core import mpu
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, to_device
 from examples.mimo.data.conversation import Sample, TokenSequence
-from examples.mimo.generation.cuda_graphs import DecodingGraphs
-from examples.mimo.generation.prefix_cache import (
+from examples.mimo.generation.reuse import (
+    DecodingGraphs,
     PrefixCache,
     PromptUnits,
     Unit,

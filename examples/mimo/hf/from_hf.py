@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_description
+from examples.mimo.checkpoint.integrity import write_manifest
 from examples.mimo.checkpoint.loading import language_transformer_config, sharding_metadata
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import listed_end_ids
@@ -109,6 +110,7 @@ def from_hf(
                     sources[part]["preprocessor"] = preprocessors[part]
         (draft / RELEASE).mkdir()
         write_checkpoint(draft / RELEASE, chunks, objects)
+        write_manifest(draft / RELEASE)
         save_description(draft, config, language.path if language else None, sources)
         (draft / TRACKER).write_text(RELEASE)
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from examples.mimo.checkpoint.description import Checkpoint
+from examples.mimo.checkpoint.integrity import begin_check, finish_check
 from examples.mimo.data.tokenizer import copy_tokenizer
 from examples.mimo.hf.from_hf import Progress
 from examples.mimo.hf.io import (
@@ -38,6 +39,9 @@ PROCESSOR_TYPES = ("image_processor_type", "feature_extractor_type")
 
 def to_hf(checkpoint: Checkpoint, save: Path, progress: Progress) -> None:
     """Write `save`/PART for every part of the checkpoint; nothing is left there after an error."""
+    if checkpoint.verify:
+        begin_check(checkpoint.weights, checkpoint.named)
+        finish_check(checkpoint.weights)
     reader = CheckpointReader(checkpoint.weights)
     with draft_folder(save) as draft:
         for part in part_names(checkpoint.config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from examples.mimo.modalities.base import EncoderConfig, first_tokens, free_field, sinusoids
 from examples.mimo.modalities.files import Source, read_audio, to_wav
+from examples.mimo.modalities.values import bounds
 
 AUDIO_SUFFIXES: tuple[str, ...] = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
 AUDIO_SUFFIXES += (".m4a", ".aac", ".webm", ".mp4")  # with PyAV
@@ -34,14 +35,14 @@ class WhisperConfig(EncoderConfig):
     before the sound in training.
     """
 
-    num_mel_bins: int
-    hop_samples: int
-    window_seconds: float
+    num_mel_bins: int = field(metadata=bounds(1, 512))
+    hop_samples: int = field(metadata=bounds(1, SAMPLE_RATE_HZ))
+    window_seconds: float = field(metadata=bounds(0.01, 600))
     frames_per_token: int = 1
-    max_windows: int = free_field(1)
+    max_windows: int = free_field(1, bounds=(1, 10_000))
     overflow: str = free_field("error", choices=("error", "truncate"))
-    augment_noise: float = free_field(0.0)
-    augment_shift_seconds: float = free_field(0.0)
+    augment_noise: float = free_field(0.0, bounds=(0, 1))
+    augment_shift_seconds: float = free_field(0.0, bounds=(0, 600))
 
     suffixes: ClassVar[tuple[str, ...]] = AUDIO_SUFFIXES
     hf_families: ClassVar[str | None] = "examples.mimo.hf.families:WHISPER"
@@ -53,8 +54,6 @@ class WhisperConfig(EncoderConfig):
                 f"window_seconds {self.window_seconds} is {self.window_samples} samples, "
                 f"which must be a multiple of two hops ({2 * self.hop_samples})"
             )
-        if self.max_windows < 1:
-            raise ValueError(f"max_windows {self.max_windows}: at least one")
 
     @property
     def window_samples(self) -> int:

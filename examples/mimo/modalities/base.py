@@ -19,17 +19,15 @@ import torch
 from torch.nn import functional
 
 from examples.mimo.modalities.files import Source
+from examples.mimo.modalities.values import check, check_divisible
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 
-def free_field(default: Any, choices: tuple[str, ...] | None = None) -> Any:
+def free_field(default: Any, **metadata: Any) -> Any:
     """A field that shapes no weight, so that two runs of one model may set it differently."""
-    metadata: dict[str, Any] = {"shapes_weights": False}
-    return dataclasses.field(
-        default=default, metadata=metadata | ({"choices": choices} if choices else {})
-    )
+    return dataclasses.field(default=default, metadata={"shapes_weights": False, **metadata})
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class EncoderConfig(ABC):
     the tiles of a picture; every tensor of `preprocess` has one entry per input along dim 0.
     The tokens of an item's inputs follow one another in the language model's sequence.
 
-    The metadata of a dataclass field may hold `choices`, the values it can take, and
-    `shapes_weights` False (see `free_field`).
+    The metadata of a dataclass field may hold `choices`, the values it can take, `bounds` (see
+    `values.py`), and `shapes_weights` False (see `free_field`).
     """
 
     num_layers: int
@@ -54,13 +52,8 @@ class EncoderConfig(ABC):
     hf_families: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for field in dataclasses.fields(self):
-            choices, value = field.metadata.get("choices"), getattr(self, field.name)
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
+        check(self)
+        check_divisible(self, "hidden_size", "num_attention_heads")
 
     # Required of every modality.
 
@@ -247,6 +240,9 @@ class ProjectorConfig(ABC):
 
     # As of `EncoderConfig`.
     hf_families: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @abstractmethod
     def build(

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from examples.mimo.modalities.base import EncoderConfig, free_field
 from examples.mimo.modalities.files import Source, fit_picture, grid_of_tiles, read_image, to_png
+from examples.mimo.modalities.values import bounds
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".img"),
@@ -108,21 +109,21 @@ class VitConfig(EncoderConfig):
     shift and scale as parts of the picture's side, rotation in degrees.
     """
 
-    image_size: int
-    patch_size: int
+    image_size: int = field(metadata=bounds(1, MAX_SIDE))
+    patch_size: int = field(metadata=bounds(1, 512))
     family: str = field(default="clip", metadata={"choices": tuple(FAMILIES)})
-    feature_layer: int = -1
+    feature_layer: int = field(default=-1, metadata=bounds(-1024, -1))
     patches_per_token: int = 1
     fit: str = free_field("crop", choices=FITS)
-    resize_side: int | None = free_field(None)
+    resize_side: int | None = free_field(None, bounds=(1, MAX_SIDE))
     resample: str = free_field("bicubic", choices=FILTERS)
-    mean: tuple[float, float, float] | None = free_field(None)
-    std: tuple[float, float, float] | None = free_field(None)
+    mean: tuple[float, float, float] | None = free_field(None, bounds=(-1e6, 1e6))
+    std: tuple[float, float, float] | None = free_field(None, bounds=(1e-6, 1e6))
     background: str = free_field("white", choices=("white", "black", "mean"))
-    max_tiles: int = free_field(0)
-    augment_shift: float = free_field(0.0)
-    augment_degrees: float = free_field(0.0)
-    augment_scale: float = free_field(0.0)
+    max_tiles: int = free_field(0, bounds=(0, 1024))
+    augment_shift: float = free_field(0.0, bounds=(0, 1))
+    augment_degrees: float = free_field(0.0, bounds=(0, 180))
+    augment_scale: float = free_field(0.0, bounds=(0, 0.9))
 
     suffixes: ClassVar[tuple[str, ...]] = IMAGE_SUFFIXES
     hf_families: ClassVar[str | None] = "examples.mimo.hf.families:VISION"
@@ -143,20 +144,14 @@ class VitConfig(EncoderConfig):
                 f"patches_per_token {self.patches_per_token} must be the square of a number that "
                 f"divides the {self.patches_per_side} patches of a side"
             )
-        scaled = self.image_size if self.resize_side is None else self.resize_side
-        if not isinstance(scaled, int) or not self.image_size <= scaled <= MAX_SIDE:
-            raise ValueError(f"resize_side {scaled!r}: from {self.image_size} to {MAX_SIDE}")
+        if self.resize_side is not None and self.resize_side < self.image_size:
+            raise ValueError(
+                f"resize_side {self.resize_side}: at least image_size {self.image_size}"
+            )
         if self.resize_side is not None and self.fit == "pad":
-            raise ValueError(f"resize_side {scaled}: fit pad scales to image_size; leave it out")
-        for name, least in (("mean", -1e6), ("std", 1e-6)):
-            values = getattr(self, name)
-            if values is not None:
-                are_numbers = isinstance(values, (list, tuple)) and all(
-                    isinstance(value, (int, float)) and least <= value <= 1e6 for value in values
-                )
-                if not are_numbers or len(values) != 3:
-                    raise ValueError(f"{name} {values!r}: three numbers from {least:g} to 1e+06")
-                object.__setattr__(self, name, tuple(map(float, values)))  # lists come from JSON
+            raise ValueError(
+                f"resize_side {self.resize_side}: fit pad scales to image_size; leave it out"
+            )
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -122,18 +122,10 @@ class VideoConfig(VitConfig):
     `frames_per_second` are taken, and of a longer video `max_frames` spread over all of it.
     """
 
-    frames_per_second: float = free_field(1.0)
-    max_frames: int = free_field(8)
+    frames_per_second: float = free_field(1.0, bounds=(1e-3, 1000))
+    max_frames: int = free_field(8, bounds=(1, 65_536))
 
     suffixes: ClassVar[tuple[str, ...]] = VIDEO_SUFFIXES
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.frames_per_second <= 0 or self.max_frames < 1:
-            raise ValueError(
-                f"frames_per_second {self.frames_per_second} and max_frames {self.max_frames} must "
-                "be above 0"
-            )
 
     @property
     def max_inputs(self) -> int:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from examples.mimo.modalities.base import EncoderConfig
 from examples.mimo.model.layers import block_submodules
-from examples.mimo.model.norms import Norm
+from examples.mimo.model.parts import Norm
 
 # Fields that say how to compute, not what: an encoder shares them with the language model.
 # Pipeline, sequence- and context-parallel fields and fusions stay at their defaults.

@@ -1,7 +1,7 @@
 """Layer specs for Megatron's transformer block, with core attention and LayerScale.
 
 With Transformer Engine its fused layers are used. Without it, on GPUs and CPUs alike, Megatron's
-own parallel linear layers are, with the attention of this file and the norms of norms.py:
+own parallel linear layers are, with the attention of this file and the norms of parts.py:
 Megatron's local ones refuse sequence parallelism, packed sequences and context parallelism.
 """
 
@@ -35,7 +35,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.functional import scaled_dot_product_attention
 
-from examples.mimo.model.norms import Norm
+from examples.mimo.model.parts import Norm
 from examples.mimo.parallel.context import chunks_of, gather_sequence
 
 

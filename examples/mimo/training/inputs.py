@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from megatron.core import mpu
 
-from examples.mimo.checkpoint.description import TOKENIZER, TRACKER, check_same_model
+from examples.mimo.checkpoint.description import (
+    TOKENIZER,
+    TRACKER,
+    check_description,
+    check_same_model,
+    latest_weights,
+)
+from examples.mimo.checkpoint.integrity import begin_check
 from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_states
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import holds_tokenizer
@@ -35,12 +42,26 @@ def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
             may_lack = flag == "pretrained_checkpoint" or (flag == "load" and args.finetune)
             fresh = args.fresh if may_lack else ()
             check_same_model(f"--{flag.replace('_', '-')}", Path(folder), config, fresh)
+    args.verify_integrity &= args.ckpt_format == "torch_dist"  # as Megatron's --verify-integrity
+    if (start := starting_point(args)) and args.verify_integrity:
+        check_description(start, _flag_of(start, args))
     if resumes(args) and not args.no_load_optim:
         check_same_optimizer(Path(args.load), args.use_distributed_optimizer)
     if resumes(args) and args.encoder_ranks:
         sizes = args.encoder_tensor_model_parallel_size
         if not has_random_states(Path(args.load), sizes):
             args.no_load_rng = True
+
+
+def begin_integrity_check(args: argparse.Namespace) -> None:
+    """Start to check the files of the weights that this run loads, while the model is built."""
+    start = starting_point(args)
+    if start and args.verify_integrity:
+        begin_check(latest_weights(start), f"{_flag_of(start, args)} {start}")
+
+
+def _flag_of(start: Path, args: argparse.Namespace) -> str:
+    return "--load" if str(start) == args.load else "--pretrained-checkpoint"
 
 
 def from_shards(args: argparse.Namespace, function: str) -> Any:
