@@ -128,6 +128,7 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Raise ValueError with argparse's message, and the flag that was perhaps meant."""
     known = [flag for action in parser._actions for flag in action.option_strings]
     wrong = next((word for word in message.split() if word.startswith("--")), "").rstrip(":")
+    wrong = wrong.split("/")[0]  # argparse names a flag by all its names
     close = difflib.get_close_matches(wrong, [flag for flag in known if flag != wrong], n=1)
     hint = f"; did you mean {close[0]}?" if close and wrong not in known else ""
     raise ValueError(f"{message}{hint}")
