@@ -404,7 +404,7 @@ def megatron_refusals() -> Iterator[None]:
     """Turn whatever Megatron's checks of its flags raise, or end with, into a ValueError."""
     try:
         yield
-    except ValueError:
+    except (ValueError, OSError):
         raise
     except (Exception, SystemExit) as error:
         if isinstance(error, AssertionError) and str(error):

@@ -1,10 +1,12 @@
-"""Header of a run: layout, data, and for each part its size and the ranks that hold it."""
+"""What a run prints and records: its header, the progress table, `--metrics-file`."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,6 +33,19 @@ from examples.mimo.training.layout import (
     run_shape,
 )
 from examples.mimo.training.pretrain import first_batches
+
+# Name and width of each column of the progress table.
+COLUMNS = (
+    ("iteration", 15),
+    ("loss", 9),
+    ("grad norm", 10),
+    ("lr", 9),
+    ("samples/s", 10),
+    ("tokens/s", 9),
+    ("padding", 8),
+    ("data wait", 10),
+    ("left", 9),
+)
 
 
 @dataclass(frozen=True)
@@ -224,3 +239,120 @@ def _counts(stages: list[list[PartSize]], tp: bool) -> list[str]:
     cells = [f"{split + copied:,}", *([f"{split:,}", f"{copied:,}"] if tp else [])]
     stage_bytes = [sum(size.here_bytes for size in sizes) for sizes in stages]
     return cells + [f"{count:,} B" if count else "-" for count in stage_bytes]
+
+
+@dataclass(frozen=True)
+class IterationTotals:
+    """What one iteration's batches held on all ranks, and how long it took.
+
+    `slots` counts positions with padding, `tokens` those without; `items` counts media files.
+    `wait_seconds` is the mean over ranks, and `bad_samples` those that could not be read since
+    training began.
+    """
+
+    seconds: float
+    tokens: int
+    slots: int
+    wait_seconds: float
+    items: dict[str, int]
+    bad_samples: int
+
+
+class ProgressTable:
+    """Prints a line every `--log-interval` iterations, and writes each one to `--metrics-file`."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.losses: list[float] = []
+        self.window: list[IterationTotals] = []
+        self.has_heading = False
+
+    def add(
+        self,
+        iteration: int,
+        loss: float | None,
+        grad_norm: float | None,
+        lr: float | None,
+        totals: IterationTotals,
+        **metrics: Any,
+    ) -> None:
+        """Take in one iteration; `metrics` go to the file only. No loss: the update was skipped."""
+        self.window.append(totals)
+        if loss is not None:
+            self.losses.append(loss)
+        self.append_metrics(
+            {
+                "iteration": iteration,
+                "loss": self.losses[-1] if self.losses else None,
+                "grad_norm": grad_norm,
+                "learning_rate": lr,
+                **asdict(totals),
+                **metrics,
+            }
+        )
+        if iteration % self.args.log_interval and iteration != self.args.train_iters:
+            return
+        if not self.has_heading:
+            self.has_heading = True
+            self._print_row([name for name, _ in COLUMNS])
+        self._print_row(self._cells(iteration, grad_norm, lr))
+        self.losses.clear()
+        self.window.clear()
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """A line of JSON in `--metrics-file`, if there is one."""
+        if not self.args.metrics_file:
+            return
+        try:
+            with open(self.args.metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            # An error of writing does not know the file.
+            raise OSError(error.errno, error.strerror, self.args.metrics_file) from None
+
+    def _cells(self, iteration: int, grad_norm: float | None, lr: float | None) -> list[str]:
+        """Means over the iterations since the last line; gradient norm and lr of the last one."""
+        seconds = max(sum(totals.seconds for totals in self.window), 1e-9)
+        tokens = sum(totals.tokens for totals in self.window)
+        slots = sum(totals.slots for totals in self.window)
+        waited = sum(totals.wait_seconds for totals in self.window)
+        left = (self.args.train_iters - iteration) * seconds / len(self.window)
+        return [
+            f"{iteration}/{self.args.train_iters}",
+            f"{sum(self.losses) / max(len(self.losses), 1):.4f}",
+            "-" if grad_norm is None else f"{grad_norm:.3f}",
+            "-" if lr is None else f"{lr:.2e}",
+            f"{len(self.window) * self.args.global_batch_size / seconds:.1f}",
+            f"{tokens / seconds:.0f}",
+            f"{100 * (1 - tokens / slots) if slots else 0:.0f} %",
+            f"{100 * waited / seconds:.0f} %",
+            f"{int(left // 60)}:{int(left % 60):02d} min",
+        ]
+
+    def _print_row(self, cells: list[str]) -> None:
+        padded = (f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
+        print(" ".join(padded), file=sys.stderr, flush=True)
+
+
+def tracked_values(
+    args: argparse.Namespace,
+    loss_dict: dict[str, torch.Tensor],
+    lr: float | None,
+    grad_norm: Any,
+    totals: IterationTotals,
+) -> dict[str, float]:
+    """What the progress table shows of one iteration, by the names that trackers give it."""
+    if not (args.tensorboard_dir or args.wandb_project):
+        return {}  # a loss on the GPU is not waited for without need
+    seconds = max(totals.seconds, 1e-9)
+    values = {name: float(loss) for name, loss in loss_dict.items()}
+    values |= {} if lr is None else {"learning-rate": float(lr)}
+    values |= {} if grad_norm is None else {"grad-norm": float(grad_norm)}
+    return values | {
+        "samples per second": args.global_batch_size / seconds,
+        "tokens per second": totals.tokens / seconds,
+        "padding": 1 - totals.tokens / totals.slots if totals.slots else 0.0,
+        "data wait": totals.wait_seconds / seconds,
+        "bad samples": float(totals.bad_samples),
+        **{f"items/{name}": float(count) for name, count in totals.items.items()},
+    }
