@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -209,13 +210,13 @@ def end_children_with_this_process() -> None:
     os.register_at_fork(before=lambda: parents.append(os.getpid()), after_in_child=end_with_parent)
 
 
-def hold_folder(flag: str, folder: Path) -> None:
+def hold_folder(flag: str, folder: Path, name: str = LOCK_FILE) -> None:
     """Keep other runs out of `folder` while this process lives; ValueError if one is in it.
 
     The lock is the system's: it ends with the process, also when that is killed, and no child
-    inherits it. The file LOCK_FILE stays behind and says who had it last.
+    inherits it. The file `name` in the folder stays behind and says who had it last.
     """
-    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -230,6 +231,18 @@ def hold_folder(flag: str, folder: Path) -> None:
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
     os.ftruncate(file, 0)
     os.pwrite(file, f"{json.dumps(holder)}\n".encode(), 0)
+
+
+@contextlib.contextmanager
+def hold_output(output: Path) -> Iterator[None]:
+    """Keep other processes from writing the folder `output`, which need not exist yet."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = output.with_name(f".{output.name}{LOCK_FILE}")
+    hold_folder(f"--output {output.name} in", lock.parent, lock.name)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def _holder(content: bytes) -> str:
@@ -263,6 +276,7 @@ def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Raise ValueError with argparse's message, and the flag that was perhaps meant."""
+    message = re.sub(r"^argument (--\S+): (\S+: at least)", r"\1 \2", message)
     known = [flag for action in parser._actions for flag in action.option_strings]
     wrong = next((word for word in message.split() if word.startswith("--")), "").rstrip(":")
     wrong = wrong.split("/")[0]  # argparse names a flag by all its names
