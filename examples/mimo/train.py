@@ -49,7 +49,8 @@ def train(argv: list[str]) -> None:
 
     from examples.mimo import compat
     from examples.mimo.cli.arguments import balance_stages, megatron_refusals, parse_arguments
-    from examples.mimo.cli.observer import RunObserver, prepare_outputs
+    from examples.mimo.cli.header import prepare_outputs
+    from examples.mimo.cli.observer import RunObserver
     from examples.mimo.training import inputs
     from examples.mimo.training import pretrain as providers
     from examples.mimo.training.layout import prepare_noncolocated
@@ -66,6 +67,8 @@ def train(argv: list[str]) -> None:
     prepare_outputs(args, config)
     with observer.explains_errors(), megatron_refusals():
         set_global_variables(args)
+    if args.exit_signal_handler:
+        observer.leave_signal_to_parent()
     compat.install_for_training(observer, saves_checkpoints=bool(args.save))
     if not args.exit_signal_handler:
         observer.report_sigterm()

@@ -254,6 +254,8 @@ def test_of_several_names_of_a_flag_none_is_suggested():
 def test_a_number_below_its_least_is_refused(text):
     parser = command.Parser()
     parser.add_argument("--size", type=command.at_least(1, float))
-    with pytest.raises(ValueError, match="argument --size: "):
+    with pytest.raises(ValueError, match="--size"):
         parser.parse_args(["--size", text])
     assert parser.parse_args(["--size", "1"]).size == 1
+    with pytest.raises(ValueError, match=r"^--size 0.5: at least 1$"):
+        parser.parse_args(["--size", "0.5"])

@@ -81,8 +81,11 @@ class KilledRun:
         processes: int,
         flags: tuple[str, ...],
         kill_when: Callable[[], Collection[int]] = tuple,
+        exit_early: int = 0,
     ) -> None:
         """Train from the last checkpoint on, to the end or until `kill_when` says whom to kill."""
+        if exit_early:
+            flags = (*flags, "--exit-interval", str(exit_early))
         done = ranks.run(
             "examples/mimo/train.py", *self.flags, *flags, processes=processes, kill_when=kill_when
         )
@@ -213,10 +216,12 @@ def kills_and_layouts(data: Path, work: Path, kills: int = 10, seed: int = 1) ->
     iterations = 4 * kills
     whole = uninterrupted(data, work / "whole", iterations, every, *LAYOUTS[0])
     run, moments = KilledRun(data, work / "killed", iterations, every), random.Random(seed)
+    # Random weights are other ones on other stages, so the first start saves once.
+    run.start(*LAYOUTS[0], exit_early=every)
     starts = []
     for number in range(kills + 1):
         starts.append(len(run.rows()))
-        processes, flags = LAYOUTS[number % len(LAYOUTS)]
+        processes, flags = LAYOUTS[(number + 1) % len(LAYOUTS)]
         if number == kills:
             run.start(processes, flags)
         else:

@@ -1,19 +1,31 @@
-"""What a run prints and records: its header, the progress table, `--metrics-file`."""
+"""What a run prints and writes: its header, the progress table, metrics, output folders."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
+import os
+import re
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
 
-from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint
+from examples.mimo.checkpoint.description import (
+    FILE_NAME,
+    TRACKER,
+    open_checkpoint,
+    save_description,
+)
+from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.model.mimo import StageMimoModel
 from examples.mimo.model.parts import part_names, parts
@@ -24,7 +36,7 @@ from examples.mimo.planner.pipeline import (
     predicted_split,
     workload,
 )
-from examples.mimo.training.inputs import fresh_parts, starting_point
+from examples.mimo.training.inputs import fresh_parts, starting_point, tokenizer_path
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
     module_of_rank,
@@ -33,6 +45,9 @@ from examples.mimo.training.layout import (
     run_shape,
 )
 from examples.mimo.training.pretrain import first_batches
+
+# A file that a checkpoint has before it is whole: weights, their index, positions in the data.
+PART_OF_CHECKPOINT = re.compile(r".*\.distcp|\.metadata(\.tmp)?|train_dataloader_dprank\d+\.pt")
 
 # Name and width of each column of the progress table.
 COLUMNS = (
@@ -356,3 +371,68 @@ def tracked_values(
         "bad samples": float(totals.bad_samples),
         **{f"items/{name}": float(count) for name, count in totals.items.items()},
     }
+
+
+def prepare_outputs(args: argparse.Namespace, config: MimoConfig) -> None:
+    """Make the folders that the run writes to, and describe the model in --save.
+
+    ValueError, alike on every rank, for what cannot be written, and for a --save that another run
+    writes to.
+    """
+    for name in ("save", "tensorboard_dir", "wandb_save_dir"):
+        if folder := getattr(args, name):
+            with _names(f"--{name.replace('_', '-')} {folder}"):
+                os.makedirs(folder, exist_ok=True)
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "this folder cannot be written")
+    if args.metrics_file:
+        with _names(f"--metrics-file {args.metrics_file}"), open(args.metrics_file, "a"):
+            if args.rank == 0:
+                end_last_line(Path(args.metrics_file))
+    if not args.save or args.rank != 0:
+        return
+    save = Path(args.save)
+    with _names(f"--save {save}"):
+        command.hold_folder("--save", save)
+        remove_incomplete(save)  # of a run that was killed
+        # Before any weights: from the first checkpoint on, even of a run that breaks, the folder
+        # can be answered from and resumed.
+        start = starting_point(args)
+        sources = open_checkpoint(start).sources if start and (start / FILE_NAME).is_file() else {}
+        for part in fresh_parts(args):
+            sources.pop(part, None)
+        save_description(save, config, tokenizer_path(args), sources)
+
+
+def end_last_line(file: Path) -> None:
+    """End the last line of a file where a kill has cut it off, so that the next is a line."""
+    if not file.is_file() or not file.stat().st_size:
+        return
+    with file.open("rb+") as stream:
+        stream.seek(-1, os.SEEK_END)
+        if stream.read() != b"\n":
+            stream.write(b"\n")
+
+
+@contextlib.contextmanager
+def _names(output: str) -> Iterator[None]:
+    """Name the `output` in errors of the system."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{output}: {error.strerror or error}") from None
+
+
+def remove_incomplete(save: Path) -> None:
+    """Remove what was written of checkpoints newer than the last whole one; it takes space.
+
+    Megatron writes metadata.json when all else is written, and then the tracker. Ranks of another
+    layout would leave files of it among their own.
+    """
+    tracker = save / TRACKER
+    last = tracker.read_text().strip() if tracker.is_file() else "0"
+    for folder in save.glob("iter_*"):
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        is_newer = last.isdecimal() and int(folder.name[5:]) > int(last)
+        if is_newer and all(PART_OF_CHECKPOINT.fullmatch(file.name) for file in files):
+            shutil.rmtree(folder, ignore_errors=True)

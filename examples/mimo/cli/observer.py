@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import logging
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -31,12 +29,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from examples.mimo.checkpoint.description import (
-    FILE_NAME,
-    TRACKER,
-    open_checkpoint,
-    save_description,
-)
+from examples.mimo.checkpoint.description import TRACKER
 from examples.mimo.checkpoint.loading import CHECKPOINT_ERRORS, reason, schedule_mismatch
 from examples.mimo.cli import command
 from examples.mimo.cli.command import RunError
@@ -44,13 +37,13 @@ from examples.mimo.cli.header import (
     IterationTotals,
     ProgressTable,
     describe_run,
+    remove_incomplete,
     tracked_values,
 )
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import BadSample, BadSampleCount
 from examples.mimo.parallel.placement import LANGUAGE
-from examples.mimo.training.inputs import fresh_parts, starting_point, tokenizer_path
 from examples.mimo.training.layout import data_share, module_of_rank, rank_groups
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
@@ -256,8 +249,7 @@ class RunObserver:
         """RunError that says what is kept; removes what was written of the new checkpoint."""
         if isinstance(error, CheckpointException) and not error.failures:
             raise RunError("") from None  # torch tells rank 0 why
-        if self.args.ckpt_format == "torch_dist":
-            remove_incomplete(Path(self.args.save))
+        remove_incomplete(Path(self.args.save))
         why = self.writer_errors[0] if self.writer_errors else reason(error)
         if STREAM_BROKE in why:
             why = "a file could not be written to its end; is the disk, a quota or a limit full?"
@@ -316,6 +308,17 @@ class RunObserver:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=restore_in_child)
         threading.Thread(target=wait_for_sigterm, daemon=True).start()
+
+    def leave_signal_to_parent(self) -> None:
+        """From here on a forked process does not notice the signal of --exit-signal-handler.
+
+        A scheduler sends it to all processes of a run. The rank saves a checkpoint and ends, and
+        until then it needs its readers of data and the helper of its checkpoint writers.
+        """
+        blocked = {self.args.exit_signal}
+        os.register_at_fork(
+            after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        )
 
     def _take_totals(self) -> tuple[IterationTotals, list[str], float | None]:
         """Sum the counts over the data-parallel group, gather its samples' keys, and start over.
@@ -378,57 +381,6 @@ class RunObserver:
         with file.open("a", encoding="utf-8") as stream:
             for bad in bad_samples:
                 stream.write(json.dumps({"iteration": iteration, **asdict(bad)}) + "\n")
-
-
-def prepare_outputs(args: argparse.Namespace, config: MimoConfig) -> None:
-    """Make the folders that the run writes to, and describe the model in --save.
-
-    ValueError, alike on every rank, for what cannot be written, and for a --save that another run
-    writes to.
-    """
-    for name in ("save", "tensorboard_dir", "wandb_save_dir"):
-        if folder := getattr(args, name):
-            with _names(f"--{name.replace('_', '-')} {folder}"):
-                os.makedirs(folder, exist_ok=True)
-                if not os.access(folder, os.W_OK | os.X_OK):
-                    raise PermissionError(errno.EACCES, "this folder cannot be written")
-    if args.metrics_file:
-        with _names(f"--metrics-file {args.metrics_file}"), open(args.metrics_file, "a"):
-            pass
-    if not args.save or args.rank != 0:
-        return
-    save = Path(args.save)
-    with _names(f"--save {save}"):
-        command.hold_folder("--save", save)
-        # Before any weights: from the first checkpoint on, even of a run that breaks, the folder
-        # can be answered from and resumed.
-        start = starting_point(args)
-        sources = open_checkpoint(start).sources if start and (start / FILE_NAME).is_file() else {}
-        for part in fresh_parts(args):
-            sources.pop(part, None)
-        save_description(save, config, tokenizer_path(args), sources)
-
-
-@contextlib.contextmanager
-def _names(output: str) -> Iterator[None]:
-    """Name the `output` in errors of the system."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{output}: {error.strerror or error}") from None
-
-
-def remove_incomplete(save: Path) -> None:
-    """Remove what was written of checkpoints newer than the last whole one; it takes space.
-
-    Megatron writes metadata.json when all else is written, and then the tracker.
-    """
-    tracker = save / TRACKER
-    last = tracker.read_text().strip() if tracker.is_file() else "0"
-    for folder in save.glob("iter_*"):
-        is_newer = not last.isdecimal() or int(folder.name[5:]) > int(last)
-        if is_newer and not (folder / "metadata.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_alike(number: float | None) -> bool:

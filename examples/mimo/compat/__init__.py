@@ -75,6 +75,7 @@ def install_for_training(observer: Any, saves_checkpoints: bool) -> None:
     _put_in_place(megatron.observer_hooks(observer))
     _put_in_place(megatron.adam_replacements())
     if saves_checkpoints:
+        _put_in_place(megatron.tracker_replacement())
         install_results_queue()
 
 
@@ -110,6 +111,7 @@ def replacements() -> dict[str, list[Replacement]]:
             *megatron.observer_hooks(None),
             *megatron.adam_replacements(),
             *megatron.results_queue_replacement(None),
+            *megatron.tracker_replacement(),
         ],
         "train.py --encoder-ranks": megatron.noncolocated_replacements(
             parallel_state_globals(), lambda build: build
