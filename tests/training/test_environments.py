@@ -1,5 +1,6 @@
 """Broken environments: one line that says what is wrong and what is kept, and no traceback."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.mimo.cli.command import LOCK_FILE
+from examples.mimo.cli.header import remove_incomplete
 from tests.helpers import ranks
 from tests.helpers.commands import PP2, ROOT, run_train
 
@@ -113,7 +116,12 @@ def test_at_the_start(folder, data_folder, name):
     assert words.format(folder) in done.stderr
 
 
-@pytest.mark.parametrize("name", LATER)
+SLOW = ("metrics on a disk that fills", "file-size limit", "TensorBoard on a full disk")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LATER]
+)
 def test_later(folder, data_folder, name):
     environment, flags, *words = LATER[name]
     done = train(folder, data_folder, environment, flags)
@@ -185,3 +193,57 @@ def test_a_port_that_is_taken(monkeypatch):
     assert done.returncode == 2, done.stderr
     assert f"the ranks cannot meet at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT): " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_second_run_with_the_same_save_is_refused_before_it_changes_anything(folder):
+    save = folder / "run"
+    save.mkdir()
+    with hold_in_another_process(save) as pid:
+        for processes in (1, 2):
+            done = run_train("--train-iters", "1", "--save", str(save), processes=processes)
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.count("\n") == 1, done.stderr
+            assert f"--save {save}: process {pid} on " in done.stderr
+        assert [path.name for path in save.iterdir()] == [LOCK_FILE]
+    done = run_train("--train-iters", "1", "--save", str(save), "--num-layers", "1")
+    assert done.returncode == 0, done.stderr
+
+
+@contextlib.contextmanager
+def hold_in_another_process(save):
+    """The process that holds the folder, as a run does; it gets SIGKILL."""
+    code = "import sys; from pathlib import Path; from examples.mimo.cli import command;"
+    code += "command.hold_folder('--save', Path(sys.argv[1])); print(flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(save)], cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.readline()
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def test_what_a_killed_run_left_of_a_checkpoint_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    contents = {
+        "iter_0000002": ["__0_0.distcp"],  # older than the last one
+        "iter_0000004": [".metadata", "__0_0.distcp", "metadata.json"],
+        "iter_0000006": [
+            "__0_0.distcp",
+            "__3_0.distcp",
+            "mp_rank_00/train_dataloader_dprank000.pt",
+        ],
+        "iter_0000008": [],
+        "iter_0000010": [".metadata", "__0_0.distcp", "metadata.json"],  # whole
+        "iter_0000012": ["mp_rank_00/model_optim_rng.pt"],  # of another format
+        "other": [],
+    }
+    for name, files in contents.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(exist_ok=True)
+            (tmp_path / name / file).touch()
+    remove_incomplete(tmp_path)
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert set(contents) - left == {"iter_0000006", "iter_0000008"}
