@@ -230,16 +230,17 @@ def _complete_folder(args: argparse.Namespace, model: DatasetModel) -> Iterator[
     started = time.perf_counter()
     _check_output(args.output, args.overwrite)
     draft = args.output.with_name(f".{args.output.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        model.write(draft)
-        if args.output.exists():
-            shutil.rmtree(args.output)
-        draft.rename(args.output)
-    finally:
+    with command.hold_output(args.output):
         shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        try:
+            yield draft
+            model.write(draft)
+            if args.output.exists():
+                shutil.rmtree(args.output)
+            draft.rename(args.output)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     command.log_line(f"{args.output}: ready after {time.perf_counter() - started:.0f} s")
 
 

@@ -235,12 +235,18 @@ def hold_folder(flag: str, folder: Path, name: str = LOCK_FILE) -> None:
 
 @contextlib.contextmanager
 def hold_output(output: Path) -> Iterator[None]:
-    """Keep other processes from writing the folder `output`, which need not exist yet."""
+    """Keep other processes from writing the folder `output`, which need not exist yet.
+
+    An error of the system that names no file, as of a full disk, names it.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = output.with_name(f".{output.name}{LOCK_FILE}")
     hold_folder(f"--output {output.name} in", lock.parent, lock.name)
     try:
         yield
+    except OSError as error:
+        error.filename = error.filename or f"--output {output}"
+        raise
     finally:
         lock.unlink(missing_ok=True)
 
