@@ -146,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     from_hf.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="as in train.py"
     )
-    from_hf.add_argument("--seed", type=int, default=1234, help="of parts with random weights")
+    from_hf.add_argument(
+        "--seed", type=command.at_least(1), default=1234, help="of parts with random weights"
+    )
     from_hf.add_argument("--save", type=Path, required=True, metavar="DIR")
     to_hf = directions.add_parser(
         "to-hf",

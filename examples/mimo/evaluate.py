@@ -207,9 +207,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=int, metavar="N", help="only the first N of each split")
     parser.add_argument("--output", type=Path, help="default CKPT/eval.json")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
+    parser.add_argument(
+        "--tp", type=command.at_least(1), default=1, help="tensor-parallel size, under torchrun"
+    )
+    parser.add_argument(
+        "--pp", type=command.at_least(1), default=1, help="pipeline stages, under torchrun"
+    )
     add_integrity_flag(parser)
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages, under torchrun")
     return parser
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples.mimo.checkpoint.description import ABOUT, DatasetModel
 from examples.mimo.cli import command
-from examples.mimo.cli.command import ProgressBar
+from examples.mimo.cli.command import ProgressBar, at_least
 from examples.mimo.configs import MODEL_PROVIDERS
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ def main() -> None:
 
 def spoken_questions(args: argparse.Namespace) -> None:
     """Writes the data of the demo about handwritten digits."""
-    if args.voices is not None and args.voices < 2:
-        raise ValueError(f"--voices {args.voices}: at least 2")
     model = DatasetModel("tiny_avlm")
     with _complete_folder(args, model) as draft:
         demo = _demo("digits.spoken_questions")
@@ -126,9 +124,6 @@ def webdataset(args: argparse.Namespace) -> None:
     """Writes shards for `train.py --dataset-provider energon`."""
     _check_output(args.output, args.overwrite, marks=(ABOUT, "rejected.jsonl"))
     splits = _splits(args.splits)
-    shard_bytes = _positive("--shard-megabytes", args.shard_megabytes) * 10**6
-    shard_samples = _positive("--shard-samples", args.shard_samples)
-    num_workers = _positive("--num-workers", args.num_workers)
     if not args.manifest.exists():
         raise ValueError(f"--manifest {args.manifest}: no such file or folder")
     manifest_folder = args.manifest if args.manifest.is_dir() else args.manifest.parent
@@ -147,13 +142,14 @@ def webdataset(args: argparse.Namespace) -> None:
         media=media,
         output=args.output,
         splits=splits,
-        shard_bytes=shard_bytes,
-        shard_samples=shard_samples,
-        num_workers=num_workers,
+        shard_bytes=args.shard_megabytes * 10**6,
+        shard_samples=args.shard_samples,
+        num_workers=args.num_workers,
         tokenizer=tokenizer_path,
         model=model,
     )
-    about = prepare_shards(options, config, ProgressBar().step)
+    with command.hold_output(args.output):
+        about = prepare_shards(options, config, ProgressBar().step)
     counts = ", ".join(f"{name} {count:,}" for name, count in sorted(about["samples"].items()))
     refused = f"; {about['rejected']:,} refused, see rejected.jsonl" * bool(about["rejected"])
     command.log_line(
@@ -163,7 +159,6 @@ def webdataset(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Prints statistics of a folder of shards and writes a page of samples."""
-    limit, num_shown = _positive("--limit", args.limit), _positive("--samples", args.samples)
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
     config = _config(_model(args, args.folder))
@@ -173,7 +168,7 @@ def show(args: argparse.Namespace) -> None:
 
     vocabulary = load_tokenizer(args.tokenizer or args.folder)
     reader = SampleEncoder(config, vocabulary, args.seq_length or sys.maxsize)
-    totals, shown = inspect_shards(args.folder, reader, limit, num_shown)
+    totals, shown = inspect_shards(args.folder, reader, args.limit, args.samples)
     print("\n".join(totals.lines()))
     output = args.html or Path(f"{args.folder.resolve().name}.html")
     page = render_page(args.folder.resolve(), totals, shown, reader)
@@ -229,30 +224,23 @@ def _splits(words: list[str]) -> dict[str, float]:
     return splits
 
 
-def _positive(flag: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{flag} {value}: at least 1")
-    return value
-
-
 @contextlib.contextmanager
 def _complete_folder(args: argparse.Namespace, model: DatasetModel) -> Iterator[Path]:
     """A draft that becomes `--output` when all went well."""
     started = time.perf_counter()
     _check_output(args.output, args.overwrite)
-    if args.samples is not None:
-        _positive("--samples", args.samples)
     draft = args.output.with_name(f".{args.output.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        model.write(draft)
-        if args.output.exists():
-            shutil.rmtree(args.output)
-        draft.rename(args.output)
-    finally:
+    with command.hold_output(args.output):
         shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        try:
+            yield draft
+            model.write(draft)
+            if args.output.exists():
+                shutil.rmtree(args.output)
+            draft.rename(args.output)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     command.log_line(f"{args.output}: ready after {time.perf_counter() - started:.0f} s")
 
 
@@ -288,10 +276,10 @@ def _add_demos(tasks: Any) -> None:
     spoken.set_defaults(prepare=spoken_questions)
     _add_folder(spoken)
     spoken.add_argument(
-        "--samples", type=int, metavar="N", help="lines of train.jsonl (default 48000)"
+        "--samples", type=at_least(1), metavar="N", help="lines of train.jsonl (default 48000)"
     )
     spoken.add_argument(
-        "--voices", type=int, metavar="N", help="use the first N of 98 voices (default all)"
+        "--voices", type=at_least(2), metavar="N", help="use the first N of 98 voices (default all)"
     )
     animals = tasks.add_parser(
         "stamps",
@@ -309,7 +297,7 @@ def _add_demos(tasks: Any) -> None:
     )
     animals.add_argument(
         "--samples",
-        type=int,
+        type=at_least(1),
         default=20_000,
         metavar="N",
         help="lines of train.jsonl (%(default)s)",
@@ -323,7 +311,7 @@ def _add_demos(tasks: Any) -> None:
     sensors.set_defaults(prepare=sensor_series)
     _add_folder(sensors)
     sensors.add_argument(
-        "--samples", type=int, default=4_000, metavar="N", help="series (%(default)s)"
+        "--samples", type=at_least(1), default=4_000, metavar="N", help="series (%(default)s)"
     )
     _add_model(sensors, "sensor_lm")
     real = tasks.add_parser(
@@ -355,7 +343,10 @@ def _add_tokenizer(tasks: Any) -> None:
     )
     words.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder")
     words.add_argument(
-        "--vocab-size", type=int, metavar="N", help="at most N tokens (default: the model's)"
+        "--vocab-size",
+        type=at_least(1),
+        metavar="N",
+        help="at most N tokens (default: the model's)",
     )
     words.add_argument("--overwrite", action="store_true", help="replace a tokenizer.model there")
     _add_model(words, None)
@@ -384,11 +375,13 @@ def _add_webdataset(tasks: Any) -> None:
         metavar="NAME=SHARE",
         help="shares by a hash of the sample's key (default train=0.98 val=0.02)",
     )
-    shards.add_argument("--shard-megabytes", type=int, default=250, metavar="N", help="%(default)s")
     shards.add_argument(
-        "--shard-samples", type=int, default=10_000, metavar="N", help="%(default)s"
+        "--shard-megabytes", type=at_least(1), default=250, metavar="N", help="%(default)s"
     )
-    shards.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    shards.add_argument(
+        "--shard-samples", type=at_least(1), default=10_000, metavar="N", help="%(default)s"
+    )
+    shards.add_argument("--num-workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N")
     shards.add_argument(
         "--tokenizer",
         type=Path,
@@ -409,12 +402,20 @@ def _add_show(tasks: Any) -> None:
     show_task.set_defaults(prepare=show)
     show_task.add_argument("folder", type=Path, metavar="DIR")
     show_task.add_argument("--html", type=Path, metavar="FILE", help="the page (default DIR.html)")
-    show_task.add_argument("--samples", type=int, default=24, metavar="N", help="on it (24)")
     show_task.add_argument(
-        "--limit", type=int, default=1_000, metavar="N", help="the first N of each shard (1000)"
+        "--samples", type=at_least(1), default=24, metavar="N", help="on it (24)"
+    )
+    show_task.add_argument(
+        "--limit",
+        type=at_least(1),
+        default=1_000,
+        metavar="N",
+        help="the first N of each shard (1000)",
     )
     show_task.add_argument("--tokenizer", type=Path, metavar="PATH", help="(default: in DIR)")
-    show_task.add_argument("--seq-length", type=int, metavar="N", help="refuse longer samples")
+    show_task.add_argument(
+        "--seq-length", type=at_least(1), metavar="N", help="refuse longer samples"
+    )
     _add_model(show_task, f"the one that DIR was made for, else {DEFAULT_MODEL}")
 
 
@@ -439,7 +440,7 @@ def _add_model(parser: argparse.ArgumentParser, default: str | None) -> None:
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default %(default)s")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a data folder that this command made"
     )

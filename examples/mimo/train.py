@@ -11,7 +11,6 @@ import functools
 import logging
 import os
 import sys
-from pathlib import Path
 
 from examples.mimo.cli import command
 from examples.mimo.cli.flags import help_parser, print_without_training
@@ -49,8 +48,8 @@ def train(argv: list[str]) -> None:
     from megatron.training.global_vars import set_global_variables
 
     from examples.mimo import compat
-    from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint, save_description
-    from examples.mimo.cli.arguments import balance_stages, parse_arguments
+    from examples.mimo.cli.arguments import balance_stages, megatron_refusals, parse_arguments
+    from examples.mimo.cli.header import prepare_outputs
     from examples.mimo.cli.observer import RunObserver
     from examples.mimo.training import inputs
     from examples.mimo.training import pretrain as providers
@@ -64,18 +63,12 @@ def train(argv: list[str]) -> None:
         logging.getLogger().setLevel(logging.WARNING)
     inputs.check_inputs(args, config)
     providers.check_data(args, config)
-    set_global_variables(args)
-
-    # The description goes to --save before any weights do: from the first checkpoint on, even of a
-    # run that breaks, the folder can be answered from and resumed.
-    if args.save and args.rank == 0:
-        start = inputs.starting_point(args)
-        sources = open_checkpoint(start).sources if start and (start / FILE_NAME).is_file() else {}
-        for part in inputs.fresh_parts(args):
-            sources.pop(part, None)
-        save_description(Path(args.save), config, inputs.tokenizer_path(args), sources)
-
     observer = RunObserver(args, config)
+    prepare_outputs(args, config)
+    with observer.explains_errors(), megatron_refusals():
+        set_global_variables(args)
+    if args.exit_signal_handler:
+        observer.leave_signal_to_parent()
     compat.install_for_training(observer, saves_checkpoints=bool(args.save))
     if not args.exit_signal_handler:
         observer.report_sigterm()

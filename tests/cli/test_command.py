@@ -1,7 +1,12 @@
 """What all commands share: one-line errors, progress, the source tree that runs."""
 
+import errno
+import fcntl
 import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 
@@ -127,3 +132,130 @@ def test_a_rank_that_meets_an_error_alone_reports_it_with_its_number(monkeypatch
         command.run("x.py", main)
     assert exited.value.code == 2
     assert capsys.readouterr().err == "x.py [rank 1]: error: no file\n"
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from examples.mimo.cli import command
+
+command.hold_folder("--save", Path(sys.argv[1]))
+{then}
+print("holds", flush=True)
+sys.stdin.read()
+"""
+# A child that the lock must not stay with, and that would outlive its parent.
+FORK = """
+import os, time
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+print(child, flush=True)
+"""
+
+
+def holder(folder, then=""):
+    """A process that has the folder; what it prints first is read already."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(then=then), str(folder)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    printed = process.stdout.readline()
+    return process, printed
+
+
+def test_a_folder_takes_one_process_and_says_which(tmp_path):
+    process, _ = holder(tmp_path)
+    held = f"--save {tmp_path}: process {process.pid} on {socket.gethostname()}, since "
+    with pytest.raises(ValueError, match=re.escape(held)):
+        command.hold_folder("--save", tmp_path)
+    process.communicate("")
+    command.hold_folder("--save", tmp_path)
+
+
+def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path):
+    process, child = holder(tmp_path, FORK)
+    try:
+        process.stdout.readline()
+        process.kill()
+        process.wait()
+        command.hold_folder("--save", tmp_path)
+    finally:
+        os.kill(int(child), signal.SIGKILL)
+
+
+def test_where_the_file_system_has_no_locks_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def lock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lock)
+    command.hold_folder("--save", tmp_path)
+    assert "no lock here (No locks available); run only one at a time" in capsys.readouterr().err
+
+
+CHILDREN = """
+import os, time
+from examples.mimo.cli import command
+
+def main():
+    if os.fork() == 0:
+        os.fork()  # a child of the child
+        time.sleep(600)
+    print("forked", flush=True)
+    time.sleep(600)
+
+command.run("train.py", main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_children_end_with_a_command_however_it_ends(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILDREN], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "forked\n"
+    process.send_signal(number)
+    # The pipe closes when the last process that has it ends.
+    assert process.stdout.read() == ""
+    assert process.wait() != 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a\n  b"), "a b"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; see the"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), "x: No such file"),
+        (RuntimeError("[enforce fail] rv != -1. Too many open files"), "Too many open files; rai"),
+        (RuntimeError("can't start new thread"), "can't start new thread; raise the number of"),
+        (OSError("without a number"), None),
+        (RuntimeError("a bug"), None),
+        (KeyError("a bug"), None),
+    ],
+)
+def test_errors_of_the_input_and_the_system_are_one_line(error, line):
+    said = command.one_line(error)
+    assert (said is None) if line is None else said.startswith(line)
+
+
+def test_an_error_in_a_reader_of_data_is_told_without_its_traceback():
+    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\nValueError: sample a: too long\n"  # noqa: E501
+    assert command.one_line(ValueError(text)) == "sample a: too long"
+
+
+def test_of_several_names_of_a_flag_none_is_suggested():
+    parser = command.Parser()
+    parser.add_argument("--save-interval", "--persistent-save-interval", type=int)
+    with pytest.raises(ValueError, match=r"invalid int value: 'x'$"):
+        parser.parse_args(["--save-interval", "x"])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "x"])
+def test_a_number_below_its_least_is_refused(text):
+    parser = command.Parser()
+    parser.add_argument("--size", type=command.at_least(1, float))
+    with pytest.raises(ValueError, match="--size"):
+        parser.parse_args(["--size", text])
+    assert parser.parse_args(["--size", "1"]).size == 1
+    with pytest.raises(ValueError, match=r"^--size 0.5: at least 1$"):
+        parser.parse_args(["--size", "0.5"])

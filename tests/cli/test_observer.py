@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
+from examples.mimo.cli.header import end_last_line
 from examples.mimo.cli.observer import RunObserver
 
 
@@ -45,3 +46,15 @@ def test_a_missing_package_is_named(observer):
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), AssertionError("a bug")])
 def test_other_errors_pass_unchanged(observer, error):
     assert explained(observer, error) is error
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(b"", b""), (b"a\n", b"a\n"), (b'a\n{"iter', b'a\n{"iter\n')]
+)
+def test_a_line_that_a_kill_has_cut_off_is_ended(tmp_path, before, after):
+    file = tmp_path / "metrics"
+    file.write_bytes(before)
+    end_last_line(file)
+    assert file.read_bytes() == after
+    end_last_line(tmp_path / "none")
+    assert not (tmp_path / "none").exists()

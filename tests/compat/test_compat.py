@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from megatron.training import checkpointing
 
 from examples.mimo import compat
-from examples.mimo.compat.megatron import GroupStepAdam
+from examples.mimo.compat.megatron import GroupStepAdam, TrackerFiles
 from tests.helpers import ranks
 from tests.helpers.commands import ROOT
 
@@ -61,6 +62,23 @@ def test_training_sets_no_attribute_of_torch_or_megatron_but_those_of_the_table(
         assert report["unlisted"] == []
         for name in expected:
             assert any(set_name.endswith(name) for set_name in report["set"]), name
+
+
+def test_a_tracker_that_cannot_be_written_stays_as_it_was(tmp_path):
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("4")
+    files = TrackerFiles(checkpointing.maybe_msc)
+    interrupted = files.open(str(tracker), "w")
+    interrupted.__enter__().write("8")
+    assert not interrupted.__exit__(OSError, OSError("the disk is full"), None)
+    assert tracker.read_text() == "4"
+    with files.open(str(tracker), "w") as stream:
+        stream.write("8")
+        assert tracker.read_text() == "4"
+    with files.open(str(tracker), "r") as stream:
+        assert stream.read() == "8"
+    assert files.os.path.isfile(tracker)
+    assert list(tmp_path.iterdir()) == [tracker]
 
 
 def test_torchs_compiler_can_be_imported():

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +31,8 @@ WARM = "tests.helpers.warm"
 PATIENCE_SECONDS = 600
 # A rank that its launcher ends may say first what it was doing.
 GRACE_SECONDS = 10
+# Between two looks at whether it is time to kill a rank.
+POLL_SECONDS = 0.001
 
 
 class WarmInterpreter:
@@ -87,10 +89,13 @@ def warm_interpreter(rank: int) -> WarmInterpreter:
     return WarmInterpreter(hash_seed=rank)
 
 
-def run(script: str, *flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, *flags: str, processes: int = 1, kill_when: Callable[[], Collection[int]] = tuple
+) -> subprocess.CompletedProcess[str]:
     """What `script`, a path from the root of the repository, did on all its ranks.
 
-    The first exit status that is not 0 is the returned one; the other ranks are ended then.
+    The first exit status that is not 0 is the returned one; the other ranks are ended then. The
+    ranks that `kill_when` returns, which is called all the time, get SIGKILL.
     """
     interpreters = [warm_interpreter(rank) for rank in range(processes)]
     port = free_port()
@@ -105,20 +110,25 @@ def run(script: str, *flags: str, processes: int = 1) -> subprocess.CompletedPro
             )
         for interpreter in interpreters:
             interpreter.wait_until_started()
-        status = _wait(interpreters)
+        status = _wait(interpreters, kill_when)
         out, err = (Path(file).read_text(encoding="utf-8") for file in printed)
     return subprocess.CompletedProcess([script, *flags], status, out, err)
 
 
-def _wait(interpreters: Sequence[WarmInterpreter]) -> int:
+def _wait(interpreters: Sequence[WarmInterpreter], kill_when: Callable[[], Collection[int]]) -> int:
     """The first exit status that is not 0, or 0, when all ranks have ended."""
+    polls = kill_when is not tuple
     running = {interpreter.answers: interpreter for interpreter in interpreters}
     statuses: list[int] = []
     deadline = time.monotonic() + PATIENCE_SECONDS
     while running and not any(statuses):
-        ended, _, _ = select.select(list(running), [], [], max(0, deadline - time.monotonic()))
-        if not ended:
+        left = max(0, deadline - time.monotonic())
+        ended, _, _ = select.select(list(running), [], [], POLL_SECONDS if polls else left)
+        if not ended and not left:
             break
+        for rank in kill_when() if polls else ():
+            polls = False
+            interpreters[rank].end(signal.SIGKILL)
         statuses += [running.pop(answers).status() for answers in ended]
     for interpreter in running.values():
         interpreter.end(signal.SIGTERM)

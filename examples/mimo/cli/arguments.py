@@ -7,26 +7,36 @@ config, and the command line still overrides it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import importlib.util
+import math
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.training import arguments as megatron_arguments
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 
 from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint
-from examples.mimo.checkpoint.loading import tensor_parallel_sizes
 from examples.mimo.cli.command import Parser, refuse
 from examples.mimo.cli.flags import (
+    NEEDS,
+    ONLY_VALUES,
+    OTHERWISE,
+    RANGES,
+    REFUSED_FLAGS,
+    REFUSED_GROUPS,
     SHARDED,
     add_own_flags,
     flags_on,
-    refuse_idle_flags,
-    refuse_unknown_groups,
 )
 from examples.mimo.cli.overrides import (
     whisper_assignments,
@@ -39,14 +49,11 @@ from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.parts import check_freeze, part_names
 from examples.mimo.planner.pipeline import even_split, layout_flag
-from examples.mimo.training.inputs import starting_point
+from examples.mimo.training.inputs import check_schedule, starting_point
 from examples.mimo.training.layout import (
-    check_world,
-    colocated_encoder_tp,
-    encoder_tensor_parallel,
+    check_encoder_layout,
+    check_layout,
     language_processes,
-    padding_multiple,
-    placements,
     run_shape,
 )
 
@@ -140,6 +147,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     check_layout(args, resolve(preset, args))
     check_encoder_layout(args, preset)
     _check_batch_sizes(args)
+    check_schedule(args)
     if args.balance_stages:
         _split_evenly(args)
     _validate(args)
@@ -174,6 +182,7 @@ def _split_evenly(args: argparse.Namespace) -> None:
 
 def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Namespace:
     """Megatron's and the package's flags, with the preset's values as defaults."""
+    actions: list[argparse.Action] = []
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         setattr(parser, "error", functools.partial(refuse, parser))
@@ -186,6 +195,7 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
             defaults["micro_batch_size"] = 1
         parser.set_defaults(**defaults)
         refuse_unknown_groups(parser, argv)
+        actions.extend(parser._actions)
         return parser
 
     # Megatron's parser reads sys.argv and nothing else.
@@ -195,6 +205,7 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
         args = megatron_arguments.parse_args(provider)
     finally:
         sys.argv = saved
+    refuse_numbers_out_of_range(actions, args, argv)
     refuse_idle_flags(args, preset, argv)
     args.tokenizer_type = MODEL_DEFAULTS["tokenizer_type"]
     if args.encoder_seq_length:
@@ -204,6 +215,67 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
     # Rotary positions have no end, but Megatron wants one that --seq-length does not pass.
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     return args
+
+
+def refuse_numbers_out_of_range(
+    actions: Sequence[argparse.Action], args: argparse.Namespace, argv: Sequence[str]
+) -> None:
+    """ValueError for a number that its flag, of the parser's `actions`, cannot have."""
+    typed = flags_on(argv)
+    ranges = {name: allowed for allowed in RANGES for name in allowed.arguments}
+    for action in actions:
+        value = getattr(args, action.dest, None)
+        # Some of Megatron's defaults, such as -1, mean that there is no number.
+        if action.type not in (int, float) or value is None or value == action.default:
+            continue
+        allowed = ranges.get(action.dest, OTHERWISE)
+        for number in value if isinstance(value, list) else [value]:
+            if not (math.isfinite(number) and allowed.holds(number)):
+                flag = min(typed.intersection(action.option_strings), default=None)
+                raise ValueError(f"{flag or action.option_strings[0]} {number:g}: {allowed.text}")
+
+
+def refuse_unknown_groups(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """ValueError for a flag of Megatron's that no run of this package would notice."""
+    typed = flags_on(argv)
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            used = typed.intersection(action.option_strings)
+            reason = REFUSED_GROUPS.get(group.title or "") or REFUSED_FLAGS.get(action.dest)
+            if used and reason:
+                raise ValueError(f"{min(used)} would do nothing here: {reason}")
+
+
+def refuse_idle_flags(args: argparse.Namespace, config: Any, argv: Sequence[str]) -> None:
+    """ValueError for a typed flag, or a value of one, that this run would not notice."""
+    for name, (values, reason) in ONLY_VALUES.items():
+        if getattr(args, name) not in values:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{flag} would do nothing here: {reason}")
+    typed = flags_on(argv)
+    for need in NEEDS:
+        for flag in need.flags:
+            if flag in typed and not need.met(args, config):
+                raise ValueError(f"{flag} would do nothing here: {need.remedy}")
+    if len(args.data_path or ()) > 1:
+        raise ValueError(
+            f"--data-path {' '.join(args.data_path)}: one folder, or one mixture of folders, is "
+            "read; write a mixture to train on several"
+        )
+    if args.wandb_project:
+        _check_wandb(args)
+
+
+def _check_wandb(args: argparse.Namespace) -> None:
+    """ValueError, before anything is loaded, for what Megatron misses on the last rank alone."""
+    if not args.wandb_exp_name:
+        raise ValueError(f"--wandb-project {args.wandb_project} needs --wandb-exp-name NAME")
+    if not (args.wandb_save_dir or args.save):
+        raise ValueError(
+            f"--wandb-project {args.wandb_project} needs a folder: add --save or --wandb-save-dir"
+        )
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb-project {args.wandb_project} needs wandb: pip install wandb")
 
 
 def _complete_data_flags(args: argparse.Namespace) -> None:
@@ -220,8 +292,6 @@ def _complete_data_flags(args: argparse.Namespace) -> None:
         args.dataloader_save = args.save
     if args.packing_buffer_size is None:
         return
-    if args.packing_buffer_size < 1:
-        raise ValueError(f"--packing-buffer-size {args.packing_buffer_size}: at least 1")
     if args.micro_batch_size != 1:
         raise ValueError(
             f"--micro-batch-size {args.micro_batch_size} with --packing-buffer-size: a micro-batch "
@@ -267,92 +337,6 @@ def expand_fresh(args: argparse.Namespace, config: MimoConfig) -> list[str]:
     return list(parts)
 
 
-def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
-    """ValueError unless the language model divides into the layout and the world holds it."""
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if not args.encoder_ranks:
-        check_world(args.world_size, args)
-    sizes = tensor_parallel_sizes(config, "language")
-    flags = {f"--{path.split('.')[1].replace('_', '-')}": size for path, size in sizes.items()}
-    _check_divisible(flags, "--tensor-model-parallel-size", tp)
-    uneven = (
-        args.decoder_first_pipeline_num_layers
-        or args.decoder_last_pipeline_num_layers
-        or args.pipeline_model_parallel_layout
-        or args.balance_stages
-    )
-    if args.num_layers % pp and not uneven:
-        raise ValueError(
-            f"--num-layers {args.num_layers} is not divisible by --pipeline-model-parallel-size "
-            f"{pp}; choose a divisor, --balance-stages or --decoder-first-pipeline-num-layers"
-        )
-    if args.tp_comm_overlap and not has_transformer_engine():
-        raise ValueError("--tp-comm-overlap needs Transformer Engine, which is not installed")
-    if args.sequence_parallel and args.seq_length % tp:
-        raise ValueError(
-            f"--seq-length {args.seq_length} is not divisible by --tensor-model-parallel-size "
-            f"{tp}, which --sequence-parallel needs"
-        )
-    if args.packing_buffer_size and args.total_seq_length % padding_multiple(args):
-        raise ValueError(
-            f"--total-seq-length {args.total_seq_length} is not divisible by "
-            f"{padding_multiple(args)}, which this layout needs of a packed sequence"
-        )
-
-
-def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
-    """ValueError unless the encoders divide into their layout; fills in sizes not typed.
-
-    Colocated encoders are split as the language model is, non-colocated ones not at all.
-    """
-    typed = encoder_tensor_parallel(args.encoder_tensor_model_parallel_size, config.modalities)
-    default = 1 if args.encoder_ranks else args.tensor_model_parallel_size
-    sizes = {name: typed.get(name, default) for name in config.modalities}
-    args.encoder_tensor_model_parallel_size = sizes
-    if args.encoder_ranks:
-        _check_noncolocated(args)
-    else:
-        _check_colocated(args, colocated_encoder_tp(args))
-    for name in config.modalities:
-        for part in (f"{name}.encoder", f"{name}.projector"):
-            widths = tensor_parallel_sizes(config, part)
-            _check_divisible(widths, "--encoder-tensor-model-parallel-size", sizes[name])
-
-
-def _check_colocated(args: argparse.Namespace, encoder_tp: int) -> None:
-    tp = args.tensor_model_parallel_size
-    if encoder_tp < 1 or tp % encoder_tp:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} is not divisible by "
-            f"--encoder-tensor-model-parallel-size {encoder_tp}; choose a divisor of it"
-        )
-    replicas = args.world_size // (args.pipeline_model_parallel_size * encoder_tp)
-    if args.encoder_data_parallel_size not in (None, replicas):
-        raise ValueError(
-            f"--encoder-data-parallel-size {args.encoder_data_parallel_size}, but "
-            f"{args.world_size} processes hold {replicas} replicas of the encoders at "
-            f"--encoder-tensor-model-parallel-size {encoder_tp}; drop the flag"
-        )
-
-
-def _check_noncolocated(args: argparse.Namespace) -> None:
-    for flag in ("use_tp_pp_dp_mapping", "use_sharp"):
-        if getattr(args, flag):
-            raise ValueError(f"--{flag.replace('_', '-')} would do nothing with --encoder-ranks")
-    if args.num_distributed_optimizer_instances > 1:
-        raise ValueError(
-            '--encoder-ranks runs with one distributed-optimizer instance (Megatron: "MIMO '
-            'optimizer does not yet support num_distributed_optimizer_instances > 1")'
-        )
-    for placement in placements(args)[:-1]:
-        if args.encoder_data_parallel_size not in (None, placement.dp):
-            raise ValueError(
-                f"--encoder-data-parallel-size {args.encoder_data_parallel_size}, but "
-                f"--encoder-ranks has room for {placement.dp} replicas of {placement.name}'s "
-                "encoder; drop the flag"
-            )
-
-
 def _check_batch_sizes(args: argparse.Namespace) -> None:
     parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     replicas = language_processes(args) // (parallel * args.context_parallel_size)
@@ -368,10 +352,10 @@ def _validate(args: argparse.Namespace) -> None:
     """Megatron's own checks, on the processes that hold the language model."""
     world_size = args.world_size
     args.world_size = language_processes(args)
-    try:
+    with megatron_refusals():
         megatron_arguments.validate_args(args)
-    except AssertionError as error:
-        raise ValueError(str(error) or _assertion_source(error)) from None
+        core_transformer_config_from_args(args)
+        pretrain_cfg_container_from_args(args)
     args.world_size = world_size
     if args.virtual_pipeline_model_parallel_size:
         _check_virtual_stages(args)
@@ -393,14 +377,6 @@ def _check_virtual_stages(args: argparse.Namespace) -> None:
         )
 
 
-def _check_divisible(sizes: Mapping[str, int], flag: str, parts: int) -> None:
-    for name, size in sizes.items():
-        if size % parts:
-            raise ValueError(
-                f"{name} {size} is not divisible by {flag} {parts}; choose a divisor of {size}"
-            )
-
-
 def resolve(preset: MimoConfig, args: argparse.Namespace) -> MimoConfig:
     """The preset with the command line's sizes: what the checkpoint remembers."""
     sizes = {field: getattr(args, argument) for field, argument in LANGUAGE_ARGUMENTS.items()}
@@ -418,7 +394,17 @@ def own_flags(argv: Sequence[str]) -> argparse.Namespace:
     return add_own_flags(parser).parse_known_args(argv)[0]
 
 
-def _assertion_source(error: AssertionError) -> str:
-    """The line that failed, for Megatron's assertions that have no message."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"Megatron refuses these flags: {frame.line}"
+@contextlib.contextmanager
+def megatron_refusals() -> Iterator[None]:
+    """Turn whatever Megatron's checks of its flags raise, or end with, into a ValueError."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, AssertionError) and str(error):
+            raise ValueError(str(error)) from None
+        # Many assertions have no message, and other errors are none that names a flag.
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        kind = "" if isinstance(error, AssertionError) else f" ({type(error).__name__}: {error})"
+        raise ValueError(f"Megatron refuses these flags: {line}{kind}") from None

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import difflib
+import errno
+import fcntl
+import json
 import logging
+import math
 import os
+import re
 import signal
+import socket
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Read once, when torch, transformers or CUDA start.
 ENVIRONMENT = {
@@ -32,17 +39,38 @@ ENVIRONMENT = {
 RANK_ZERO_REPORTS_WITHIN = 20
 # Between two lines of a `ProgressBar`.
 PROGRESS_SECONDS = 5.0
+# What the system says when it has no more of something, in errors that name no file.
+LIMITS = {
+    os.strerror(errno.EMFILE): "raise the limit with ulimit -n",
+    os.strerror(errno.EAGAIN): "raise the number of processes with ulimit -u",
+    "can't start new thread": "raise the number of processes with ulimit -u",
+    os.strerror(errno.ENOSPC): "see the folders that are written, and /tmp and /dev/shm",
+    os.strerror(errno.ENOMEM): "free memory, or use smaller batches",
+}
+# In a folder that a run writes to; see `hold_folder`.
+LOCK_FILE = ".in_use"
+# Of <sys/prctl.h>.
+PR_SET_PDEATHSIG = 1
+
+
+class RunError(ValueError):
+    """An error of the whole run, such as a full disk: one rank reports it, the others end silently.
+
+    Without a message, another rank knows what it was.
+    """
 
 
 def run(command: str, main: Callable[[], None]) -> None:
     """Call `main`; a ValueError ends the process with one line on stderr and exit status 2.
 
-    Any other error has a traceback; it ends a rank at once too, and torchrun the others.
+    So do errors of the system, such as a full disk. Any other error has a traceback; it ends a rank
+    at once too, and torchrun the others. No process that `main` forks outlives this one.
 
     Under torchrun every rank meets a wrong input alike, so rank 0 reports for all, and the others
     wait for torchrun to end them; once ranks differ (`report_every_rank`), each reports its own.
     """
     try:
+        end_children_with_this_process()
         check_source_tree()
         main()
         leave_process_group()
@@ -50,26 +78,73 @@ def run(command: str, main: Callable[[], None]) -> None:
         # Megatron exits this way on --exit-interval and on signals.
         leave_process_group()
         raise
-    except ValueError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank != 0 and not _every_rank_reports:
-            # torchrun ends all ranks as soon as one exits: before rank 0 has reported, if this
-            # rank is faster. A rank that outlives the wait met an error that rank 0 did not.
-            time.sleep(RANK_ZERO_REPORTS_WITHIN)
-        single = os.environ.get("WORLD_SIZE", "1") == "1"
-        names_rank = rank != 0 or (_every_rank_reports and not single)
-        who = f" [rank {rank}]" if names_rank else ""
-        _say_nothing_more()
-        log_line(f"{command}{who}: error: {' '.join(str(error).split())}")
-        _exit_now(2)
     except KeyboardInterrupt:
         _exit_now(130)
-    except Exception:
+    except Exception as error:
+        if (line := one_line(error)) is not None:
+            _report(command, line, error)
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         _say_nothing_more()
         sys.excepthook(*sys.exc_info())
         _exit_now(1)
+
+
+def one_line(error: Exception) -> str | None:
+    """What a user is told of an error that the input or the system caused; None for any other."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and isinstance(
+        error, (distributed.DistNetworkError, distributed.DistStoreError)
+    ):
+        address = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
+        first = str(error).split(". ")[0].split("\n")[0]
+        return f"the ranks cannot meet at {address} (MASTER_ADDR, MASTER_PORT): {first}"
+    if isinstance(error, ValueError):
+        # The traceback of a worker that reads data comes with its error.
+        text = str(error)
+        if "Original Traceback (most recent call last)" in text:
+            text = text.rpartition(f"{type(error).__name__}: ")[2]
+        return " ".join(text.split())
+    # Without a number it is no error of the system.
+    if isinstance(error, OSError) and error.errno is not None and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    for limit, remedy in LIMITS.items():
+        if isinstance(error, (OSError, RuntimeError)) and limit in str(error):
+            return f"{limit}; {remedy}"
+    return error.strerror if isinstance(error, OSError) and error.errno is not None else None
+
+
+def _report(command: str, line: str, error: Exception) -> NoReturn:
+    """Say `line`, with the rank where ranks differ, and end the process."""
+    rank = os.environ.get("RANK", "0")
+    rank = rank if rank.isdecimal() else "0"
+    single = os.environ.get("WORLD_SIZE", "1") == "1"
+    _say_nothing_more()
+    if rank != "0" and not (_every_rank_reports and line):
+        # torchrun ends all ranks as soon as one exits: before rank 0 has reported, if this
+        # rank is faster. A rank that outlives the wait met an error that rank 0 did not.
+        time.sleep(RANK_ZERO_REPORTS_WITHIN)
+    of_the_run = int(isinstance(error, RunError) and bool(line))
+    is_told = count_reports(of_the_run) > of_the_run
+    if line and not is_told:
+        names_rank = rank != "0" or (_every_rank_reports and not single)
+        log_line(f"{command}{f' [rank {rank}]' * names_rank}: error: {line}")
+    _exit_now(2)
+
+
+def count_reports(more: int = 0) -> int:
+    """How often a `RunError` was reported by any rank, `more` of them now by this one.
+
+    The count is in the store through which the ranks met. It may be on a rank that has ended; then
+    nobody can tell, and this rank counts for itself.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return more
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add("mimo/reports", more)
+    except RuntimeError:
+        return more
 
 
 def check_source_tree() -> None:
@@ -100,7 +175,8 @@ def log_line(line: str) -> None:
 
 def _say_nothing_more() -> None:
     """Silence what says where a rank was when it was ended: it ends for a reason of its own."""
-    signal.set_wakeup_fd(-1)
+    if signal.set_wakeup_fd(-1) != -1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _exit_now(status: int) -> NoReturn:
@@ -117,6 +193,73 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def end_children_with_this_process() -> None:
+    """From here on a forked process gets SIGKILL when its parent ends, however that is.
+
+    Else readers of data and writers of shards outlive a command that is killed, with its memory,
+    and write into the folder of the next one. Linux does this for the thread that forks.
+    """
+    parents: list[int] = []
+    prctl = ctypes.CDLL(None).prctl
+
+    def end_with_parent() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parents[-1]:  # it ended before the call
+            os._exit(1)
+
+    os.register_at_fork(before=lambda: parents.append(os.getpid()), after_in_child=end_with_parent)
+
+
+def hold_folder(flag: str, folder: Path, name: str = LOCK_FILE) -> None:
+    """Keep other runs out of `folder` while this process lives; ValueError if one is in it.
+
+    The lock is the system's: it ends with the process, also when that is killed, and no child
+    inherits it. The file `name` in the folder stays behind and says who had it last.
+    """
+    file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            # As of a network file system that is mounted without locks.
+            log_line(f"  {flag} {folder}: no lock here ({error.strerror}); run only one at a time")
+            return
+        raise ValueError(
+            f"{flag} {folder}: {_holder(os.read(file, 4096))} writes here; wait until it ends, or "
+            "name another folder"
+        ) from None
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"{json.dumps(holder)}\n".encode(), 0)
+
+
+@contextlib.contextmanager
+def hold_output(output: Path) -> Iterator[None]:
+    """Keep other processes from writing the folder `output`, which need not exist yet.
+
+    An error of the system that names no file, as of a full disk, names it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = output.with_name(f".{output.name}{LOCK_FILE}")
+    hold_folder(f"--output {output.name} in", lock.parent, lock.name)
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or f"--output {output}"
+        raise
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _holder(content: bytes) -> str:
+    """The process that a lock file names."""
+    try:
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a wrong command line in one line, through `run`."""
 
@@ -124,10 +267,25 @@ class Parser(argparse.ArgumentParser):
         refuse(self, message)
 
 
+def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
+    """The type of a flag whose numbers are finite and no less than `low`."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: at least {low}")
+        return value
+
+    number.__name__ = kind.__name__  # by which argparse names it
+    return number
+
+
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Raise ValueError with argparse's message, and the flag that was perhaps meant."""
+    message = re.sub(r"^argument (--\S+): (\S+: at least)", r"\1 \2", message)
     known = [flag for action in parser._actions for flag in action.option_strings]
     wrong = next((word for word in message.split() if word.startswith("--")), "").rstrip(":")
+    wrong = wrong.split("/")[0]  # argparse names a flag by all its names
     close = difflib.get_close_matches(wrong, [flag for flag in known if flag != wrong], n=1)
     hint = f"; did you mean {close[0]}?" if close and wrong not in known else ""
     raise ValueError(f"{message}{hint}")
@@ -152,12 +310,35 @@ def prepare_environment() -> None:
 
 
 def single_process_unless_launched() -> None:
-    """Without torchrun, set what it would: a world of one process with an address."""
+    """Without torchrun, set what it would: a world of one process with an address.
+
+    ValueError for half of what a launcher sets.
+    """
     if "RANK" in os.environ:
+        _check_launch()
         return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and RANK is not set; start with torchrun, "
+            "or unset WORLD_SIZE"
+        )
     # At port 0 the store takes a free one, which nobody can take first.
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update(address | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+
+
+def _check_launch() -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "").isdecimal():
+            raise ValueError(
+                f"{name} is {os.environ.get(name)!r}, no number; start with torchrun, which sets "
+                "RANK and WORLD_SIZE"
+            )
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise ValueError(f"RANK {rank} of WORLD_SIZE {size}: ranks go from 0 to {size - 1}")
+    if missing := [n for n in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]:
+        raise ValueError(f"RANK is set, but {missing[0]} is not; start with torchrun")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The package's command-line flags, and the refusal of flags that a run would ignore.
+"""The package's command-line flags, and which of Megatron's a run takes, with which numbers.
 
 Apart from `cli/arguments.py`, so that `--help` imports neither torch nor Megatron.
 """
@@ -6,7 +6,7 @@ Apart from `cli/arguments.py`, so that `--help` imports neither torch nor Megatr
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,6 +52,7 @@ REFUSED_FLAGS = {
     "eod_mask_loss": "the end of an answer is always a target token",
     "reset_position_ids": "packed conversations attend to themselves alone",
     "reset_attention_mask": "packed conversations attend to themselves alone",
+    "rampup_batch_size": "use --step-batch-size-schedule",
     "mtp_num_layers": "the language model predicts one token at a time",
     "hybrid_layer_pattern": "all layers of the language model are alike",
     "multi_latent_attention": "the language model uses grouped queries",
@@ -72,6 +73,78 @@ ONLY_VALUES = {
         "the tokenizer comes with the data or from --tokenizer-model",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values that the `arguments` may have; `text` says which."""
+
+    text: str
+    holds: Callable[[float], bool]
+    arguments: tuple[str, ...] = ()
+
+
+# Megatron computes with whatever number is typed: a beta of 2 trains without a word, and an
+# interval of 0 ends in a division after the model is built. The first range that names an argument
+# is its own; all others are `OTHERWISE`.
+RANGES = (
+    Range(
+        "at least 1",
+        lambda number: number >= 1,
+        (
+            *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+            *("context_parallel_size", "hierarchical_context_parallel_sizes"),
+            *("expert_tensor_parallel_size", "tensor_parallel_num_weight_shards"),
+            *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+            *("microbatch_group_size_per_vp_stage", "num_distributed_optimizer_instances"),
+            *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"),
+            *("ffn_hidden_size", "kv_channels", "vocab_size", "padded_vocab_size"),
+            *("seq_length", "encoder_seq_length", "max_position_embeddings", "total_seq_length"),
+            *("rotary_base", "rotary_seq_len_interpolation_factor", "recompute_num_layers"),
+            *("micro_batch_size", "global_batch_size", "eval_micro_batch_size"),
+            *("eval_global_batch_size", "packing_buffer_size", "encoder_data_parallel_size"),
+            *("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples"),
+            *("lr_wsd_decay_iters", "lr_wsd_decay_samples", "mlp_chunks_for_training"),
+            *("log_interval", "eval_interval", "save_interval", "non_persistent_save_interval"),
+            *("save_retain_interval", "tensorboard_log_interval", "tensorboard_queue_size"),
+            *("exit_interval", "exit_duration_in_mins", "distributed_timeout_minutes"),
+            *("check_weight_hash_across_dp_replicas_interval", "train_sync_interval"),
+            *("ddp_bucket_size", "ddp_num_buckets", "dist_ckpt_workers", "replication_factor"),
+            *("hysteresis", "muon_num_ns_steps", "log_memory_interval", "save_params_interval"),
+            *("save_wgrads_interval", "save_dgrads_interval", "save_activations_interval"),
+            *("save_tokens_per_expert_interval", "gpu_sniff_test_interval"),
+        ),
+    ),
+    Range(
+        "more than 0",
+        lambda number: number > 0,
+        (
+            *("adam_eps", "layernorm_epsilon", "rope_scaling_factor", "loss_scale"),
+            *("initial_loss_scale", "min_loss_scale", "loss_scale_window"),
+        ),
+    ),
+    Range(
+        "from 0 to less than 1",
+        lambda number: 0 <= number < 1,
+        (
+            *("adam_beta1", "adam_beta2", "lion_beta1", "lion_beta2", "sgd_momentum"),
+            *("muon_momentum", "hidden_dropout", "attention_dropout", "lr_warmup_fraction"),
+        ),
+    ),
+    Range(
+        "from 0 to 1",
+        lambda number: 0 <= number <= 1,
+        ("rotary_percent", "optimizer_offload_fraction", "activation_offload_fraction"),
+    ),
+    # A run adds a little to it for its stages and its validation samples.
+    Range("from 1 to 2147483647", lambda number: 1 <= number < 2**31, ("seed",)),
+    Range(
+        "a finite number",
+        math.isfinite,
+        ("null_tokenizer_pad_id", "glu_linear_offset", "mup_attn_scale_power"),
+    ),
+)
+OTHERWISE = Range("at least 0", lambda number: 0 <= number < math.inf)
 
 
 @dataclass(frozen=True)
@@ -134,49 +207,6 @@ NEEDS = (
 def flags_on(argv: Sequence[str]) -> set[str]:
     """The flags that the user typed, without their values."""
     return {word.split("=")[0] for word in argv if word.startswith("--")}
-
-
-def refuse_unknown_groups(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """ValueError for a flag of Megatron's that no run of this package would notice."""
-    typed = flags_on(argv)
-    for group in parser._action_groups:
-        for action in group._group_actions:
-            used = typed.intersection(action.option_strings)
-            reason = REFUSED_GROUPS.get(group.title or "") or REFUSED_FLAGS.get(action.dest)
-            if used and reason:
-                raise ValueError(f"{min(used)} would do nothing here: {reason}")
-
-
-def refuse_idle_flags(args: argparse.Namespace, config: Any, argv: Sequence[str]) -> None:
-    """ValueError for a typed flag, or a value of one, that this run would not notice."""
-    for name, (values, reason) in ONLY_VALUES.items():
-        if getattr(args, name) not in values:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ValueError(f"{flag} would do nothing here: {reason}")
-    typed = flags_on(argv)
-    for need in NEEDS:
-        for flag in need.flags:
-            if flag in typed and not need.met(args, config):
-                raise ValueError(f"{flag} would do nothing here: {need.remedy}")
-    if len(args.data_path or ()) > 1:
-        raise ValueError(
-            f"--data-path {' '.join(args.data_path)}: one folder, or one mixture of folders, is "
-            "read; write a mixture to train on several"
-        )
-    if args.wandb_project:
-        _check_wandb(args)
-
-
-def _check_wandb(args: argparse.Namespace) -> None:
-    """ValueError, before anything is loaded, for what Megatron misses on the last rank alone."""
-    if not args.wandb_exp_name:
-        raise ValueError(f"--wandb-project {args.wandb_project} needs --wandb-exp-name NAME")
-    if not (args.wandb_save_dir or args.save):
-        raise ValueError(
-            f"--wandb-project {args.wandb_project} needs a folder: add --save or --wandb-save-dir"
-        )
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"--wandb-project {args.wandb_project} needs wandb: pip install wandb")
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -1,17 +1,31 @@
-"""Header of a run: layout, data, and for each part its size and the ranks that hold it."""
+"""What a run prints and writes: its header, the progress table, metrics, output folders."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
 
-from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint
+from examples.mimo.checkpoint.description import (
+    FILE_NAME,
+    TRACKER,
+    open_checkpoint,
+    save_description,
+)
+from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.model.mimo import StageMimoModel
 from examples.mimo.model.parts import part_names, parts
@@ -22,7 +36,7 @@ from examples.mimo.planner.pipeline import (
     predicted_split,
     workload,
 )
-from examples.mimo.training.inputs import fresh_parts, starting_point
+from examples.mimo.training.inputs import fresh_parts, starting_point, tokenizer_path
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
     module_of_rank,
@@ -31,6 +45,22 @@ from examples.mimo.training.layout import (
     run_shape,
 )
 from examples.mimo.training.pretrain import first_batches
+
+# A file that a checkpoint has before it is whole: weights, their index, positions in the data.
+PART_OF_CHECKPOINT = re.compile(r".*\.distcp|\.metadata(\.tmp)?|train_dataloader_dprank\d+\.pt")
+
+# Name and width of each column of the progress table.
+COLUMNS = (
+    ("iteration", 15),
+    ("loss", 9),
+    ("grad norm", 10),
+    ("lr", 9),
+    ("samples/s", 10),
+    ("tokens/s", 9),
+    ("padding", 8),
+    ("data wait", 10),
+    ("left", 9),
+)
 
 
 @dataclass(frozen=True)
@@ -224,3 +254,185 @@ def _counts(stages: list[list[PartSize]], tp: bool) -> list[str]:
     cells = [f"{split + copied:,}", *([f"{split:,}", f"{copied:,}"] if tp else [])]
     stage_bytes = [sum(size.here_bytes for size in sizes) for sizes in stages]
     return cells + [f"{count:,} B" if count else "-" for count in stage_bytes]
+
+
+@dataclass(frozen=True)
+class IterationTotals:
+    """What one iteration's batches held on all ranks, and how long it took.
+
+    `slots` counts positions with padding, `tokens` those without; `items` counts media files.
+    `wait_seconds` is the mean over ranks, and `bad_samples` those that could not be read since
+    training began.
+    """
+
+    seconds: float
+    tokens: int
+    slots: int
+    wait_seconds: float
+    items: dict[str, int]
+    bad_samples: int
+
+
+class ProgressTable:
+    """Prints a line every `--log-interval` iterations, and writes each one to `--metrics-file`."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.losses: list[float] = []
+        self.window: list[IterationTotals] = []
+        self.has_heading = False
+
+    def add(
+        self,
+        iteration: int,
+        loss: float | None,
+        grad_norm: float | None,
+        lr: float | None,
+        totals: IterationTotals,
+        **metrics: Any,
+    ) -> None:
+        """Take in one iteration; `metrics` go to the file only. No loss: the update was skipped."""
+        self.window.append(totals)
+        if loss is not None:
+            self.losses.append(loss)
+        self.append_metrics(
+            {
+                "iteration": iteration,
+                "loss": self.losses[-1] if self.losses else None,
+                "grad_norm": grad_norm,
+                "learning_rate": lr,
+                **asdict(totals),
+                **metrics,
+            }
+        )
+        if iteration % self.args.log_interval and iteration != self.args.train_iters:
+            return
+        if not self.has_heading:
+            self.has_heading = True
+            self._print_row([name for name, _ in COLUMNS])
+        self._print_row(self._cells(iteration, grad_norm, lr))
+        self.losses.clear()
+        self.window.clear()
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """A line of JSON in `--metrics-file`, if there is one."""
+        if not self.args.metrics_file:
+            return
+        try:
+            with open(self.args.metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            # An error of writing does not know the file.
+            raise OSError(error.errno, error.strerror, self.args.metrics_file) from None
+
+    def _cells(self, iteration: int, grad_norm: float | None, lr: float | None) -> list[str]:
+        """Means over the iterations since the last line; gradient norm and lr of the last one."""
+        seconds = max(sum(totals.seconds for totals in self.window), 1e-9)
+        tokens = sum(totals.tokens for totals in self.window)
+        slots = sum(totals.slots for totals in self.window)
+        waited = sum(totals.wait_seconds for totals in self.window)
+        left = (self.args.train_iters - iteration) * seconds / len(self.window)
+        return [
+            f"{iteration}/{self.args.train_iters}",
+            f"{sum(self.losses) / max(len(self.losses), 1):.4f}",
+            "-" if grad_norm is None else f"{grad_norm:.3f}",
+            "-" if lr is None else f"{lr:.2e}",
+            f"{len(self.window) * self.args.global_batch_size / seconds:.1f}",
+            f"{tokens / seconds:.0f}",
+            f"{100 * (1 - tokens / slots) if slots else 0:.0f} %",
+            f"{100 * waited / seconds:.0f} %",
+            f"{int(left // 60)}:{int(left % 60):02d} min",
+        ]
+
+    def _print_row(self, cells: list[str]) -> None:
+        padded = (f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
+        print(" ".join(padded), file=sys.stderr, flush=True)
+
+
+def tracked_values(
+    args: argparse.Namespace,
+    loss_dict: dict[str, torch.Tensor],
+    lr: float | None,
+    grad_norm: Any,
+    totals: IterationTotals,
+) -> dict[str, float]:
+    """What the progress table shows of one iteration, by the names that trackers give it."""
+    if not (args.tensorboard_dir or args.wandb_project):
+        return {}  # a loss on the GPU is not waited for without need
+    seconds = max(totals.seconds, 1e-9)
+    values = {name: float(loss) for name, loss in loss_dict.items()}
+    values |= {} if lr is None else {"learning-rate": float(lr)}
+    values |= {} if grad_norm is None else {"grad-norm": float(grad_norm)}
+    return values | {
+        "samples per second": args.global_batch_size / seconds,
+        "tokens per second": totals.tokens / seconds,
+        "padding": 1 - totals.tokens / totals.slots if totals.slots else 0.0,
+        "data wait": totals.wait_seconds / seconds,
+        "bad samples": float(totals.bad_samples),
+        **{f"items/{name}": float(count) for name, count in totals.items.items()},
+    }
+
+
+def prepare_outputs(args: argparse.Namespace, config: MimoConfig) -> None:
+    """Make the folders that the run writes to, and describe the model in --save.
+
+    ValueError, alike on every rank, for what cannot be written, and for a --save that another run
+    writes to.
+    """
+    for name in ("save", "tensorboard_dir", "wandb_save_dir"):
+        if folder := getattr(args, name):
+            with _names(f"--{name.replace('_', '-')} {folder}"):
+                os.makedirs(folder, exist_ok=True)
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "this folder cannot be written")
+    if args.metrics_file:
+        with _names(f"--metrics-file {args.metrics_file}"), open(args.metrics_file, "a"):
+            if args.rank == 0:
+                end_last_line(Path(args.metrics_file))
+    if not args.save or args.rank != 0:
+        return
+    save = Path(args.save)
+    with _names(f"--save {save}"):
+        command.hold_folder("--save", save)
+        remove_incomplete(save)  # of a run that was killed
+        # Before any weights: from the first checkpoint on, even of a run that breaks, the folder
+        # can be answered from and resumed.
+        start = starting_point(args)
+        sources = open_checkpoint(start).sources if start and (start / FILE_NAME).is_file() else {}
+        for part in fresh_parts(args):
+            sources.pop(part, None)
+        save_description(save, config, tokenizer_path(args), sources)
+
+
+def end_last_line(file: Path) -> None:
+    """End the last line of a file where a kill has cut it off, so that the next is a line."""
+    if not file.is_file() or not file.stat().st_size:
+        return
+    with file.open("rb+") as stream:
+        stream.seek(-1, os.SEEK_END)
+        if stream.read() != b"\n":
+            stream.write(b"\n")
+
+
+@contextlib.contextmanager
+def _names(output: str) -> Iterator[None]:
+    """Name the `output` in errors of the system."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{output}: {error.strerror or error}") from None
+
+
+def remove_incomplete(save: Path) -> None:
+    """Remove what was written of checkpoints newer than the last whole one; it takes space.
+
+    Megatron writes metadata.json when all else is written, and then the tracker. Ranks of another
+    layout would leave files of it among their own.
+    """
+    tracker = save / TRACKER
+    last = tracker.read_text().strip() if tracker.is_file() else "0"
+    for folder in save.glob("iter_*"):
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        is_newer = last.isdecimal() and int(folder.name[5:]) > int(last)
+        if is_newer and all(PART_OF_CHECKPOINT.fullmatch(file.name) for file in files):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.mimo.cli.command import Parser
+from examples.mimo.cli.command import Parser, at_least
 
 if TYPE_CHECKING:
     from examples.mimo.configs.schema import MimoConfig
@@ -29,8 +29,8 @@ def inference_parser() -> argparse.ArgumentParser:
     add("--ckpt", type=Path, required=True, help="what train.py --save wrote")
     add("--prompt", help="default: the prompt in the model's config")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
-    add("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
-    add("--pp", type=int, default=1, help="pipeline stages, under torchrun")
+    add("--tp", type=at_least(1), default=1, help="tensor-parallel size, under torchrun")
+    add("--pp", type=at_least(1), default=1, help="pipeline stages, under torchrun")
     add_integrity_flag(parser)
     add("--cuda-graphs", action="store_true", help="one launch per token instead of hundreds")
     add = parser.add_argument_group("input and output").add_argument

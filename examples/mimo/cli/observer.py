@@ -1,32 +1,45 @@
-"""Run observer: phase of each rank, progress table, metrics, bad samples, lost ranks."""
+"""Run observer: phase of each rank, counts, bad samples, and what ended a run."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import traceback
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from torch.distributed.checkpoint.api import CheckpointException
 
+from examples.mimo.checkpoint.description import TRACKER
 from examples.mimo.checkpoint.loading import CHECKPOINT_ERRORS, reason, schedule_mismatch
 from examples.mimo.cli import command
-from examples.mimo.cli.header import describe_run
+from examples.mimo.cli.command import RunError
+from examples.mimo.cli.header import (
+    IterationTotals,
+    ProgressTable,
+    describe_run,
+    remove_incomplete,
+    tracked_values,
+)
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import BadSample, BadSampleCount
@@ -42,131 +55,12 @@ LOST_RANK_MESSAGES = (
     "Timed out waiting",
     "remote process exited",
 )
-
-# Name and width of each column of the progress table.
-COLUMNS = (
-    ("iteration", 15),
-    ("loss", 9),
-    ("grad norm", 10),
-    ("lr", 9),
-    ("samples/s", 10),
-    ("tokens/s", 9),
-    ("padding", 8),
-    ("data wait", 10),
-    ("left", 9),
-)
-
-
-@dataclass(frozen=True)
-class IterationTotals:
-    """What one iteration's batches held on all ranks, and how long it took.
-
-    `slots` counts positions with padding, `tokens` those without; `items` counts media files.
-    `wait_seconds` is the mean over ranks, and `bad_samples` those that could not be read since
-    training began.
-    """
-
-    seconds: float
-    tokens: int
-    slots: int
-    wait_seconds: float
-    items: dict[str, int]
-    bad_samples: int
-
-
-class ProgressTable:
-    """Prints a line every `--log-interval` iterations, and writes each one to `--metrics-file`."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.losses: list[float] = []
-        self.window: list[IterationTotals] = []
-        self.has_heading = False
-
-    def add(
-        self,
-        iteration: int,
-        loss: float | None,
-        grad_norm: float | None,
-        lr: float | None,
-        totals: IterationTotals,
-        **metrics: Any,
-    ) -> None:
-        """Take in one iteration; `metrics` go to the file only. No loss: the update was skipped."""
-        self.window.append(totals)
-        if loss is not None:
-            self.losses.append(loss)
-        self.append_metrics(
-            {
-                "iteration": iteration,
-                "loss": self.losses[-1] if self.losses else None,
-                "grad_norm": grad_norm,
-                "learning_rate": lr,
-                **asdict(totals),
-                **metrics,
-            }
-        )
-        if iteration % self.args.log_interval and iteration != self.args.train_iters:
-            return
-        if not self.has_heading:
-            self.has_heading = True
-            self._print_row([name for name, _ in COLUMNS])
-        self._print_row(self._cells(iteration, grad_norm, lr))
-        self.losses.clear()
-        self.window.clear()
-
-    def append_metrics(self, record: dict[str, Any]) -> None:
-        """A line of JSON in `--metrics-file`, if there is one."""
-        if self.args.metrics_file:
-            with open(self.args.metrics_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def _cells(self, iteration: int, grad_norm: float | None, lr: float | None) -> list[str]:
-        """Means over the iterations since the last line; gradient norm and lr of the last one."""
-        seconds = max(sum(totals.seconds for totals in self.window), 1e-9)
-        tokens = sum(totals.tokens for totals in self.window)
-        slots = sum(totals.slots for totals in self.window)
-        waited = sum(totals.wait_seconds for totals in self.window)
-        left = (self.args.train_iters - iteration) * seconds / len(self.window)
-        return [
-            f"{iteration}/{self.args.train_iters}",
-            f"{sum(self.losses) / max(len(self.losses), 1):.4f}",
-            "-" if grad_norm is None else f"{grad_norm:.3f}",
-            "-" if lr is None else f"{lr:.2e}",
-            f"{len(self.window) * self.args.global_batch_size / seconds:.1f}",
-            f"{tokens / seconds:.0f}",
-            f"{100 * (1 - tokens / slots) if slots else 0:.0f} %",
-            f"{100 * waited / seconds:.0f} %",
-            f"{int(left // 60)}:{int(left % 60):02d} min",
-        ]
-
-    def _print_row(self, cells: list[str]) -> None:
-        padded = (f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
-        print(" ".join(padded), file=sys.stderr, flush=True)
-
-
-def _tracked(
-    args: argparse.Namespace,
-    loss_dict: dict[str, torch.Tensor],
-    lr: float | None,
-    grad_norm: Any,
-    totals: IterationTotals,
-) -> dict[str, float]:
-    """What the progress table shows of one iteration, by the names that trackers give it."""
-    if not (args.tensorboard_dir or args.wandb_project):
-        return {}  # a loss on the GPU is not waited for without need
-    seconds = max(totals.seconds, 1e-9)
-    values = {name: float(loss) for name, loss in loss_dict.items()}
-    values |= {} if lr is None else {"learning-rate": float(lr)}
-    values |= {} if grad_norm is None else {"grad-norm": float(grad_norm)}
-    return values | {
-        "samples per second": args.global_batch_size / seconds,
-        "tokens per second": totals.tokens / seconds,
-        "padding": 1 - totals.tokens / totals.slots if totals.slots else 0.0,
-        "data wait": totals.wait_seconds / seconds,
-        "bad samples": float(totals.bad_samples),
-        **{f"items/{name}": float(count) for name, count in totals.items.items()},
-    }
+STARTING = "starting"
+SAVING = "saving a checkpoint"
+# What torch says when a process of a DataLoader is killed, as where /dev/shm is full.
+READER_DIED = "DataLoader worker"
+# What torch says of a file that did not take all bytes; it hides the system's reason.
+STREAM_BROKE = "inline_container.cc"
 
 
 @dataclass
@@ -188,17 +82,25 @@ class RunObserver:
 
     def __init__(self, args: argparse.Namespace, config: MimoConfig) -> None:
         self.args, self.config = args, config
-        self.phase = "starting"
+        self.phase = STARTING
         self.bad_samples = BadSampleCount()
         self.counts = BatchCounts()
         self.table = ProgressTable(args)
         self.iteration_ended = time.perf_counter()
-        self.model_is_built = False
+        self.model_is_built = self.has_saved = False
         self.bad_samples_reported = 0
+        # Megatron logs why a writer of a checkpoint failed, and raises an error that does not say.
+        self.writer_errors: list[str] = []
+        logging.getLogger(filesystem_async.__name__).addFilter(self._keep_writer_error)
+        # What a thread of TensorBoard met is raised again when the next value is written.
+        threading.excepthook = lambda failed: (
+            None if isinstance(failed.exc_value, OSError) else threading.__excepthook__(failed)
+        )
 
     def enter(self, phase: str) -> None:
         """From here on this rank does `phase`, in which {iteration} stands for the current one."""
         self.phase = phase.format(iteration=getattr(self.args, "curr_iteration", 0) + 1)
+        self.has_saved |= SAVING in phase
 
     def add_batch(self, batch: Batch, wait_seconds: float) -> None:
         """Count one micro-batch of training, and the time that reading it took."""
@@ -244,7 +146,9 @@ class RunObserver:
                 f"--data-path {self.args.data_path[0]}: {totals.bad_samples} samples could not be "
                 f"read, more than --max-bad-samples {self.args.max_bad_samples}{last}"
             )
-        self._track(iteration, _tracked(self.args, loss_dict, lr, grad_norm, totals), loss_dict)
+        self._track(
+            iteration, tracked_values(self.args, loss_dict, lr, grad_norm, totals), loss_dict
+        )
         if not self._is_logging_rank():
             return
         if totals.bad_samples > self.bad_samples_reported:
@@ -300,14 +204,19 @@ class RunObserver:
 
     @contextlib.contextmanager
     def explains_errors(self) -> Iterator[None]:
-        """Turn errors that the input or another rank caused into a ValueError of one line."""
+        """Turn errors that the input, the system or another rank caused into a line of its own."""
         try:
             yield
-        except (ImportError, AssertionError, RuntimeError, *CHECKPOINT_ERRORS) as error:
-            explanation = self._explain(error)
+        except (ImportError, AssertionError, RuntimeError, OSError, *CHECKPOINT_ERRORS) as error:
+            lost = self.lost_rank(error) if isinstance(error, RuntimeError) else None
+            if lost is None and self._is_saving(error):
+                self._give_up_saving(error)
+            explanation = lost or self._explain(error)
             if explanation is None:
                 raise
-            raise ValueError(explanation) from None
+            # A full disk, say, ends every rank, and one says so.
+            kind = RunError if isinstance(error, OSError) else ValueError
+            raise kind(explanation) from None
 
     def _explain(self, error: BaseException) -> str | None:
         if isinstance(error, CHECKPOINT_ERRORS) and not self.model_is_built:
@@ -318,7 +227,52 @@ class RunObserver:
         if isinstance(error, AssertionError):
             mismatch = schedule_mismatch(error)
             return mismatch and f"--load {self.args.load}: {mismatch}"
-        return self.lost_rank(error) if isinstance(error, RuntimeError) else None
+        if isinstance(error, OSError):
+            # TensorBoard writes in a thread, and its errors name no file.
+            frames = traceback.extract_tb(error.__traceback__)
+            if not error.filename and any("tensorboard" in frame.filename for frame in frames):
+                error.filename = f"--tensorboard-dir {self.args.tensorboard_dir}"
+            line = command.one_line(error)
+            return line and f"{line} in: {self.phase}; {self._kept()}"
+        if READER_DIED in str(error):
+            return (
+                f"a process that reads data ended in: {self.phase} ({str(error).splitlines()[0]}); "
+                f"lower --num-workers, or give it more memory or space in /dev/shm; {self._kept()}"
+            )
+        return None
+
+    def _is_saving(self, error: BaseException) -> bool:
+        """Whether `error` is of a checkpoint that is written, now or in the background."""
+        return SAVING in self.phase or (self.has_saved and isinstance(error, CHECKPOINT_ERRORS))
+
+    def _give_up_saving(self, error: BaseException) -> NoReturn:
+        """RunError that says what is kept; removes what was written of the new checkpoint."""
+        if isinstance(error, CheckpointException) and not error.failures:
+            raise RunError("") from None  # torch tells rank 0 why
+        remove_incomplete(Path(self.args.save))
+        why = self.writer_errors[0] if self.writer_errors else reason(error)
+        if STREAM_BROKE in why:
+            why = "a file could not be written to its end; is the disk, a quota or a limit full?"
+        why = re.sub(r".*\[Errno \d+\] ", "", why)
+        raise RunError(f"--save {self.args.save}: {why} in: {self.phase}; {self._kept()}") from None
+
+    def _keep_writer_error(self, record: logging.LogRecord) -> bool:
+        """Keep what Megatron would print; the run's last line says it."""
+        self.writer_errors.append(record.getMessage())
+        return False
+
+    def _kept(self) -> str:
+        """Which checkpoint of this run is whole, and how to go on."""
+        if not self.args.save:
+            return "nothing of this run is kept, for lack of --save"
+        tracker = Path(self.args.save) / TRACKER
+        if not tracker.is_file():
+            return "no checkpoint of this run was finished"
+        iteration = tracker.read_text().strip()
+        return (
+            f"the checkpoint of iteration {iteration} is whole, and --load {self.args.save} goes "
+            "on from it"
+        )
 
     def lost_rank(self, error: RuntimeError) -> str | None:
         """One line for an error that means that another rank is gone; None for any other error."""
@@ -337,8 +291,10 @@ class RunObserver:
         def wait_for_sigterm() -> None:
             while signal.SIGTERM not in os.read(reading, 1):
                 pass
-            rank = os.environ.get("RANK", "0")
-            command.log_line(f"train.py [rank {rank}]: ended from outside in: {self.phase}")
+            # While ranks start, and where a rank has said why the run ends, this says nothing new.
+            if self.phase != STARTING and not command.count_reports():
+                rank = os.environ.get("RANK", "0")
+                command.log_line(f"train.py [rank {rank}]: ended from outside in: {self.phase}")
             os._exit(128 + signal.SIGTERM)
 
         def restore_in_child() -> None:
@@ -352,6 +308,17 @@ class RunObserver:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=restore_in_child)
         threading.Thread(target=wait_for_sigterm, daemon=True).start()
+
+    def leave_signal_to_parent(self) -> None:
+        """From here on a forked process does not notice the signal of --exit-signal-handler.
+
+        A scheduler sends it to all processes of a run. The rank saves a checkpoint and ends, and
+        until then it needs its readers of data and the helper of its checkpoint writers.
+        """
+        blocked = {self.args.exit_signal}
+        os.register_at_fork(
+            after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        )
 
     def _take_totals(self) -> tuple[IterationTotals, list[str], float | None]:
         """Sum the counts over the data-parallel group, gather its samples' keys, and start over.

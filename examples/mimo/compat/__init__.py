@@ -79,6 +79,7 @@ def install_for_training(observer: Any, saves_checkpoints: bool) -> None:
     _put_in_place(megatron.integrity_replacements())
     if saves_checkpoints:
         _put_in_place(megatron.dataloader_replacements())
+        _put_in_place(megatron.tracker_replacement())
         install_results_queue()
 
 
@@ -116,6 +117,7 @@ def replacements() -> dict[str, list[Replacement]]:
             *megatron.dataloader_replacements(),
             *megatron.integrity_replacements(),
             *megatron.results_queue_replacement(None),
+            *megatron.tracker_replacement(),
         ],
         "train.py --encoder-ranks": megatron.noncolocated_replacements(
             parallel_state_globals(), lambda build: build

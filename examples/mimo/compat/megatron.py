@@ -2,11 +2,12 @@
 
 `wheel_replacements` are for every command. The others are for training: hooks that let an
 observer follow `pretrain()`, which has no callbacks; an Adam whose checkpoints reload; the queue
-of checkpoint writers; and what non-colocated encoders need.
+of checkpoint writers; the tracker of checkpoints; and what non-colocated encoders need.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -31,6 +32,7 @@ from examples.mimo.compat import Replacement
 
 # What Megatron's training reads a checkpoint with.
 LOADERS = (COMMON_STATE, "load")
+TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def wheel_replacements() -> list[Replacement]:
@@ -144,6 +146,38 @@ def dataloader_replacements() -> list[Replacement]:
 
     reason = "checkpointing.py: maybe_save_dataloader_state takes one iterator, not one per stage"
     return [Replacement(checkpointing, "maybe_save_dataloader_state", save_of_first_stage, reason)]
+
+
+def tracker_replacement() -> list[Replacement]:
+    """File functions that write the tracker whole or not at all."""
+    reason = (
+        "checkpointing.py: empties the tracker before it writes it, so that a kill or a full disk "
+        "between the two loses the checkpoint that it names"
+    )
+    return [Replacement(checkpointing, "maybe_msc", TrackerFiles(checkpointing.maybe_msc), reason)]
+
+
+class TrackerFiles:
+    """Megatron's own file functions, but a tracker on a local disk is replaced in one step."""
+
+    def __init__(self, files: Any) -> None:
+        self._files = files
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+    @contextlib.contextmanager
+    def open(self, path: str, mode: str = "r", **kwargs: Any) -> Iterator[Any]:
+        """As `open`; of a tracker that is written, other processes see the old or the new."""
+        is_tracker = os.path.basename(path) == TRACKER and "w" in mode and "://" not in path
+        target = f"{path}.new" if is_tracker else path
+        with self._files.open(target, mode, **kwargs) as file:
+            yield file
+            if is_tracker:
+                file.flush()
+                os.fsync(file.fileno())
+        if is_tracker:
+            os.replace(target, path)
 
 
 def start_results_queue() -> Any:

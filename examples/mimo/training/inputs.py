@@ -64,6 +64,48 @@ def _flag_of(start: Path, args: argparse.Namespace) -> str:
     return "--load" if str(start) == args.load else "--pretrained-checkpoint"
 
 
+def check_schedule(args: argparse.Namespace) -> None:
+    """ValueError for a schedule of learning rate or weight decay that contradicts itself.
+
+    Megatron's scheduler asserts the same without a word, after the model is built.
+    """
+    unit = "samples" if args.train_samples else "iters"
+    name = f"lr_decay_{unit}" if getattr(args, f"lr_decay_{unit}") else f"train_{unit}"
+    decay, length = f"--{name.replace('_', '-')}", getattr(args, name)
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    if warmup >= length:
+        raise ValueError(
+            f"--lr-warmup-{unit} {warmup} leaves nothing of {decay} {length} to decay in; at most "
+            f"{length - 1}"
+        )
+    annealing = getattr(args, f"lr_wsd_decay_{unit}")
+    if args.lr_decay_style == "WSD" and not 1 <= (annealing or 0) <= length:
+        raise ValueError(
+            f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of the last part, from "
+            f"1 to {decay} {length}" + f", not {annealing}" * (annealing is not None)
+        )
+    for flag, lower in (("min-lr", args.min_lr), ("lr-warmup-init", args.lr_warmup_init)):
+        if lower > args.lr:
+            raise ValueError(f"--{flag} {lower:g} is more than --lr {args.lr:g}")
+    if args.use_checkpoint_opt_param_scheduler and args.override_opt_param_scheduler:
+        raise ValueError(
+            "--use-checkpoint-opt_param-scheduler and --override-opt_param-scheduler do not go "
+            "together: the schedule is the checkpoint's or this run's"
+        )
+    start, end = args.start_weight_decay, args.end_weight_decay
+    if args.weight_decay_incr_style == "constant":
+        if (start, end) != (None, None):
+            raise ValueError(
+                "--start-weight-decay and --end-weight-decay would do nothing here: add "
+                "--weight-decay-incr-style linear or cosine"
+            )
+    elif start is None or end is None or start > end:
+        raise ValueError(
+            f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay "
+            "and an --end-weight-decay that is no smaller"
+        )
+
+
 def from_shards(args: argparse.Namespace, function: str) -> Any:
     """A function or class of the package that reads shards."""
     try:

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from megatron.core import mpu
 
+from examples.mimo.checkpoint.loading import tensor_parallel_sizes
+from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import Sample
+from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.parallel import noncolocated
 from examples.mimo.parallel.placement import LANGUAGE, Placement, here, take_share
 
@@ -129,6 +132,100 @@ def check_world(processes: int, args: argparse.Namespace, whose: str = "") -> No
             f"{tp * pp * cp}"
             + (" beside the encoders'" if whose else " with torchrun --nproc-per-node")
         )
+
+
+def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
+    """ValueError unless the language model divides into the layout and the world holds it."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if not args.encoder_ranks:
+        check_world(args.world_size, args)
+    sizes = tensor_parallel_sizes(config, "language")
+    flags = {f"--{path.split('.')[1].replace('_', '-')}": size for path, size in sizes.items()}
+    _check_divisible(flags, "--tensor-model-parallel-size", tp)
+    uneven = (
+        args.decoder_first_pipeline_num_layers
+        or args.decoder_last_pipeline_num_layers
+        or args.pipeline_model_parallel_layout
+        or args.balance_stages
+    )
+    if args.num_layers % pp and not uneven:
+        raise ValueError(
+            f"--num-layers {args.num_layers} is not divisible by --pipeline-model-parallel-size "
+            f"{pp}; choose a divisor, --balance-stages or --decoder-first-pipeline-num-layers"
+        )
+    if args.tp_comm_overlap and not has_transformer_engine():
+        raise ValueError("--tp-comm-overlap needs Transformer Engine, which is not installed")
+    if args.sequence_parallel and args.seq_length % tp:
+        raise ValueError(
+            f"--seq-length {args.seq_length} is not divisible by --tensor-model-parallel-size "
+            f"{tp}, which --sequence-parallel needs"
+        )
+    if args.packing_buffer_size and args.total_seq_length % padding_multiple(args):
+        raise ValueError(
+            f"--total-seq-length {args.total_seq_length} is not divisible by "
+            f"{padding_multiple(args)}, which this layout needs of a packed sequence"
+        )
+
+
+def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
+    """ValueError unless the encoders divide into their layout; fills in sizes not typed.
+
+    Colocated encoders are split as the language model is, non-colocated ones not at all.
+    """
+    typed = encoder_tensor_parallel(args.encoder_tensor_model_parallel_size, config.modalities)
+    default = 1 if args.encoder_ranks else args.tensor_model_parallel_size
+    sizes = {name: typed.get(name, default) for name in config.modalities}
+    args.encoder_tensor_model_parallel_size = sizes
+    if args.encoder_ranks:
+        _check_noncolocated(args)
+    else:
+        _check_colocated(args, colocated_encoder_tp(args))
+    for name in config.modalities:
+        for part in (f"{name}.encoder", f"{name}.projector"):
+            widths = tensor_parallel_sizes(config, part)
+            _check_divisible(widths, "--encoder-tensor-model-parallel-size", sizes[name])
+
+
+def _check_colocated(args: argparse.Namespace, encoder_tp: int) -> None:
+    tp = args.tensor_model_parallel_size
+    if encoder_tp < 1 or tp % encoder_tp:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} is not divisible by "
+            f"--encoder-tensor-model-parallel-size {encoder_tp}; choose a divisor of it"
+        )
+    replicas = args.world_size // (args.pipeline_model_parallel_size * encoder_tp)
+    if args.encoder_data_parallel_size not in (None, replicas):
+        raise ValueError(
+            f"--encoder-data-parallel-size {args.encoder_data_parallel_size}, but "
+            f"{args.world_size} processes hold {replicas} replicas of the encoders at "
+            f"--encoder-tensor-model-parallel-size {encoder_tp}; drop the flag"
+        )
+
+
+def _check_noncolocated(args: argparse.Namespace) -> None:
+    for flag in ("use_tp_pp_dp_mapping", "use_sharp"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} would do nothing with --encoder-ranks")
+    if args.num_distributed_optimizer_instances > 1:
+        raise ValueError(
+            '--encoder-ranks runs with one distributed-optimizer instance (Megatron: "MIMO '
+            'optimizer does not yet support num_distributed_optimizer_instances > 1")'
+        )
+    for placement in placements(args)[:-1]:
+        if args.encoder_data_parallel_size not in (None, placement.dp):
+            raise ValueError(
+                f"--encoder-data-parallel-size {args.encoder_data_parallel_size}, but "
+                f"--encoder-ranks has room for {placement.dp} replicas of {placement.name}'s "
+                "encoder; drop the flag"
+            )
+
+
+def _check_divisible(sizes: Mapping[str, int], flag: str, parts: int) -> None:
+    for name, size in sizes.items():
+        if size % parts:
+            raise ValueError(
+                f"{name} {size} is not divisible by {flag} {parts}; choose a divisor of {size}"
+            )
 
 
 def encoder_tensor_parallel(words: Iterable[str] | None, names: Iterable[str]) -> dict[str, int]:
