@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import signal
 import socket
@@ -46,6 +47,7 @@ def serve(args: argparse.Namespace) -> None:
     from examples.mimo.generation.api import Mimo
     from examples.mimo.serving.worker import Worker
 
+    _log_to_stderr()
     # A port that is taken should not cost the time of loading.
     listener = _listen(args.host, args.port) if os.environ["RANK"] == "0" else None
     checkpoint = open_checkpoint(args.ckpt)
@@ -82,6 +84,13 @@ def serve(args: argparse.Namespace) -> None:
     finally:
         server.should_exit = True
         http_thread.join()
+
+
+def _log_to_stderr() -> None:
+    """Megatron sends every log to stdout, where nobody looks for the reason of a status 500."""
+    log = logging.getLogger("examples.mimo")
+    log.addHandler(logging.StreamHandler())
+    log.propagate = False
 
 
 def _run(worker: Worker) -> None:

@@ -169,9 +169,14 @@ class Mimo:
         batch_size: int = BATCH_SIZE,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[Answer]:
-        """Answers in the samples' order; `progress` is told how many are done."""
+        """Answers in the samples' order; `progress` is told how many are done.
+
+        ValueError for the first that has an error instead.
+        """
         answers: dict[int, Answer] = {}
         for number, answer in self.iter_answers(iter(enumerate(samples)), options, batch_size):
+            if answer.error is not None:
+                raise ValueError(f"sample {samples[number].key}: {answer.error}")
             answers[number] = answer
             progress(len(answers))
         return [answers[number] for number in range(len(samples))]
@@ -213,12 +218,19 @@ class Mimo:
             scheduler.cancel_all()
 
     def stream_answer(self, sample: Sample, options: Options = DEFAULT_OPTIONS) -> Iterator[Piece]:
-        """Pieces of one answer as they are generated; the last one has the whole answer."""
+        """Pieces of one answer as they are generated; the last one has the whole answer.
+
+        ValueError when the model cannot go on.
+        """
         scheduler = self.scheduler()
         try:
-            yield from scheduler.start([(0, sample, options)])
-            while len(scheduler):
-                yield from scheduler.step()
+            pieces = scheduler.start([(0, sample, options)])
+            while pieces:
+                for piece in pieces:
+                    if piece.error is not None:
+                        raise ValueError(f"sample {sample.key}: {piece.error}")
+                    yield piece
+                pieces = scheduler.step()
         finally:
             scheduler.cancel_all()
 

@@ -23,6 +23,8 @@ from examples.mimo.model.mimo import StageMimoModel
 MAX_DECODE_TOKENS = 64
 # The cache grows in steps of so many tokens, as growing copies its tensors.
 LENGTH_STEP = 128
+# The logits of a long prompt do not fit memory at once.
+LOGPROB_TOKENS = 256
 
 # Megatron's parameter names, of the local and the Transformer Engine layer spec.
 PARAMETER_NAMES = {
@@ -142,6 +144,11 @@ class KeyValueCache:
         keys = self.keys[:, slot : slot + 1, ..., :length].clone()
         return KeyValueCache(keys, self.values[:, slot : slot + 1, :, :length].clone())
 
+    def clear_slot(self, slot: int) -> None:
+        """Overwrite a slot with zeros."""
+        self.keys[:, slot] = 0
+        self.values[:, slot] = 0
+
     def write_slot(self, slot: int, source: KeyValueCache, source_slot: int, length: int) -> None:
         """Copy the first `length` tokens of a slot of `source` into `slot`."""
         self.keys[:, slot, ..., :length] = source.keys[:, source_slot, ..., :length]
@@ -228,6 +235,16 @@ class CachedTransformer:
         shards = [torch.empty_like(shard.contiguous()) for _ in range(self.tp_group.size())]
         dist.all_gather(shards, shard.contiguous(), group=self.tp_group)
         return torch.cat(shards, dim=-1)
+
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(N, H) and (N,) -> (N,): the log-probabilities of the targets, in fp32."""
+        pieces = []
+        for part, ids in zip(
+            hidden.split(LOGPROB_TOKENS), targets.split(LOGPROB_TOKENS), strict=True
+        ):
+            logprobs = self.logits(part).float().log_softmax(dim=-1)
+            pieces.append(logprobs.gather(1, ids[:, None])[:, 0])
+        return torch.cat(pieces)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,) ids of text tokens -> (B, 1, H), on the first stage."""

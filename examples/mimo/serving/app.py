@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.api import Mimo
-from examples.mimo.generation.scheduler import Answer, Piece
+from examples.mimo.generation.scheduler import NOT_FINITE_ERROR, Answer, Piece
 from examples.mimo.serving.openai import Chat, Reply, error_body, parse
 from examples.mimo.serving.worker import QueueFullError, Worker, WorkerFailedError
 
@@ -38,6 +38,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 FAILED = "the server failed at this request; its log says why"
+log = logging.getLogger(__name__)
 HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -243,7 +244,7 @@ class Server:
         return self._error(error.status_code, error.detail, error.headers, code)
 
     async def _internal_error(self, request: Request, error: Exception) -> Response:
-        logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
+        log.error("%s failed", request.url.path, exc_info=error)
         return self._error(500, FAILED)
 
     def _error(
@@ -309,7 +310,10 @@ class ResponseStream:
         piece = await self.pieces.get()
         if piece.error is not None:
             self.server.metrics.failed.inc()
-            raise HTTPException(500, FAILED)
+            if piece.error != NOT_FINITE_ERROR:  # which the worker has put into the log
+                raise HTTPException(500, FAILED)
+            log.error(piece.error)
+            raise HTTPException(500, piece.error)
         if not self.has_first_token:
             self.has_first_token = True
             self.server.metrics.first_token.observe(time.perf_counter() - self.start_time)
@@ -352,10 +356,11 @@ class ResponseStream:
                 yield _event(self.reply.usage_chunk(self._all_answers))
             yield "data: [DONE]\n\n"
             self.server.metrics.whole_answer.observe(time.perf_counter() - self.start_time)
-        except Exception as error:
-            if not isinstance(error, HTTPException):
-                logging.getLogger(__name__).error("a stream failed", exc_info=error)
+        except HTTPException as error:
             # The status is sent already; OpenAI's clients raise an error for such an event.
+            yield _event(error_body(error.status_code, error.detail))
+        except Exception as error:
+            log.error("a stream failed", exc_info=error)
             yield _event(error_body(500, FAILED))
         finally:
             self.cancel()
@@ -367,4 +372,4 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"

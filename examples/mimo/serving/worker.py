@@ -4,7 +4,8 @@ An exception in it costs the answers that it may have spoiled, and no others:
 
 - in starting a prompt, that prompt's answer; the others go on;
 - in a step, all answers that are being generated, since one forward pass serves them all;
-- in a callback, its own answer.
+- in a callback, its own answer;
+- logits that are not finite, their own answer.
 
 Then a short probe shows whether the model still computes. If not, `failure` says why, and nothing
 more is taken. Several ranks agree about every step, so an error that all ranks meet, or one that
@@ -85,6 +86,8 @@ class Worker:
         self.callbacks: dict[int, Callable[[Piece], None]] = {}
         self.stopping = False
         self.failure: str | None = None
+        # Whether an answer was not finite, which may be its input's fault or the model's.
+        self.is_suspect = False
 
     @property
     def num_running(self) -> int:
@@ -151,6 +154,10 @@ class Worker:
             self._start(commands.start)
         if self.failure is None and (error := self._attempt(self.scheduler.step)):
             self._give_up(error)
+        if self.is_suspect and self.failure is None:
+            self.is_suspect = False
+            if error := self._attempt(self.scheduler.probe):
+                self._give_up(error)
 
     def _cancel(self, numbers: Sequence[int]) -> list[Piece]:
         for number in numbers:
@@ -188,6 +195,7 @@ class Worker:
             raise RuntimeError(f"{error or 'another rank failed'}; {_in_one_line(lost)}") from None
         if error is None:
             for piece in pieces:
+                self.is_suspect = self.is_suspect or piece.error is not None
                 self._deliver(piece)
         return error
 
