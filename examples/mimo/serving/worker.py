@@ -3,12 +3,14 @@
 An exception in it costs the answers that it may have spoiled, and no others:
 
 - in starting a prompt, that prompt's answer; the others go on;
-- in a step, all answers that are being generated, since one forward pass serves them all;
+- in a step, the answer that it also fails for when that is generated alone: each of those that were
+  being generated is begun again, one after the other, and what its client has already is not sent
+  again;
 - in a callback, its own answer;
 - logits that are not finite, their own answer.
 
-Then a short probe shows whether the model still computes. If not, `failure` says why, and nothing
-more is taken. Several ranks agree about every step, so an error that all ranks meet, or one that
+A short probe shows whether the model still computes. If not, `failure` says why, and nothing more
+is taken. Several ranks agree about every step, so an error that all ranks meet, or one that
 a rank meets outside of a collective, is handled alike everywhere. A rank that fails within a
 collective leaves the others waiting in it: nothing can call them back, so after AGREE_SECONDS the
 rank ends its process, which ends theirs.
@@ -37,6 +39,7 @@ HEARTBEAT_SECONDS = 5.0
 # Ranks end a step within milliseconds of one another, unless one of them failed in it.
 AGREE_SECONDS = 15.0
 MAX_ERROR_LENGTH = 300
+REPEATED = "repeated"
 log = logging.getLogger(__name__)
 
 
@@ -84,10 +87,17 @@ class Worker:
         self.waiting: list[_QueuedRequest] = []
         self.cancelled: list[int] = []
         self.callbacks: dict[int, Callable[[Piece], None]] = {}
+        # Of rank 0: what is being generated, and which of it was in a step that failed. Suspects
+        # are generated alone, first to last, before anything else.
+        self.generating: dict[int, _QueuedRequest] = {}
+        self.suspects: dict[int, _QueuedRequest] = {}
+        # The tokens that callbacks have got, and how many of them a suspect has repeated.
+        self.sent: dict[int, list[int]] = {}
+        self.repeated: dict[int, int] = {}
         self.stopping = False
         self.failure: str | None = None
         # Whether an answer was not finite, which may be its input's fault or the model's.
-        self.is_suspect = False
+        self.needs_probe = False
 
     @property
     def num_running(self) -> int:
@@ -97,7 +107,7 @@ class Worker:
     @property
     def num_waiting(self) -> int:
         """The number of answers that wait for a slot."""
-        return len(self.waiting)
+        return len(self.waiting) + len(self.suspects.keys() - self.generating.keys())
 
     def submit(self, sample: Sample, options: Options, callback: Callable[[Piece], None]) -> int:
         """Queue an answer and return its number.
@@ -121,6 +131,7 @@ class Worker:
         with self.condition:
             if self.callbacks.pop(number, None) is None:
                 return False
+            self._forget(number)
             still_waiting = [request for request in self.waiting if request.number != number]
             if len(still_waiting) == len(self.waiting):
                 self.cancelled.append(number)
@@ -154,8 +165,8 @@ class Worker:
             self._start(commands.start)
         if self.failure is None and (error := self._attempt(self.scheduler.step)):
             self._give_up(error)
-        if self.is_suspect and self.failure is None:
-            self.is_suspect = False
+        if self.needs_probe and self.failure is None:
+            self.needs_probe = False
             if error := self._attempt(self.scheduler.probe):
                 self._give_up(error)
 
@@ -195,7 +206,7 @@ class Worker:
             raise RuntimeError(f"{error or 'another rank failed'}; {_in_one_line(lost)}") from None
         if error is None:
             for piece in pieces:
-                self.is_suspect = self.is_suspect or piece.error is not None
+                self.needs_probe = self.needs_probe or piece.error is not None
                 self._deliver(piece)
         return error
 
@@ -213,15 +224,23 @@ class Worker:
         return next(named for named in errors if named is not None)
 
     def _give_up(self, error: str, numbers: Sequence[int] | None = None) -> None:
-        """Give up answers, by default all that are being generated, and see what still works."""
-        with self.condition:
-            waiting = {request.number for request in self.waiting}
-            generating = [number for number in self.callbacks if number not in waiting]
+        """Drop answers, by default all that are being generated, and see what still works.
+
+        One that was alone gets the error; of several each is tried again.
+        """
+        were_several = len(self.scheduler) > 1
         problem = self._attempt(lambda: self._recover(numbers))
         if problem is not None:
             self._fail(problem if problem == error else f"{error}; then {problem}")
             return
-        for number in generating if numbers is None else numbers:
+        with self.condition:
+            if numbers is None and were_several:
+                self.suspects |= self.generating
+                self.repeated |= dict.fromkeys(self.generating, 0)
+                self.generating.clear()
+                return
+            numbers = list(self.generating) if numbers is None else numbers
+        for number in numbers:
             self._deliver(Piece(number, "", error=error))
 
     def _abort(self, numbers: Sequence[int] | None) -> list[Piece]:
@@ -240,6 +259,7 @@ class Worker:
         with self.condition:
             self.failure = reason
             self.waiting, self.cancelled = [], []
+            self.generating, self.suspects = {}, {}
             numbers = list(self.callbacks)
         for number in numbers:
             self._deliver(Piece(number, "", error=reason))
@@ -247,12 +267,22 @@ class Worker:
     def _next_commands(self) -> _Commands:
         """On rank 0: what was requested since the last token; waits while there is no work."""
         with self.condition:
-            while not (self.waiting or self.cancelled or self.stopping or self._is_generating):
+            while not (
+                self.waiting
+                or self.suspects
+                or self.cancelled
+                or self.stopping
+                or self._is_generating
+            ):
                 notified = self.condition.wait(HEARTBEAT_SECONDS)
                 if not notified and dist.get_world_size() > 1:
                     break
-            free = self.max_batch - len(self.scheduler)
-            start, self.waiting = self.waiting[:free], self.waiting[free:]
+            if self.suspects:
+                start = [] if self.generating else [next(iter(self.suspects.values()))]
+            else:
+                free = self.max_batch - len(self.scheduler)
+                start, self.waiting = self.waiting[:free], self.waiting[free:]
+            self.generating |= {request.number: request for request in start}
             cancel, self.cancelled = self.cancelled, []
             return _Commands(start, cancel, self.stopping)
 
@@ -263,8 +293,14 @@ class Worker:
     def _deliver(self, piece: Piece) -> None:
         with self.condition:
             callback = self.callbacks.get(piece.number)
+            if callback is not None and piece.output is not None:
+                error = self._check_repetition(piece.number, piece.output.token)
+                if error == REPEATED:
+                    return
+                piece = Piece(piece.number, "", error=error) if error else piece
             if piece.answer is not None or piece.error is not None:
                 self.callbacks.pop(piece.number, None)
+                self._forget(piece.number)
         if callback is None:
             return
         try:
@@ -274,6 +310,24 @@ class Worker:
             self.cancel(piece.number)
             with contextlib.suppress(Exception):
                 callback(Piece(piece.number, "", error=_in_one_line(error)))
+
+    def _check_repetition(self, number: int, token: int) -> str | None:
+        """None for a new token, REPEATED for one that is sent already, or that they differ."""
+        sent = self.sent.setdefault(number, [])
+        position = self.repeated.get(number, len(sent))
+        if position == len(sent):
+            self.repeated.pop(number, None)
+            sent.append(token)
+            return None
+        self.repeated[number] = position + 1
+        if token == sent[position]:
+            return REPEATED
+        self.cancelled.append(number)
+        return "begun again after an error, the answer differed"
+
+    def _forget(self, number: int) -> None:
+        for numbers in (self.generating, self.suspects, self.sent, self.repeated):
+            numbers.pop(number, None)
 
 
 def _in_one_line(error: BaseException) -> str:
