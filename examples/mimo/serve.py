@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from examples.mimo.serving.worker import Worker
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Connections that wait until they are accepted.
+BACKLOG = 128
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -32,24 +34,24 @@ def main() -> None:
     """Parse the command line, load the model and serve it."""
     args = _parser().parse_args()
     _check(args)
+    # A port that is taken should not cost the time of loading.
+    listener = _listen(args.host, args.port) if os.environ.get("RANK", "0") == "0" else None
     command.prepare_environment()
     command.single_process_unless_launched()
     from examples.mimo import compat
 
     compat.install()
     with command.stdout_to(os.devnull):
-        serve(args)
+        serve(args, listener)
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Load the model on every rank; rank 0 serves HTTP until it gets a signal to stop."""
+def serve(args: argparse.Namespace, listener: socket.socket | None) -> None:
+    """Load the model on every rank; rank 0, with the listener, serves HTTP until a signal."""
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.generation.api import Mimo
     from examples.mimo.serving.worker import Worker
 
     _log_to_stderr()
-    # A port that is taken should not cost the time of loading.
-    listener = _listen(args.host, args.port) if os.environ["RANK"] == "0" else None
     checkpoint = open_checkpoint(args.ckpt)
     model = Mimo(checkpoint, args.tp, args.pp, args.prefixes, args.cuda_graphs)
     worker = Worker(model, args.max_batch, args.max_waiting)
@@ -63,7 +65,7 @@ def serve(args: argparse.Namespace) -> None:
 
     from examples.mimo.serving.app import Limits, Server
 
-    hosts = ("*",) if args.host not in LOOPBACK else (*LOOPBACK, f"[{LOOPBACK[-1]}]")
+    hosts = ("*",) if args.host not in LOOPBACK else (*LOOPBACK, *map(_address, LOOPBACK))
     key = os.environ.get(args.api_key_variable) or None
     limits = Limits(int(args.max_body_megabytes * 2**20), key, hosts)
     app = Server(model, worker, limits).app()
@@ -75,7 +77,7 @@ def serve(args: argparse.Namespace) -> None:
     http_thread = threading.Thread(target=_serve_http, args=(server, listener, worker))
     http_thread.start()
     print(
-        f"{model.config.name} at http://{args.host}:{args.port}, "
+        f"{model.config.name} at http://{_address(args.host)}:{args.port}, "
         f"{'with' if key else 'without'} an API key; Ctrl-C ends",
         file=sys.stderr,
     )
@@ -84,6 +86,8 @@ def serve(args: argparse.Namespace) -> None:
     finally:
         server.should_exit = True
         http_thread.join()
+    if not server.started:
+        raise ValueError("HTTP could not start; the lines above say why")
 
 
 def _log_to_stderr() -> None:
@@ -111,14 +115,26 @@ def _serve_http(server: uvicorn.Server, listener: socket.socket, worker: Worker)
         worker.stop()
 
 
+def _address(host: str) -> str:
+    """A host as addresses spell it."""
+    return f"[{host}]" if ":" in host else host
+
+
 def _listen(host: str, port: int) -> socket.socket:
-    """Bind the port; ValueError when it is taken."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Listen at the port; ValueError when it is taken, forbidden or not this machine's.
+
+    Clients that come while the model loads are answered after that.
+    """
     try:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        # Two servers may bind one port as long as neither listens.
+        listener.listen(BACKLOG)
     except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error.strerror}; name another") from None
+    except UnicodeError:
+        raise ValueError(f"--host {host}: not the name of a machine") from None
     return listener
 
 

@@ -25,7 +25,7 @@ def main() -> None:
         if limit in limits and rank in ranks:
             raise RuntimeError(f"a fault at {limit}")
 
-    def serve_with_faults(args):
+    def serve_with_faults(*inputs):
         # Imported only now, as Megatron must find what serve.py has installed.
         from examples.mimo.generation.engine import Engine
         from examples.mimo.serving import worker
@@ -45,7 +45,7 @@ def main() -> None:
             return outputs
 
         Engine.start, Engine.step = start_with_faults, step_with_faults
-        run(args)
+        run(*inputs)
 
     serve.serve = serve_with_faults
     command.run("serve.py", serve.main)
