@@ -42,6 +42,7 @@ MAX_RECORDINGS = 1000  # joined in one file
 # Full scale is 1. Files of floats may be louder, and their spectrum must not overflow.
 MAX_AMPLITUDE = 1000.0
 MAX_PIXEL_VALUE = 65_535
+STRIP_PIXELS = 2**22
 
 Colour = tuple[int, ...]
 WHITE: Colour = (255, 255, 255)
@@ -110,7 +111,8 @@ def _decode_image(source: Source, max_pixels: int, background: Colour) -> Image.
                 check_size(source, picture.size, max_pixels)
                 _scale_transparent_colour(picture)
                 picture.load()
-                return to_rgb(ImageOps.exif_transpose(picture), background)
+                ImageOps.exif_transpose(picture, in_place=True)
+                return to_rgb(picture, background)
     except Image.DecompressionBombError:
         raise ValueError(
             f"{source}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
@@ -172,15 +174,25 @@ def _scale_transparent_colour(picture: Image.Image) -> None:
 
 
 def to_rgb(picture: Image.Image, background: Colour = WHITE) -> Image.Image:
-    """`picture` in RGB, on `background` where it is transparent."""
+    """`picture` in RGB, on `background` where it is transparent; itself, if it is that already."""
     if picture.mode.startswith("I") or picture.mode == "F":
         return _wide_to_rgb(picture, background)
     if not picture.has_transparency_data:
-        return picture.convert("RGB")
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     # Premultiplied grey is converted to no other mode.
     picture = picture.convert("LA") if picture.mode == "La" else picture
-    paper = Image.new("RGBA", picture.size, (*background, 255))
-    return Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB")
+    result = Image.new("RGB", picture.size)
+    for top, bottom in _strips(picture):
+        strip = picture.crop((0, top, picture.width, bottom)).convert("RGBA")
+        paper = Image.new("RGBA", strip.size, (*background, 255))
+        result.paste(Image.alpha_composite(paper, strip).convert("RGB"), (0, top))
+    return result
+
+
+def _strips(picture: Image.Image) -> Iterator[tuple[int, int]]:
+    """First row and end of each part; copies of the whole of a large picture are large too."""
+    tops = range(0, picture.height, max(1, STRIP_PIXELS // picture.width))
+    return zip(tops, [*tops[1:], picture.height], strict=True)
 
 
 def _wide_to_rgb(picture: Image.Image, background: Colour) -> Image.Image:
@@ -188,19 +200,21 @@ def _wide_to_rgb(picture: Image.Image, background: Colour) -> Image.Image:
 
     Fractions go from 0 to 1 where none is larger, else to 255, or as 16 bits do.
     """
-    values = np.asarray(picture, dtype=np.float32)
-    lowest, highest = float(values.min(initial=0)), float(values.max(initial=0))
+    whole = np.asarray(picture)
+    lowest, highest = float(whole.min()), float(whole.max())
     if not max(-lowest, highest) <= MAX_PIXEL_VALUE:  # nor is NaN
-        raise ValueError(
-            f"pixel values from {lowest:,.6g} to {highest:,.6g}; scale them to 8 or 16 bits"
-        )
-    transparent = values == picture.info.get("transparency", np.nan)
-    if picture.mode.startswith("I;16") or highest > 255:
-        values = values / 257.0
-    elif picture.mode == "F" and highest <= 1:
-        values = values * 255.0
-    grey = np.clip(values, 0, 255).astype(np.uint8)[..., None]
-    return Image.fromarray(np.where(transparent[..., None], np.array(background, np.uint8), grey))
+        raise ValueError(f"pixel values from {lowest:,.6g} to {highest:,.6g}; scale them to 8 bits")
+    result = np.empty((*whole.shape, 3), np.uint8)
+    for top, bottom in _strips(picture):
+        values = whole[top:bottom].astype(np.float32)
+        transparent = values == picture.info.get("transparency", np.nan)
+        if picture.mode.startswith("I;16") or highest > 255:
+            values /= 257.0
+        elif picture.mode == "F" and highest <= 1:
+            values *= 255.0
+        result[top:bottom] = np.clip(values, 0, 255).astype(np.uint8)[..., None]
+        result[top:bottom][transparent] = background
+    return Image.fromarray(result)
 
 
 def fit_picture(
@@ -432,6 +446,5 @@ def json_lines(path: Path, max_bytes: int = 2**30) -> Iterator[tuple[int, Any]]:
             elif line.strip():
                 try:
                     yield number, json.loads(line)
-                # Also numbers of too many digits, and half characters.
-                except (ValueError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # also of too many digits
                     yield number, ValueError(f"not JSON ({error})")

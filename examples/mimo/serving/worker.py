@@ -18,16 +18,19 @@ rank ends its process, which ends theirs.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.api import Mimo, on_rank_zero
@@ -39,6 +42,7 @@ HEARTBEAT_SECONDS = 5.0
 # Ranks end a step within milliseconds of one another, unless one of them failed in it.
 AGREE_SECONDS = 15.0
 MAX_ERROR_LENGTH = 300
+HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 REPEATED = "repeated"
 log = logging.getLogger(__name__)
 
@@ -332,3 +336,92 @@ class Worker:
 
 def _in_one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR_LENGTH]
+
+
+class BudgetSpentError(Exception):
+    """No room came in time."""
+
+
+class Budget:
+    """Units that requests share, in one event loop; who needs more than are free waits."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 0
+        self.waiters: list[asyncio.Future[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def share(self, units: int, seconds: float | None = None) -> AsyncIterator[None]:
+        """Hold so many units, at most all; BudgetSpentError when they are not free in time."""
+        units = min(units, self.size)
+        try:
+            async with asyncio.timeout(seconds):
+                while self.used + units > self.size:
+                    waiter = asyncio.get_running_loop().create_future()
+                    self.waiters.append(waiter)
+                    try:
+                        await waiter
+                    finally:
+                        self.waiters.remove(waiter)
+        except TimeoutError:
+            raise BudgetSpentError from None
+        self.used += units
+        try:
+            yield
+        finally:
+            self.used -= units
+            for waiter in self.waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+
+class Metrics:
+    """Prometheus metrics of one server."""
+
+    def __init__(self, worker: Worker, bodies: Budget, decoding: Budget) -> None:
+        self.start_time = time.time()
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "mimo_requests", "Requests by their HTTP status.", ["status"], registry=self.registry
+        )
+        self.prompt_tokens = Counter(
+            "mimo_prompt_tokens", "Tokens of prompts.", registry=self.registry
+        )
+        self.answer_tokens = Counter(
+            "mimo_answer_tokens", "Tokens of answers.", registry=self.registry
+        )
+        self.cancelled = Counter(
+            "mimo_left", "Answers whose client left before their end.", registry=self.registry
+        )
+        self.failed = Counter(
+            "mimo_failed", "Answers that ended in an error of the model.", registry=self.registry
+        )
+        self.first_token = Histogram(
+            "mimo_first_token_seconds",
+            "From a request to its first token.",
+            buckets=HISTOGRAM_SECONDS,
+            registry=self.registry,
+        )
+        self.whole_answer = Histogram(
+            "mimo_answer_seconds",
+            "From a request to the end of its answer.",
+            buckets=HISTOGRAM_SECONDS,
+            registry=self.registry,
+        )
+        running = Gauge("mimo_running", "Answers that are being generated.", registry=self.registry)
+        running.set_function(lambda: worker.num_running)
+        waiting = Gauge("mimo_waiting", "Answers that wait for a slot.", registry=self.registry)
+        waiting.set_function(lambda: worker.num_waiting)
+        self.connections = Gauge("mimo_connections", "Open connections.", registry=self.registry)
+        self.timeouts = Counter(
+            "mimo_timeouts", "Connections that were too slow.", ["what"], registry=self.registry
+        )
+        received = Gauge("mimo_body_bytes", "Bodies that are being read.", registry=self.registry)
+        received.set_function(lambda: bodies.used)
+        decoded = Gauge(
+            "mimo_decoding", "Pixels and samples that are being decoded.", registry=self.registry
+        )
+        decoded.set_function(lambda: decoding.used)
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
