@@ -234,13 +234,14 @@ def readers(server: Server) -> tuple[dict[str, int], int | None]:
     clients = []
     for _ in range(5):
         client = socket.socket()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.connect(("127.0.0.1", server.port))
         client.sendall(server.head(len(data)) + data)
         clients.append(client)
     time.sleep(IDLE_SECONDS)
     connections = psutil.Process(server.process.pid).net_connections("tcp")
-    still_open = sum(connection.status == "ESTABLISHED" for connection in connections)
+    mine = [connection for connection in connections if connection.laddr.port == server.port]
+    still_open = sum(connection.status == "ESTABLISHED" for connection in mine)
     for client in clients:
         client.close()
     return {}, still_open
