@@ -68,7 +68,9 @@ def serve(args: argparse.Namespace, listener: socket.socket | None) -> None:
     _log_to_stderr()
     checkpoint = open_checkpoint(args.ckpt)
     model = Mimo(checkpoint, args.tp, args.pp, args.prefixes, args.cuda_graphs)
-    worker = Worker(model, args.max_batch, args.max_waiting)
+    gigabytes = args.max_cache_gigabytes
+    cache_tokens = model.limit_cache(None if gigabytes is None else int(gigabytes * 2**30))
+    worker = Worker(model, args.max_batch, args.max_waiting, cache_tokens)
     if listener is None:
         # Torchrun signals every rank; rank 0 alone decides when all stop.
         for number in STOP_SIGNALS:
@@ -113,7 +115,8 @@ def serve(args: argparse.Namespace, listener: socket.socket | None) -> None:
     http_thread.start()
     print(
         f"{model.config.name} at http://{_address(args.host)}:{args.port}, "
-        f"{'with' if key else 'without'} an API key; Ctrl-C ends",
+        f"{'with' if key else 'without'} an API key, with a cache of {cache_tokens:,} tokens; "
+        "Ctrl-C ends",
         file=sys.stderr,
     )
     try:
@@ -279,6 +282,9 @@ def _check(args: argparse.Namespace) -> None:
             f"--max-bodies-megabytes {args.max_bodies_megabytes:g} must hold a body of "
             f"--max-body-megabytes {args.max_body_megabytes:g}"
         )
+    gigabytes = args.max_cache_gigabytes
+    if gigabytes is not None and not 0 < gigabytes < float("inf"):
+        raise ValueError(f"--max-cache-gigabytes {gigabytes}: more than 0")
     if args.prefixes < 0:
         raise ValueError(f"--prefixes {args.prefixes}: 0 or more")
     if args.host not in LOOPBACK and not os.environ.get(args.api_key_variable):
@@ -316,6 +322,12 @@ def _parser() -> argparse.ArgumentParser:
         default=4,
         metavar="N",
         help="conversations in the prefix cache, default 4",
+    )
+    add(
+        "--max-cache-gigabytes",
+        type=float,
+        metavar="N",
+        help="key/value cache of a rank, default half of the memory that is free",
     )
     add("--tp", type=int, default=1, help="tensor-parallel size, under torchrun")
     add("--pp", type=int, default=1, help="pipeline stages, under torchrun")

@@ -6,15 +6,21 @@ import io
 import json
 import select
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
+from examples.mimo.generation.sampling import Options
+from examples.mimo.generation.transformer import KeyValueCache
 from examples.mimo.modalities.files import Blob
+from examples.mimo.serving.app import Budget, BudgetSpentError
 from examples.mimo.serving.openai import Chat, decoded_size
-from examples.mimo.serving.worker import Budget, BudgetSpentError
+from examples.mimo.serving.worker import CacheTooSmallError, Worker
 from tests.helpers.served import KEY, Served, answer_of, says, until
 
 pytest.importorskip("starlette")
@@ -29,7 +35,8 @@ def server(checkpoint):
         checkpoint,
         *("--max-body-megabytes", str(BODY / 2**20), "--head-seconds", "2", "--body-seconds", "3"),
         *("--max-bodies-megabytes", str(BODIES / 2**20), "--write-seconds", "2"),
-        *("--max-connections", str(CONNECTIONS)),
+        *("--max-connections", str(CONNECTIONS), "--max-cache-gigabytes", "0.006"),
+        *("--prefixes", "0"),
     )
     yield server
     server.end()
@@ -153,6 +160,43 @@ def test_a_client_that_does_not_read_is_left(server):
     for client in clients:
         client.close()
     assert server.ask(says())[0] == 200
+
+
+def test_the_cache_bounds_how_many_are_answered_at_once(server):
+    """Half of 6 MB, at 2 KiB a token, are twelve slots of 128 tokens."""
+    expected = [
+        answer_of(server.ask(says(max_tokens=20, seed=n, temperature=1))[1]) for n in range(4)
+    ]
+    most = 0
+    with ThreadPoolExecutor(16) as clients:
+        body = says(max_tokens=20, temperature=1)
+        replies = [clients.submit(server.ask, {**body, "seed": n % 4}) for n in range(64)]
+        while not all(reply.done() for reply in replies):
+            most = max(most, server.metric("mimo_running"))
+            assert server.metric("mimo_cache_tokens") <= 12 * 128
+    assert [answer_of(reply.result()[1]) for reply in replies] == expected * 16
+    assert 0 < most <= 12
+
+
+def test_an_answer_that_never_fits_is_refused_with_both_numbers(build_model):
+    scheduler = SimpleNamespace(seq_length=4096)
+    worker = Worker(SimpleNamespace(scheduler=lambda: scheduler), 4, 8, cache_tokens=1024)
+    sample = SimpleNamespace(tokens=SimpleNamespace(ids=[1] * 900))
+    worker.submit(sample, Options(max_new_tokens=124), None)
+    with pytest.raises(CacheTooSmallError, match=r"may take 1,152 tokens of .* but 1,024 fit"):
+        worker.submit(sample, Options(max_new_tokens=125), None)
+
+
+def test_a_cache_gives_back_what_it_does_not_need():
+    """Sixteen short sequences and then a long one are not sixteen long ones."""
+    cache = KeyValueCache(torch.zeros(1, 0, 1, 2, 0), torch.zeros(1, 0, 1, 0, 2), 16 * 128)
+    cache.reserve(16, 100)
+    cache.keys[:] = torch.arange(16.0)[:, None, None, None]
+    cache.reserve(3, 500)
+    assert (cache.batch_size, cache.length) == (3, 512)
+    assert cache.keys[0, :, 0, 0, :128].tolist() == [[float(slot)] * 128 for slot in range(3)]
+    cache.reserve(4, 300)
+    assert (cache.batch_size, cache.length) == (4, 512)
 
 
 @pytest.mark.parametrize("line", ["Transfer-Encoding: chunked", "transfer-encoding: Chunked"])

@@ -138,6 +138,32 @@ class Mimo:
         sample = on_rank_zero(lambda: self.encode(record))
         return (piece.text for piece in self.stream_answer(sample, options) if piece.text)
 
+    def limit_cache(self, max_bytes: int | None = None) -> int:
+        """Bound the key/value cache; returns how many tokens its slots hold, alike on all ranks.
+
+        By default it takes half of the memory that is free. A quarter of it, or less, is for the
+        prefix cache; of the rest half is kept for copying the slots when they grow.
+        """
+        from examples.mimo.generation.transformer import LENGTH_STEP, free_bytes
+
+        transformer, prefixes = self.engine.transformer, self.engine.prefix_cache.size
+        max_bytes = free_bytes(transformer.device) // 2 if max_bytes is None else max_bytes
+        most = torch.tensor(max_bytes // transformer.bytes_per_token, device=transformer.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(most, dist.ReduceOp.MIN)
+        total = int(most)
+        share = min(prefixes * self.config.language.seq_length, total // 4)
+        self.engine.max_prefix_tokens = share // max(prefixes, 1)
+        tokens = (total - share) // 2 // LENGTH_STEP * LENGTH_STEP
+        if not tokens:
+            raise ValueError(
+                f"the key/value cache has room for {(total - share) // 2:,} tokens, but at least "
+                f"{LENGTH_STEP} are needed; give it more memory"
+            )
+        transformer.max_cache_tokens = tokens
+        self.engine.cache = transformer.new_cache()
+        return tokens
+
     def sample_encoder(self, blank: Sequence[str] = ()) -> SampleEncoder:
         """What turns records into the model's inputs; `blank` modalities lose their content."""
         seq_length = self.config.language.seq_length

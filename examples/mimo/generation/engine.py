@@ -140,7 +140,7 @@ class Engine:
         self.graphs = DecodingGraphs(self.transformer) if cuda_graphs else None
         self.device = self.transformer.device
         self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.long, device=self.device)
-        self.prefix_cache = PrefixCache(prefix_cache)
+        self.prefix_cache, self.max_prefix_tokens = PrefixCache(prefix_cache), float("inf")
         self.cache = self.transformer.new_cache()
         self.sequences: list[ActiveSequence] = []
 
@@ -379,7 +379,7 @@ class Engine:
         if finish == NOT_FINITE:
             # NaN would reach the slot's next sequence through any mask.
             self.cache.clear_slot(slot)
-        elif self.prefix_cache.size:
+        elif self.prefix_cache.size and self.sequences[slot].num_cached <= self.max_prefix_tokens:
             sequence = self.sequences[slot]
             copy = self.cache.copy_slot(slot, sequence.num_cached)
             self.prefix_cache.add(sequence.cached_units, copy)

@@ -29,8 +29,7 @@ from examples.mimo.generation.api import Mimo
 from examples.mimo.generation.scheduler import NOT_FINITE_ERROR, Answer, Piece
 from examples.mimo.serving.openai import Chat, Reply, decoded_size, error_body, parse
 from examples.mimo.serving.worker import (
-    Budget,
-    BudgetSpentError,
+    CacheTooSmallError,
     Metrics,
     QueueFullError,
     Worker,
@@ -46,10 +45,9 @@ HEADERS = {
 }
 FAILED = "the server failed at this request; its log says why"
 log = logging.getLogger(__name__)
-SMALL_BODY = 2**16
-# How long a body waits for others to be read.
-ROOM_SECONDS = 5.0
-# A body must come faster than this, after a while.
+RETRY = {"Retry-After": "1"}
+# How long a body waits until others are read, unless it is small; how fast it must come later.
+SMALL_BODY, ROOM_SECONDS = 2**16, 5.0
 GRACE_SECONDS, LEAST_BYTES_A_SECOND = 10.0, 2**14
 
 
@@ -188,7 +186,7 @@ class Server:
             message = (
                 f"{self.limits.bodies_bytes:,} bytes of other bodies are being read; try again"
             )
-            raise HTTPException(503, message, headers={"Retry-After": "1"}) from None
+            raise HTTPException(503, message, headers=RETRY) from None
 
     async def _encoded(self, body: bytearray) -> tuple[Chat, Sample]:
         """The chat in a body, and its sample; the body is emptied."""
@@ -279,6 +277,42 @@ class Server:
         return JSONResponse(error_body(status, message, code), status, headers=headers)
 
 
+class BudgetSpentError(Exception):
+    """No room came in time."""
+
+
+class Budget:
+    """Units that requests share, in one event loop; who needs more than are free waits."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 0
+        self.waiters: list[asyncio.Future[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def share(self, units: int, seconds: float | None = None) -> AsyncIterator[None]:
+        """Hold so many units, at most all; BudgetSpentError when they are not free in time."""
+        units = min(units, self.size)
+        try:
+            async with asyncio.timeout(seconds):
+                while self.used + units > self.size:
+                    waiter = asyncio.get_running_loop().create_future()
+                    self.waiters.append(waiter)
+                    try:
+                        await waiter
+                    finally:
+                        self.waiters.remove(waiter)
+        except TimeoutError:
+            raise BudgetSpentError from None
+        self.used += units
+        try:
+            yield
+        finally:
+            self.used -= units
+            for waiter in self.waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+
 class OneLengthMiddleware:
     """Refuses a body with two lengths, which a proxy may read otherwise than this server."""
 
@@ -325,9 +359,11 @@ class ResponseStream:
                 self.numbers.append(self.server.worker.submit(self.sample, options, self._receive))
         except QueueFullError:
             self.cancel()
-            raise HTTPException(
-                503, "too many requests are waiting; try again", headers={"Retry-After": "1"}
-            ) from None
+            message = "too many requests are waiting; try again"
+            raise HTTPException(503, message, headers=RETRY) from None
+        except CacheTooSmallError as error:
+            self.cancel()
+            raise HTTPException(400, str(error)) from None
         except WorkerFailedError:
             self.cancel()
             raise HTTPException(503, "the model cannot answer any more; /health says why") from None

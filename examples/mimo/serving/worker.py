@@ -18,15 +18,15 @@ rank ends its process, which ends theirs.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,10 @@ from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.api import Mimo, on_rank_zero
 from examples.mimo.generation.sampling import Options
 from examples.mimo.generation.scheduler import Piece
+from examples.mimo.generation.transformer import round_length
+
+if TYPE_CHECKING:
+    from examples.mimo.serving.app import Budget
 
 # An idle server contacts its other ranks this often, or their collective would time out.
 HEARTBEAT_SECONDS = 5.0
@@ -45,6 +49,10 @@ MAX_ERROR_LENGTH = 300
 HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 REPEATED = "repeated"
 log = logging.getLogger(__name__)
+
+
+class CacheTooSmallError(Exception):
+    """An answer may come to need more of the key/value cache than there is."""
 
 
 class QueueFullError(Exception):
@@ -60,6 +68,8 @@ class _QueuedRequest:
     number: int
     sample: Sample
     options: Options
+    # The most tokens that it may come to have in the key/value cache.
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,15 @@ class _Commands:
 class Worker:
     """Starts, steps and cancels answers, on all ranks alike.
 
-    At most `max_batch` answers are generated at once, and `max_waiting` more wait for a slot.
-    `failure` is None, or why the worker takes no more requests.
+    At most `max_batch` answers are generated at once, fewer where the key/value cache holds no more
+    than `cache_tokens`, and `max_waiting` more wait for a slot. `failure` is None, or why the
+    worker takes no more requests.
     """
 
-    def __init__(self, model: Mimo, max_batch: int, max_waiting: int) -> None:
-        self.scheduler = model.scheduler()
+    def __init__(
+        self, model: Mimo, max_batch: int, max_waiting: int, cache_tokens: int | None = None
+    ) -> None:
+        self.scheduler, self.cache_tokens = model.scheduler(), cache_tokens
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.numbers = itertools.count()
         # Ranks agree in a group of their own, whose collectives never meet the model's.
@@ -113,19 +126,35 @@ class Worker:
         """The number of answers that wait for a slot."""
         return len(self.waiting) + len(self.suspects.keys() - self.generating.keys())
 
+    @property
+    def num_cache_tokens(self) -> int:
+        """The tokens that the key/value cache has memory for at the moment."""
+        cache = self.scheduler.engine.cache
+        return cache.batch_size * cache.length
+
     def submit(self, sample: Sample, options: Options, callback: Callable[[Piece], None]) -> int:
         """Queue an answer and return its number.
 
         `callback` gets its pieces, in the worker's thread; the last has an answer or an error.
-        QueueFullError when too many wait, WorkerFailedError after a failure.
+        QueueFullError when too many wait, CacheTooSmallError when it may never fit,
+        WorkerFailedError after a failure.
         """
+        num_tokens = 0
+        if self.cache_tokens is not None:
+            num_tokens = len(sample.tokens.ids) + options.max_new_tokens
+            num_tokens = round_length(min(num_tokens, self.scheduler.seq_length))
+            if num_tokens > self.cache_tokens:
+                raise CacheTooSmallError(
+                    f"the prompt and its answer may take {num_tokens:,} tokens of the key/value "
+                    f"cache, but {self.cache_tokens:,} fit; ask for a shorter answer"
+                )
         with self.condition:
             if self.failure is not None:
                 raise WorkerFailedError(self.failure)
             if len(self.waiting) >= self.max_waiting:
                 raise QueueFullError
             number = next(self.numbers)
-            self.waiting.append(_QueuedRequest(number, sample, options))
+            self.waiting.append(_QueuedRequest(number, sample, options, num_tokens))
             self.callbacks[number] = callback
             self.condition.notify()
             return number
@@ -284,11 +313,24 @@ class Worker:
             if self.suspects:
                 start = [] if self.generating else [next(iter(self.suspects.values()))]
             else:
-                free = self.max_batch - len(self.scheduler)
+                free = self._num_that_fit(self.max_batch - len(self.scheduler))
                 start, self.waiting = self.waiting[:free], self.waiting[free:]
             self.generating |= {request.number: request for request in start}
             cancel, self.cancelled = self.cancelled, []
             return _Commands(start, cancel, self.stopping)
+
+    def _num_that_fit(self, free: int) -> int:
+        """How many of those that wait, at most `free`, fit the key/value cache now.
+
+        Each of its slots has the length of the longest.
+        """
+        longest = max((r.num_tokens for r in self.generating.values()), default=0)
+        for count, request in enumerate(self.waiting[:free]):
+            longest = max(longest, request.num_tokens)
+            num_slots = len(self.generating) + count + 1
+            if self.cache_tokens is not None and num_slots * longest > self.cache_tokens:
+                return count
+        return min(free, len(self.waiting))
 
     @property
     def _is_generating(self) -> bool:
@@ -338,42 +380,6 @@ def _in_one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR_LENGTH]
 
 
-class BudgetSpentError(Exception):
-    """No room came in time."""
-
-
-class Budget:
-    """Units that requests share, in one event loop; who needs more than are free waits."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.used = size, 0
-        self.waiters: list[asyncio.Future[None]] = []
-
-    @contextlib.asynccontextmanager
-    async def share(self, units: int, seconds: float | None = None) -> AsyncIterator[None]:
-        """Hold so many units, at most all; BudgetSpentError when they are not free in time."""
-        units = min(units, self.size)
-        try:
-            async with asyncio.timeout(seconds):
-                while self.used + units > self.size:
-                    waiter = asyncio.get_running_loop().create_future()
-                    self.waiters.append(waiter)
-                    try:
-                        await waiter
-                    finally:
-                        self.waiters.remove(waiter)
-        except TimeoutError:
-            raise BudgetSpentError from None
-        self.used += units
-        try:
-            yield
-        finally:
-            self.used -= units
-            for waiter in self.waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-
-
 class Metrics:
     """Prometheus metrics of one server."""
 
@@ -411,6 +417,10 @@ class Metrics:
         running.set_function(lambda: worker.num_running)
         waiting = Gauge("mimo_waiting", "Answers that wait for a slot.", registry=self.registry)
         waiting.set_function(lambda: worker.num_waiting)
+        cached = Gauge(
+            "mimo_cache_tokens", "Room in the key/value cache's slots.", registry=self.registry
+        )
+        cached.set_function(lambda: worker.num_cache_tokens)
         self.connections = Gauge("mimo_connections", "Open connections.", registry=self.registry)
         self.timeouts = Counter(
             "mimo_timeouts", "Connections that were too slow.", ["what"], registry=self.registry
