@@ -330,8 +330,9 @@ class Engine:
             tokens = self._choose(allowed, sequences)
             if any(sequence.request.logprobs for sequence in sequences):
                 fill_logprobs(result[:, 1:], tokens, logits, self.forbidden, num_top)
-            # On the device: the host waits once, for this and the tokens together.
-            result[:, 0] = tokens.where(logits.isfinite().all(dim=-1), NO_TOKEN)
+            # A number that is not finite, less itself, is NaN. The host waits for it and the tokens
+            # together.
+            result[:, 0] = tokens.where((logits - logits).sum(dim=-1) == 0, NO_TOKEN)
         self._broadcast(result)
         outputs = []
         for index, (token, logprob, *top_columns) in enumerate(result.tolist()):
