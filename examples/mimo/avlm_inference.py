@@ -94,7 +94,8 @@ def answer_prompt(
     names = {name: [str(path) for path in files] for name, files in paths.items()}
     for result in answers if is_rank_zero else ():
         fields = {"prompt": prompt, **names, **answer_fields(result)}
-        print(json.dumps(fields, ensure_ascii=False) if args.json else result.text, file=stdout)
+        line = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+        print(line if args.json else result.text, file=stdout)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main() -> None:
         scores = evaluate(args)
     if int(os.environ["RANK"]) == 0:
         output = args.output or args.ckpt / "eval.json"
-        output.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+        output.write_text(json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         print(_table(scores))
 
 
@@ -75,6 +75,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         if with_media:
             scores["scores"][title] = _score(answerer, with_media, args.data, title, blank=[name])
     example = records[first][0]
+    # Python reads NaN, which is no JSON to anybody else.
+    example = json.loads(json.dumps(example), parse_constant=str)
     scores["example"] = {**example, "answer": scores["scores"][first].pop("first_answer")}
     for score in scores["scores"].values():
         score.pop("first_answer", None)

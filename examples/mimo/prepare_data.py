@@ -247,7 +247,7 @@ def _complete_folder(args: argparse.Namespace, model: DatasetModel) -> Iterator[
 def _check_output(
     output: Path, overwrite: bool, marks: Sequence[str] = ("README.md", "train.jsonl")
 ) -> None:
-    if output.exists() and not output.is_dir():
+    if (output.exists() or output.is_symlink()) and not output.is_dir():
         raise ValueError(f"--output {output}: a file of that name exists")
     if not output.exists() or not any(output.iterdir()):
         return

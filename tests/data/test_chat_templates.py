@@ -14,7 +14,8 @@ from PIL import Image
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.data.conversation import SampleEncoder
-from examples.mimo.data.tokenizer import TextEncoder, load_tokenizer
+from examples.mimo.data.tokenizer import load_tokenizer
+from examples.mimo.data.turns import TextEncoder
 from examples.mimo.generation.api import forbidden_tokens
 from tests.helpers import tokenizers
 
@@ -210,9 +211,9 @@ def test_a_damaged_generation_config_is_one_line(tmp_path, eos):
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
     with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id .* is no token of"):
         load_tokenizer(folder)
-    for text in ("[1]", "{", "\ud800"):
+    for text, kind in (("[1]", "a JSON object"), ("{", "JSON"), ("\ud800", "JSON")):
         (folder / "generation_config.json").write_text(text, errors="surrogatepass")
-        with pytest.raises(ValueError, match=r"generation_config\.json: not a JSON object"):
+        with pytest.raises(ValueError, match=rf"generation_config\.json: not {kind};"):
             load_tokenizer(folder)
 
 

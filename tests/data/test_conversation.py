@@ -12,8 +12,13 @@ from examples.mimo.data.conversation import (
     to_pieces,
     tokenise,
 )
-from examples.mimo.data.tokenizer import TextEncoder
-from examples.mimo.data.turns import files_of_parts, find_media, parse_turns, without_files
+from examples.mimo.data.turns import (
+    TextEncoder,
+    files_of_parts,
+    find_media,
+    parse_turns,
+    without_files,
+)
 
 
 def human(text):

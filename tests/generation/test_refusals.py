@@ -4,13 +4,17 @@ import base64
 import http.client
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 from tests.helpers import ranks
-from tests.helpers.commands import QUESTION, run_command
-from tests.helpers.served import KEY, Served, answer_of, says, user
+from tests.helpers.commands import QUESTION, ROOT, run_command
+from tests.helpers.served import KEY, Served, answer_of, says, until, user
 
 pytest.importorskip("starlette")
 
@@ -194,6 +198,27 @@ def test_a_port_that_is_taken_ends_with_one_line(checkpoint, served):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+def test_the_second_of_two_servers_ends_before_either_has_loaded(checkpoint):
+    port, script = ranks.free_port(), str(ROOT / "examples/mimo/serve.py")
+    flags = ("--ckpt", str(checkpoint), "--port", str(port))
+    first = subprocess.Popen([sys.executable, script, *flags], env=os.environ)
+
+    def listens():
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        until(listens)
+        done = run_command("serve.py", *flags)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert f"--port {port}: Address already in use; name another" in done.stderr
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
 def test_an_empty_api_key_is_none(monkeypatch):
     monkeypatch.setenv("MIMO_API_KEY", "")
     done = run_command("serve.py", "--ckpt", "none", "--host", "0.0.0.0")
@@ -206,6 +231,9 @@ def test_an_empty_api_key_is_none(monkeypatch):
     [
         (("--host", "0.0.0.0"), "lets other machines in; put an API key"),
         (("--port", "0"), "--port 0: from 1 to 65535"),
+        (("--port", "70000"), "--port 70000: from 1 to 65535"),
+        (("--host", "192.0.2.1", "--api-key-variable", "PATH"), "--host 192.0.2.1 --port 8000: "),
+        (("--host", "nowhere.invalid", "--api-key-variable", "PATH"), "--host nowhere.invalid"),
         (("--max-batch", "0"), "--max-batch 0: more than 0"),
         (("--prefixes", "-1"), "--prefixes -1: 0 or more"),
     ],
@@ -214,3 +242,4 @@ def test_flags_that_cannot_be(flags, message):
     done = ranks.run("examples/mimo/serve.py", "--ckpt", "none", *flags)
     assert done.returncode == 2
     assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr

@@ -1,6 +1,7 @@
 """The server's worker: what waits, what is cancelled, and what happens when the model fails."""
 
 import json
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.generation import Mimo
+from examples.mimo.generation.engine import TokenOutput
 from examples.mimo.generation.scheduler import Answer, Piece
 from examples.mimo.serving.app import Limits, Server
 from examples.mimo.serving.worker import QueueFullError, Worker, WorkerFailedError
@@ -138,14 +140,67 @@ def test_a_prompt_that_cannot_start_fails_alone(worker):
     end(worker, thread)
 
 
-def test_a_step_that_fails_costs_what_was_generated_and_nothing_later(worker):
+def test_a_step_that_fails_costs_the_answer_that_it_fails_for(worker):
+    """Each that was generated is generated alone then, and the third, which waited, after them."""
     worker.scheduler.gate.release(100)
     heard = submitted(worker, [5, "step", 2])
     thread = at_work(worker)
     reason = "RuntimeError: a model that fails"
-    # The third was waiting for a slot.
-    assert outcomes(heard) == [reason, reason, "answered"]
+    assert outcomes(heard) == ["answered", reason, "answered"]
+    assert worker.scheduler.started == [[0, 1], [0], [1], [2]]
     assert worker.failure is None
+    end(worker, thread)
+
+
+@pytest.mark.parametrize(("repeats", "outcome"), [(True, "answered"), (False, "differed")])
+def test_what_was_sent_is_not_sent_again(worker, repeats, outcome):
+    """An answer that is begun again must repeat it."""
+
+    def step():
+        left = worker.scheduler.left
+        position = 5 - left[0] if 0 in left else 0
+        if 1 in left and position == 3:
+            raise RuntimeError("a model that fails")
+        is_again = len(worker.scheduler.started) > 1
+        token = position if repeats or not is_again else 7
+        left.update({0: left[0] - 1} if 0 in left else {})
+        pieces = [Piece(0, f"{token} ", output=TokenOutput(0, token))] if 0 in left else []
+        if left.get(0) == 0:
+            del left[0]
+            pieces = [Piece(0, "4 ", Answer("", [], "stop"), TokenOutput(0, 4))]
+        return pieces
+
+    worker.scheduler.step = step
+    heard = []
+    worker.submit(5, None, heard.append)
+    other = worker.submit("other", None, heard.append)
+    thread = at_work(worker)
+    until(lambda: any(piece.answer or piece.error for piece in heard))
+    assert [piece.text for piece in heard][:3] == ["0 ", "1 ", "2 "]
+    if outcome == "answered":
+        assert "".join(piece.text for piece in heard) == "0 1 2 3 4 "
+    else:
+        assert (len(heard), outcome in heard[3].error) == (4, True)
+    worker.cancel(other)
+    until(lambda: not worker.num_running)
+    end(worker, thread)
+
+
+def test_a_suspect_whose_client_leaves_is_not_tried(worker):
+    heard = submitted(worker, [5, "step"])
+    worker.scheduler.is_broken = False
+    abort = worker.scheduler.abort
+
+    def abort_and_leave(numbers=None):
+        abort(numbers)
+        worker.cancel(0)
+
+    worker.scheduler.abort = abort_and_leave
+    worker.scheduler.gate.release(100)
+    thread = at_work(worker)
+    assert outcomes(heard[1:]) == ["RuntimeError: a model that fails"]
+    assert worker.scheduler.started == [[0, 1], [1]]
+    assert not heard[0]
     end(worker, thread)
 
 
@@ -287,8 +342,8 @@ def test_health_says_why_the_model_cannot_answer(client, model, monkeypatch):
     assert (status, "/health says why" in reply["error"]["message"]) == (503, True)
 
 
-def test_a_prompt_that_fails_costs_no_other_answer(client, model, monkeypatch):
-    """Beside it others are generated, and others start with it."""
+def test_a_request_that_fails_costs_no_other_answer(client, model, monkeypatch):
+    """At its prompt or in a step; beside it others are generated, and others start with it."""
     bodies = [user(f"Digit {word}. Which digit is this?") for word in ("one", "two", "three")]
     expected = [answer_of(ask(client, body)[1]) for body in bodies]
     start = model.engine.start
@@ -299,13 +354,67 @@ def test_a_prompt_that_fails_costs_no_other_answer(client, model, monkeypatch):
             raise RuntimeError("no")
         return outputs
 
+    step = model.engine.step
+
+    def step_with_faults():
+        outputs = step()
+        if any(s.request.max_new_tokens == LATE for s in model.engine.sequences):
+            raise RuntimeError("no")
+        return outputs
+
     monkeypatch.setattr(model.engine, "start", start_with_faults)
-    asked = [(body, {}) for body in bodies] + [(bodies[0], {"max_tokens": START})]
-    with ThreadPoolExecutor(4) as clients:
-        for _ in range(5):
-            replies = list(clients.map(lambda pair: ask(client, pair[0], **pair[1]), asked))
-            assert [status for status, _ in replies] == [200, 200, 200, 500]
-            assert [answer_of(reply) for _, reply in replies[:3]] == expected
+    monkeypatch.setattr(model.engine, "step", step_with_faults)
+    for fault in (START, LATE):
+        asked = [(body, {}) for body in bodies] + [(bodies[0], {"max_tokens": fault})]
+        with ThreadPoolExecutor(4) as clients:
+            for _ in range(5):
+                replies = list(clients.map(lambda pair: ask(client, pair[0], **pair[1]), asked))
+                assert [status for status, _ in replies] == [200, 200, 200, 500]
+                assert [answer_of(reply) for _, reply in replies[:3]] == expected
+
+
+def answers_beside_faults(server, served, count, faults):
+    """So many requests of eight clients, of which some fail: each alone, with an error in JSON."""
+    bodies = [
+        {
+            "messages": [user(f"Digit {word}. Which digit is this?")],
+            "temperature": 1.5 * (number % 2),
+            "seed": number,
+            "max_tokens": 30,
+        }
+        for number, word in enumerate(("one", "two", "three", "four", "five"))
+    ]
+    expected = [answer_of(served.ask(body)[1]) for body in bodies]
+    every = count // faults
+
+    def ask(number):
+        kind, body = number % len(bodies), bodies[number % len(bodies)]
+        if number % every == every - 1:
+            status, reply = server.ask({**body, "max_tokens": (START, LATE)[number // every % 2]})
+            return status, reply["error"]["type"] == "server_error"
+        if number % 3:
+            status, reply = server.ask(body)
+            return status, answer_of(reply) == expected[kind]
+        chunks = server.stream(body)
+        texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+        return 200, "".join(texts) == expected[kind]
+
+    with ThreadPoolExecutor(8) as clients:
+        result = list(clients.map(ask, range(count)))
+    assert result.count((200, True)) == count - faults
+    assert result.count((500, True)) == faults
+    assert server.get("/health")[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(), ("--tp", "2"), ("--pp", "2")])
+def test_twenty_errors_among_two_hundred_requests(checkpoint, served, layout):
+    processes = 2 if layout else 0
+    script = "tests/helpers/failing_serve.py"
+    server = Served(checkpoint, *layout, processes=processes, script=script)
+    answers_beside_faults(server, served, 200, 20)
+    server.process.send_signal(signal.SIGINT)
+    server.process.communicate(timeout=60)
 
 
 def test_ranks_fail_together_or_end_together(checkpoint, served):
@@ -315,6 +424,7 @@ def test_ranks_fail_together_or_end_together(checkpoint, served):
         assert server.ask(says(max_tokens=fault))[0] == 500
         status, reply = server.ask({"messages": [user(QUESTION)]})
         assert (status, answer_of(reply)) == (200, expected)
+    answers_beside_faults(server, served, 30, 4)
     *_, error = server.stream(says(max_tokens=LATE))
     assert error["error"]["type"] == "server_error"
     chat = server.client().chat.completions

@@ -1,7 +1,7 @@
 """serve.py whose model fails when it is asked for so many tokens; run under torchrun.
 
-START: on every rank, as a prompt starts. LATE: on rank 1 alone, after a step that all ranks made.
-ALONE: on rank 1 alone, before a step that the others then wait in.
+START: on every rank, as a prompt starts. LATE: on the last rank alone, after a step that all ranks
+made. ALONE: on rank 1 alone, before a step that the others then wait in.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ def main() -> None:
     from examples.mimo import serve
     from examples.mimo.cli import command
 
-    rank, run = os.environ["RANK"], serve.serve
+    rank, run = os.environ.get("RANK", "0"), serve.serve
+    last = str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
 
     def fail(engine, limit, ranks):
         limits = {sequence.request.max_new_tokens for sequence in engine.sequences}
         if limit in limits and rank in ranks:
             raise RuntimeError(f"a fault at {limit}")
 
-    def serve_with_faults(args):
+    def serve_with_faults(*inputs):
         # Imported only now, as Megatron must find what serve.py has installed.
         from examples.mimo.generation.engine import Engine
         from examples.mimo.serving import worker
@@ -40,11 +41,11 @@ def main() -> None:
         def step_with_faults(self):
             fail(self, ALONE, "1")
             outputs = step(self)
-            fail(self, LATE, "1")
+            fail(self, LATE, last)
             return outputs
 
         Engine.start, Engine.step = start_with_faults, step_with_faults
-        run(args)
+        run(*inputs)
 
     serve.serve = serve_with_faults
     command.run("serve.py", serve.main)

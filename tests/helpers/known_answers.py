@@ -35,10 +35,15 @@ CHOICE = 2.0
 EMBEDDING, OUTPUT = "word_embeddings.weight", "output_layer.weight"
 
 
-def write_checkpoint(config: MimoConfig, data: Path, folder: Path) -> None:
-    """Such a model of the sizes of `config`, with the tokenizer of `data`, in `folder`."""
+def write_checkpoint(config: MimoConfig, data: Path, folder: Path, spoiled: str = "") -> None:
+    """Such a model of the sizes of `config`, with the tokenizer of `data`, in `folder`.
+
+    The embeddings of the tokens of `spoiled` are NaN, and so are the logits behind them.
+    """
     initialize_single_process(seed=1)
     embedding, output = _vocabulary(config, data / "tokenizer.model")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
+    embedding[model.encode(spoiled)] = float("nan")
     chunks, objects = [], []
     for part in part_names(config):
         tensors, others = sharded_state(config, part, "cpu")

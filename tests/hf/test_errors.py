@@ -101,6 +101,37 @@ def broken_config(folder):
     (folder / "config.json").write_text("{")
 
 
+def deep_config(folder):
+    (folder / "config.json").write_text("[" * 200_000)
+
+
+def deep_object(folder):
+    change_config(folder, extra=json.loads('{"a":' * 100 + "1" + "}" * 100))
+
+
+def long_config(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "x": 2**26 * "x"}))
+
+
+def config_of_bytes(folder):
+    (folder / "config.json").write_bytes(b"\xff\xfe")
+
+
+def many_empty_tensors(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    tensors = json.loads(whole[8:end]) | {f"empty.{number}": empty for number in range(300_000)}
+    head = json.dumps(tensors).encode()
+    file = len(head).to_bytes(8, "little") + head + whole[end:]
+    (folder / "model.safetensors").write_bytes(file)
+
+
+def many_files(folder):
+    index = json.dumps({"weight_map": {f"a.{i}": f"{i}.safetensors" for i in range(20_000)}})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
 def end_that_is_no_token(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 128]}')
 
@@ -126,6 +157,12 @@ def no_folder(folder):
         (no_weights, "no model.safetensors in this folder"),
         (no_config, "config.json is missing"),
         (broken_config, "config.json: not JSON"),
+        (deep_config, "config.json: not JSON"),
+        (deep_object, "config.json: JSON of more than 64 levels"),
+        (long_config, r"config.json: 67,\d{3},\d{3} bytes of JSON, more than 67,108,864"),
+        (config_of_bytes, "config.json: not JSON"),
+        (many_empty_tensors, "model.safetensors: 300,039 tensors, more than 200,000"),
+        (many_files, "index.json: 20,000 tensors in 20,000 files, more than 200,000 in 10,000"),
         (
             end_that_is_no_token,
             r"generation_config.json: eos_token_id 128 is no token of these",

@@ -76,6 +76,30 @@ def test_nan_samples(tmp_path):
         read(write(tmp_path / "a.wav", samples, subtype="FLOAT"))
 
 
+@pytest.mark.parametrize(
+    ("factor", "subtype", "message"),
+    [
+        (1e18, "FLOAT", "up to 1e+18, but full scale is 1; divide them"),
+        (3e38, "FLOAT", "up to 3e+38, but full scale is 1; divide them"),
+        (32_768, "FLOAT", "up to 32,768, but full scale is 1; divide them"),
+        (1e300, "DOUBLE", "NaN or infinite samples"),
+    ],
+)
+def test_samples_far_beyond_full_scale(tmp_path, factor, subtype, message):
+    """Their spectrum would overflow."""
+    samples = np.where(np.arange(RATE) % 2, -1.0, 0.5) * factor
+    with pytest.raises(ValueError, match=rf"a\.wav: .*{re.escape(message)}"):
+        read(write(tmp_path / "a.wav", samples, subtype=subtype))
+
+
+def test_samples_at_full_scale_are_read(tmp_path):
+    samples = np.tile(np.array([32_767, -32_768], np.int16), RATE // 2)
+    result = read(write(tmp_path / "a.wav", samples, subtype="PCM_16"))
+    assert (result.min(), result.max()) == (-1.0, pytest.approx(32_767 / 32_768))
+    loud = read(write(tmp_path / "b.wav", 8 * tone(0.5), subtype="FLOAT"))
+    assert loud.max() == pytest.approx(4, abs=0.1)
+
+
 def test_longer_than_the_window_says_how_much_fits(tmp_path):
     path = write(tmp_path / "a.wav", tone(3.0))
     with pytest.raises(ValueError, match=r"3.00 seconds of sound, but 2 fit"):

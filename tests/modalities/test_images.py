@@ -42,6 +42,23 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert np.asarray(read_image(save(dark, tmp_path / "b.png"))).max() == 0
 
 
+def test_fractions_are_read_at_their_scale(tmp_path):
+    """From 0 to 1, to 255, or to 65,535."""
+    shades = np.array([[0, 0.2, 1]], dtype=np.float32)
+    for most in (1, 255, 65_535):
+        file = save(Image.fromarray(shades * most), tmp_path / f"{most}.tiff")
+        assert np.asarray(read_image(file))[0, :, 0].tolist() == [0, 51, 255]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e18, -1e18, 65_536, 2**31 - 1])
+def test_pixels_of_no_picture_are_refused(tmp_path, value):
+    values = np.full((4, 4), 7, np.int32 if isinstance(value, int) else np.float32)
+    values[1, 2] = value
+    file = save(Image.fromarray(values), tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=r"a\.tiff: damaged image \(pixel values from .* scale"):
+        read_image(file)
+
+
 def test_exif_rotation_is_applied(tmp_path):
     picture = Image.new("RGB", (4, 2), (0, 0, 0))
     exif = picture.getexif()

@@ -51,6 +51,38 @@ def rejected(folder):
     return {row["key"] or row["place"]: row["reason"] for row in map(json.loads, lines)}
 
 
+def test_links_that_lead_to_themselves_and_lines_of_many_files(tmp_path, tiny):
+    """Each is refused by its line, before a file is looked for; the others are kept."""
+    (tmp_path / "good.png").write_bytes(broken.picture())
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "out-of-one").symlink_to("into-the-other")
+    (tmp_path / "into-the-other").symlink_to("out-of-one")
+    many = 100_000
+    part = {"type": "image", "image": "good.png"}
+    asked = [
+        *((f"good-{number}", ["good.png"], broken.SEE) for number in range(6)),
+        ("loop", ["loop.png"], broken.SEE),
+        ("loops", ["into-the-other/a.png"], broken.SEE),
+        ("many", ["good.png"] * many, many * "<image>"),
+        ("parts", None, [part] * many),
+        ("long", ["x" * 5_000], broken.SEE),
+    ]
+    records = [
+        {"key": key, "conversations": broken.turns(text)} | ({"images": files} if files else {})
+        for key, files, text in asked
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, records)))
+    prepare_shards(options(tmp_path / "m.jsonl", tmp_path / "out", splits={"train": 1.0}), tiny)
+    assert list(samples(tmp_path / "out")[0]) == [f"good-{number}" for number in range(6)]
+    reasons = rejected(tmp_path / "out")
+    for key in ("loop", "loops"):
+        assert "a link that leads back to itself" in reasons.pop(key)
+    for place in ("line 9", "line 10"):
+        assert reasons.pop(place) == "100,000 files in one sample, more than 4,096"
+    assert reasons.pop("long").endswith("5,000 characters are no file's name")
+    assert not reasons
+
+
 def test_a_manifest_becomes_shards(data_folder, tiny, tmp_path):
     about = prepare_shards(options(data_folder / "train.jsonl", tmp_path / "out"), tiny)
     result, splits = samples(tmp_path / "out")

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.tokenizer import TextEncoder, Tokenizer, free_id_hint, is_ordinary_token
+from examples.mimo.data.tokenizer import Tokenizer, free_id_hint, is_ordinary_token
 from examples.mimo.data.turns import (
     ASSISTANT,
     SYSTEM,
     FindFile,
     MediaPlace,
+    TextEncoder,
     Turn,
     conversation_of,
     errors_named,

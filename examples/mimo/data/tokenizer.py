@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
 import json
+import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
-from itertools import pairwise
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from examples.mimo.configs.schema import MimoConfig
+
+# Of files that strangers wrote. The largest tokenizer.json have 40 MB, and vocabularies 300,000.
+MAX_JSON_BYTES, MAX_DEPTH, MAX_SIZE = 2**28, 64, 2**24
+# How many times as long a normaliser may make a text, and a character of Unicode's longest form.
+MAX_EXPANSION, LONGEST_FORM = 100, 64
+# A run of one of them shows most patterns whose time is exponential.
+PROBES = "aAx1 -_.\n\u00e9"
 
 
 class Tokenizer(Protocol):
@@ -53,7 +62,9 @@ class SentencePieceTokenizer:
         self.unk_id = self.model.unk_id()
         self.size = self.model.vocab_size()
         self.eos_id, self.end_ids = end_ids(path.parent, self.model.eos_id(), self.size)
-        pieces = ModelProto.FromString(self.model.serialized_model_proto()).pieces
+        proto = ModelProto.FromString(self.model.serialized_model_proto())
+        pieces, rules = proto.pieces, (proto.normalizer_spec, proto.denormalizer_spec)
+        _check_expansion(path, max(_longest_form(rule.precompiled_charsmap) for rule in rules))
         kinds = {number: piece.type for number, piece in enumerate(pieces)}
         piece_type = ModelProto.SentencePiece
         self.special = frozenset(i for i, kind in kinds.items() if kind == piece_type.CONTROL)
@@ -88,11 +99,21 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path) -> None:
         from transformers import AutoTokenizer
 
-        self.model: Any = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
+        self.path = path
+        described = read_json(path / HUGGING_FACE)
+        with _errors_of(path, "no tokenizer that can be read"):
+            times = max(_expansion(described.get(name)) for name in ("normalizer", "decoder"))
+        _check_expansion(path / HUGGING_FACE, times)
+        with _errors_of(path, "no tokenizer that can be read"), _silent_rust():
+            self.model: Any = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+            for character in PROBES:
+                self.model.encode(60 * character + "!")
         # Ids may have gaps, which makes the largest one larger than their number.
         self.size = max(len(self.model), 1 + max(self.model.get_vocab().values(), default=-1))
+        if self.size > MAX_SIZE:
+            raise ValueError(f"{path}: token ids up to {self.size - 1:,}, more than {MAX_SIZE:,}")
         self.bos_id = _id_or_none(self.model.bos_token_id)
         eos_id = _id_or_none(self.model.eos_token_id)
         self.eos_id, self.end_ids = end_ids(path, eos_id, self.size)
@@ -105,7 +126,7 @@ class HuggingFaceTokenizer:
         self.special = frozenset(
             token_id
             for token_id, token in added.items()
-            if token.special and (token.content not in words or _RESERVED.fullmatch(token.content))
+            if token.special and (token.content not in words or RESERVED.fullmatch(token.content))
         )
         # The kind of decoder says how a token spells its bytes; JSON is its only description.
         decoder = self.model.backend_tokenizer.decoder
@@ -114,7 +135,8 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; no begin or end token. ValueError for an unpaired surrogate."""
         _check_whole(text)
-        return self.model.encode(text, add_special_tokens=False)
+        with _errors_of(self.path, "its tokenizer cannot encode this text"):
+            return self.model.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control tokens vanish."""
@@ -136,6 +158,77 @@ class HuggingFaceTokenizer:
         # What it adds behind another one, as WordPiece writes "##ing" for "ing".
         before = self.encode("a")
         return self.decode([*before, token_id]).removeprefix(self.decode(before)).encode()
+
+
+def read_json(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file; ValueError, one line, for another, a huge or a deep one."""
+    try:
+        size = file.stat().st_size
+        values = json.loads(file.read_text(encoding="utf-8")) if size <= max_bytes else {}
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{file}: not JSON; mend or remove it") from None
+    if size > max_bytes:
+        raise ValueError(f"{file}: {size:,} bytes of JSON, more than {max_bytes:,}")
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: not a JSON object; mend or remove it")
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        lists = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [child for some in lists for child in some if isinstance(child, dict | list)]
+        if not level:
+            return values
+    raise ValueError(f"{file}: JSON of more than {MAX_DEPTH} levels")
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path, what: str) -> Iterator[None]:
+    """A ValueError in place of any error; a panic of the library's Rust is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path}: {what} ({' '.join(str(error).split())[:200]})") from None
+
+
+@contextlib.contextmanager
+def _silent_rust() -> Iterator[None]:
+    """Throw away stderr, where a panic in Rust writes a traceback of its own."""
+    with open(os.devnull, "w") as nowhere, os.fdopen(os.dup(2)) as stderr:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr.fileno(), 2)
+
+
+def _check_expansion(file: Path, times: float) -> None:
+    if times > MAX_EXPANSION:
+        raise ValueError(
+            f"{file}: may make a text {times:,.0f} times as long, over {MAX_EXPANSION}"
+        )
+
+
+def _expansion(step: Any) -> float:
+    """How many times as long a normaliser or a decoder of a `tokenizer.json` may make a text."""
+    step = step if isinstance(step, dict) else {}
+    times, new = 1.0, str(step.get("content", ""))
+    for part in (*(step.get("normalizers") or ()), *(step.get("decoders") or ())):
+        times *= _expansion(part)
+    if step.get("type") == "Replace":
+        old = (step.get("pattern") or {}).get("String")  # an expression may match nothing
+        times *= max(1.0, len(new) / len(old)) if old else 1.0 + len(new)
+    times *= _longest_form(base64.b64decode(step.get("precompiled_charsmap") or ""))
+    return times * (1 + len(str(step.get("prepend", ""))))
+
+
+def _longest_form(charsmap: bytes) -> float:
+    """The longest of SentencePiece's forms of a character, in the longest that Unicode has."""
+    # They end with a zero each, behind a trie whose length comes first.
+    forms = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
+    return max(1.0, max(map(len, forms)) / LONGEST_FORM)
 
 
 def _id_or_none(token_id: int | None) -> int:
@@ -182,10 +275,7 @@ def listed_end_ids(folder: Path, size: int) -> list[int]:
     file = folder / GENERATION_CONFIG
     listed: Any = []
     if file.is_file():
-        try:
-            listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError, RecursionError):
-            raise ValueError(f"{file}: not a JSON object; mend or remove it") from None
+        listed = read_json(file).get("eos_token_id")
         listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     for token_id in listed:
         if type(token_id) is not int or not 0 <= token_id < size:
@@ -194,82 +284,6 @@ def listed_end_ids(folder: Path, size: int) -> list[int]:
                 "remove the file"
             )
     return listed
-
-
-class TextEncoder:
-    """Encodes a conversation's text: only the template makes control tokens, people never do.
-
-    Control tokens are the tokenizer's special ones, the placeholders, and what looks like one and
-    stands in the config's chat template, such as Qwen's `<think>`.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, config: MimoConfig) -> None:
-        self.tokenizer = tokenizer
-        placeholders = {modality.token_id for modality in config.modalities.values()}
-        template = " ".join(text or "" for text in vars(config.chat).values())
-        self.control = {
-            spelling: token_id
-            for spelling, token_id in tokenizer.symbols.items()
-            if token_id in tokenizer.special
-            or token_id in placeholders
-            or (spelling in template and _RESERVED.fullmatch(spelling))
-        }
-        self.control_ids = placeholders | set(self.control.values())
-        # Of two that begin alike the longer one; "(?!)" matches nowhere.
-        longest_first = sorted(self.control, key=len, reverse=True)
-        self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        # Many a SentencePiece tokenizer puts a space before a text, or takes away the one it begins
-        # with. Text that goes on must keep its own, so it is encoded behind a character that merges
-        # with nothing, and that the tokenizer knows: unknown ones may swallow what follows.
-        known = (c for c in _LEADS if tokenizer.decode(tokenizer.encode(c)).strip() == c)
-        self.lead = next(known, "")
-        self.lead_ids = tokenizer.encode(self.lead)
-        self.needs_lead = any(
-            tokenizer.encode(self.lead + text)[len(self.lead_ids) :] != tokenizer.encode(text)
-            for text in ("a", " a")
-        )
-        # Some Hugging Face ones put a space behind each control token as well.
-        first = next(iter(self.control), "")
-        begins = [tokenizer.encode(text) for text in (first, "a", f"{first}a")]
-        self.restarts = self.needs_lead and bool(first) and begins[0] + begins[1] == begins[2]
-
-    def split(self, template: str) -> list[str | int]:
-        """Text of the template, cut at its control tokens, which become their ids."""
-        parts: list[str | int] = []
-        start = 0
-        for match in self.spelling.finditer(template):
-            parts += [template[start : match.start()], self.control[match[0]]]
-            start = match.end()
-        return [part for part in (*parts, template[start:]) if part != ""]
-
-    def encode(self, text: str, goes_on: bool = False) -> list[int]:
-        """Ids of plain text; what spells a control token stays text.
-
-        `goes_on` says that other text, or a token after which it begins as in mid-sentence, comes
-        before it.
-        """
-        ids = self._encode(text, goes_on)
-        cuts = [match.start() + 1 for match in self.spelling.finditer(text)]
-        # Unless it is spelled, the unknown token stands for a character that people may well write.
-        unspelled = self.control_ids - {self.tokenizer.unk_id}
-        if (self.control_ids if cuts else unspelled).isdisjoint(ids):
-            return ids
-        # Cut in the middle, no spelling is whole; one that a normaliser makes is cut everywhere.
-        edges = [0, *(cuts or range(1, len(text))), len(text)]
-        parts = [text[start:end] for start, end in pairwise(edges)]
-        ids = [i for n, part in enumerate(parts) for i in self._encode(part, goes_on or n > 0)]
-        return [token_id for token_id in ids if token_id not in unspelled]
-
-    def _encode(self, text: str, goes_on: bool) -> list[int]:
-        if not (goes_on and self.needs_lead):
-            return self.tokenizer.encode(text)
-        ids = self.tokenizer.encode(self.lead + text)
-        if ids[: len(self.lead_ids)] != self.lead_ids:
-            return self.tokenizer.encode(text)
-        return ids[len(self.lead_ids) :]
-
-
-_LEADS = ("\U0001f600", "~", ".")
 
 
 def _check_whole(text: str) -> None:
@@ -290,7 +304,7 @@ def is_ordinary_token(tokenizer: Tokenizer, token_id: int, placeholder: str = ""
         return False
     if token_id in tokenizer.special:
         return False
-    if (not isinstance(tokenizer, HuggingFaceTokenizer) and _RESERVED.fullmatch(text)) or (
+    if (not isinstance(tokenizer, HuggingFaceTokenizer) and RESERVED.fullmatch(text)) or (
         isinstance(tokenizer, SentencePieceTokenizer)
         and tokenizer.model.id_to_piece(token_id) in _NEVER_IN_UTF_8
     ):
@@ -314,7 +328,7 @@ def free_id_hint(tokenizer: Tokenizer, taken: Collection[int]) -> str:
 
 
 # How tokenizers spell tokens that are kept for later: <unused7>, [unused7], <|reserved_7|>.
-_RESERVED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+RESERVED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 # Byte tokens of SentencePiece that no text is spelled with (RFC 3629), so they are free as well.
 _NEVER_IN_UTF_8 = {f"<0x{byte:02X}>" for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}

@@ -10,13 +10,16 @@ A turn is `{"from": "human", "value": ...}` or `{"role": "user", "content": ...}
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.tokenizer import RESERVED, Tokenizer
 from examples.mimo.modalities.files import Blob, Source
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -30,6 +33,10 @@ _ENDS = ("", "_url")
 # What other programs take in the place of a file's name.
 ADDRESS = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
+# In one record.
+MAX_FILES = 4096
+# As paths on Linux.
+MAX_NAME = 4095
 # From the name of a file in a record to the file; ValueError where there is none.
 FindFile = Callable[[str], Source]
 
@@ -226,6 +233,15 @@ def refuse_other_modalities(record: Mapping[str, Any], config: MimoConfig) -> No
             )
 
 
+def check_num_files(record: Mapping[str, Any], config: MimoConfig) -> None:
+    """ValueError for more files than any sequence holds; to look for each takes its time."""
+    lists = (record.get(name) for name in config.modalities)
+    count = sum(len(items) for items in lists if isinstance(items, list))
+    count += len(files_of_parts(conversation_of(record)))
+    if count > MAX_FILES:
+        raise ValueError(f"{count:,} files in one sample, more than {MAX_FILES:,}")
+
+
 def find_media(
     turns: Sequence[Turn], record: Mapping[str, Any], config: MimoConfig, find_file: FindFile
 ) -> dict[str, list[Source]]:
@@ -235,6 +251,7 @@ def find_media(
     a file.
     """
     refuse_other_modalities(record, config)
+    check_num_files(record, config)
     media = {}
     for name, modality in config.modalities.items():
         items = record.get(name)
@@ -270,10 +287,19 @@ class FilesInside:
     root: Path
 
     def __call__(self, name: str) -> Path:
-        path = (self.root / name).resolve()  # a link may lead out of the folder
-        if not path.is_relative_to(self.root.resolve()):
+        if len(name) > MAX_NAME:
+            raise ValueError(f"{name[:60]!r} ...: {len(name):,} characters are no file's name")
+        try:
+            path = (self.root / name).resolve()  # a link may lead out of the folder
+        except (OSError, RuntimeError):
+            raise ValueError(f"{self.root / name}: a link that leads back to itself") from None
+        if not path.is_relative_to(self._resolved_root):
             raise ValueError(f"{path} lies outside the data folder {self.root}")
         return path
+
+    @functools.cached_property
+    def _resolved_root(self) -> Path:
+        return self.root.resolve()
 
 
 @contextlib.contextmanager
@@ -291,3 +317,79 @@ def errors_named(where: str, drop: str = "") -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{where}: {reason}") from error
+
+
+class TextEncoder:
+    """Encodes a conversation's text: only the template makes control tokens, people never do.
+
+    Control tokens are the tokenizer's special ones, the placeholders, and what looks like one and
+    stands in the config's chat template, such as Qwen's `<think>`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: MimoConfig) -> None:
+        self.tokenizer = tokenizer
+        placeholders = {modality.token_id for modality in config.modalities.values()}
+        template = " ".join(text or "" for text in vars(config.chat).values())
+        self.control = {
+            spelling: token_id
+            for spelling, token_id in tokenizer.symbols.items()
+            if token_id in tokenizer.special
+            or token_id in placeholders
+            or (spelling in template and RESERVED.fullmatch(spelling))
+        }
+        self.control_ids = placeholders | set(self.control.values())
+        # Of two that begin alike the longer one; "(?!)" matches nowhere.
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # Many a SentencePiece tokenizer puts a space before a text, or takes away the one it begins
+        # with. Text that goes on must keep its own, so it is encoded behind a character that merges
+        # with nothing, and that the tokenizer knows: unknown ones may swallow what follows.
+        known = (c for c in _LEADS if tokenizer.decode(tokenizer.encode(c)).strip() == c)
+        self.lead = next(known, "")
+        self.lead_ids = tokenizer.encode(self.lead)
+        self.needs_lead = any(
+            tokenizer.encode(self.lead + text)[len(self.lead_ids) :] != tokenizer.encode(text)
+            for text in ("a", " a")
+        )
+        # Some Hugging Face ones put a space behind each control token as well.
+        first = next(iter(self.control), "")
+        begins = [tokenizer.encode(text) for text in (first, "a", f"{first}a")]
+        self.restarts = self.needs_lead and bool(first) and begins[0] + begins[1] == begins[2]
+
+    def split(self, template: str) -> list[str | int]:
+        """Text of the template, cut at its control tokens, which become their ids."""
+        parts: list[str | int] = []
+        start = 0
+        for match in self.spelling.finditer(template):
+            parts += [template[start : match.start()], self.control[match[0]]]
+            start = match.end()
+        return [part for part in (*parts, template[start:]) if part != ""]
+
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        """Ids of plain text; what spells a control token stays text.
+
+        `goes_on` says that other text, or a token after which it begins as in mid-sentence, comes
+        before it.
+        """
+        ids = self._encode(text, goes_on)
+        cuts = [match.start() + 1 for match in self.spelling.finditer(text)]
+        # Unless it is spelled, the unknown token stands for a character that people may well write.
+        unspelled = self.control_ids - {self.tokenizer.unk_id}
+        if (self.control_ids if cuts else unspelled).isdisjoint(ids):
+            return ids
+        # Cut in the middle, no spelling is whole; one that a normaliser makes is cut everywhere.
+        edges = [0, *(cuts or range(1, len(text))), len(text)]
+        parts = [text[start:end] for start, end in pairwise(edges)]
+        ids = [i for n, part in enumerate(parts) for i in self._encode(part, goes_on or n > 0)]
+        return [token_id for token_id in ids if token_id not in unspelled]
+
+    def _encode(self, text: str, goes_on: bool) -> list[int]:
+        if not (goes_on and self.needs_lead):
+            return self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(self.lead + text)
+        if ids[: len(self.lead_ids)] != self.lead_ids:
+            return self.tokenizer.encode(text)
+        return ids[len(self.lead_ids) :]
+
+
+_LEADS = ("\U0001f600", "~", ".")

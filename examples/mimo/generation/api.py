@@ -142,6 +142,32 @@ class Mimo:
         sample = on_rank_zero(lambda: self.encode(record))
         return (piece.text for piece in self.stream_answer(sample, options) if piece.text)
 
+    def limit_cache(self, max_bytes: int | None = None) -> int:
+        """Bound the key/value cache; returns how many tokens its slots hold, alike on all ranks.
+
+        By default it takes half of the memory that is free. A quarter of it, or less, is for the
+        prefix cache; of the rest half is kept for copying the slots when they grow.
+        """
+        from examples.mimo.generation.transformer import LENGTH_STEP, free_bytes
+
+        transformer, prefixes = self.engine.transformer, self.engine.prefix_cache.size
+        max_bytes = free_bytes(transformer.device) // 2 if max_bytes is None else max_bytes
+        most = torch.tensor(max_bytes // transformer.bytes_per_token, device=transformer.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(most, dist.ReduceOp.MIN)
+        total = int(most)
+        share = min(prefixes * self.config.language.seq_length, total // 4)
+        self.engine.max_prefix_tokens = share // max(prefixes, 1)
+        tokens = (total - share) // 2 // LENGTH_STEP * LENGTH_STEP
+        if not tokens:
+            raise ValueError(
+                f"the key/value cache has room for {(total - share) // 2:,} tokens, but at least "
+                f"{LENGTH_STEP} are needed; give it more memory"
+            )
+        transformer.max_cache_tokens = tokens
+        self.engine.cache = transformer.new_cache()
+        return tokens
+
     def sample_encoder(self, blank: Sequence[str] = ()) -> SampleEncoder:
         """What turns records into the model's inputs; `blank` modalities lose their content."""
         seq_length = self.config.language.seq_length
@@ -173,9 +199,14 @@ class Mimo:
         batch_size: int = BATCH_SIZE,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[Answer]:
-        """Answers in the samples' order; `progress` is told how many are done."""
+        """Answers in the samples' order; `progress` is told how many are done.
+
+        ValueError for the first that has an error instead.
+        """
         answers: dict[int, Answer] = {}
         for number, answer in self.iter_answers(iter(enumerate(samples)), options, batch_size):
+            if answer.error is not None:
+                raise ValueError(f"sample {samples[number].key}: {answer.error}")
             answers[number] = answer
             progress(len(answers))
         return [answers[number] for number in range(len(samples))]
@@ -217,12 +248,19 @@ class Mimo:
             scheduler.cancel_all()
 
     def stream_answer(self, sample: Sample, options: Options = DEFAULT_OPTIONS) -> Iterator[Piece]:
-        """Pieces of one answer as they are generated; the last one has the whole answer."""
+        """Pieces of one answer as they are generated; the last one has the whole answer.
+
+        ValueError when the model cannot go on.
+        """
         scheduler = self.scheduler()
         try:
-            yield from scheduler.start([(0, sample, options)])
-            while len(scheduler):
-                yield from scheduler.step()
+            pieces = scheduler.start([(0, sample, options)])
+            while pieces:
+                for piece in pieces:
+                    if piece.error is not None:
+                        raise ValueError(f"sample {sample.key}: {piece.error}")
+                    yield piece
+                pieces = scheduler.step()
         finally:
             scheduler.cancel_all()
 

@@ -26,7 +26,13 @@ from examples.mimo.generation.reuse import (
     shared_length,
     usable_length,
 )
-from examples.mimo.generation.sampling import GREEDY, Sampling, SequenceGenerator, choose
+from examples.mimo.generation.sampling import (
+    GREEDY,
+    Sampling,
+    SequenceGenerator,
+    choose,
+    fill_logprobs,
+)
 from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache
 from examples.mimo.model.mimo import StageMimoModel
 
@@ -34,9 +40,9 @@ from examples.mimo.model.mimo import StageMimoModel
 MAX_PREFILL_TOKENS = 8192
 # Copying a shorter prefix costs more than computing it.
 MIN_REUSED_TOKENS = 32
-# The logits of a long prompt do not fit memory at once.
-LOGPROB_TOKENS = 256
-STOP, LENGTH = "stop", "length"
+STOP, LENGTH, NOT_FINITE = "stop", "length", "not finite"
+# Stands in place of a token where the logits are not finite.
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class SequenceRequest:
 class TokenOutput:
     """A new token of a sequence; `finish` is set on the last: STOP (end of text) or LENGTH.
 
+    It is NOT_FINITE, and `token` NO_TOKEN, where the logits hold NaN or infinity.
     `logprob` is the natural logarithm of its probability before any sampling. `top_logprobs` are
     the most likely tokens in its place that an answer may hold, with theirs. `prompt_logprobs`,
     with a sequence's first token, are those of the prompt's tokens: None for the first and for
@@ -133,7 +140,7 @@ class Engine:
         self.graphs = DecodingGraphs(self.transformer) if cuda_graphs else None
         self.device = self.transformer.device
         self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.long, device=self.device)
-        self.prefix_cache = PrefixCache(prefix_cache)
+        self.prefix_cache, self.max_prefix_tokens = PrefixCache(prefix_cache), float("inf")
         self.cache = self.transformer.new_cache()
         self.sequences: list[ActiveSequence] = []
 
@@ -169,7 +176,7 @@ class Engine:
         """Drop the sequence of a request, if it is still active."""
         numbers = [sequence.request.number for sequence in self.sequences]
         if number in numbers:
-            self._free(numbers.index(number))
+            self._free(numbers.index(number), STOP)
 
     def abort(self, numbers: Collection[int] | None = None) -> None:
         """Drop sequences after an error, by default all, whatever state it left them in.
@@ -180,7 +187,7 @@ class Engine:
         self.prefix_cache = PrefixCache(self.prefix_cache.size)
         for slot in reversed(range(len(self.sequences))):
             if numbers is None or self.sequences[slot].request.number in numbers:
-                self._remove(slot)
+                self._free(slot, NOT_FINITE)
         if not self.sequences:
             self.cache = self.transformer.new_cache()
 
@@ -320,15 +327,12 @@ class Engine:
         if hidden is not None:
             logits = self.transformer.logits(hidden).float()
             allowed = logits.index_fill(1, self.forbidden, float("-inf"))
-            result[:, 0] = self._choose(allowed, sequences)
+            tokens = self._choose(allowed, sequences)
             if any(sequence.request.logprobs for sequence in sequences):
-                logprobs = logits.log_softmax(dim=-1)
-                result[:, 1] = logprobs.gather(1, result[:, :1].long())[:, 0]
-                if num_top:
-                    logprobs.index_fill_(1, self.forbidden, float("-inf"))
-                    top = logprobs.topk(num_top, dim=-1)
-                    result[:, 2 : 2 + num_top] = top.indices
-                    result[:, 2 + num_top :] = top.values
+                fill_logprobs(result[:, 1:], tokens, logits, self.forbidden, num_top)
+            # A number that is not finite, less itself, is NaN. The host waits for it and the tokens
+            # together.
+            result[:, 0] = tokens.where((logits - logits).sum(dim=-1) == 0, NO_TOKEN)
         self._broadcast(result)
         outputs = []
         for index, (token, logprob, *top_columns) in enumerate(result.tolist()):
@@ -336,7 +340,8 @@ class Engine:
             request = sequence.request
             sequence.tokens.append(int(token))
             top_tokens = [int(other) for other in top_columns[: request.top_logprobs]]
-            pairs = list(zip(top_tokens, top_columns[num_top:], strict=False))
+            pairs = zip(top_tokens, top_columns[num_top:], strict=False)
+            allowed_pairs = [pair for pair in pairs if pair[1] > float("-inf")]
             outputs.append(
                 TokenOutput(
                     request.number,
@@ -344,14 +349,14 @@ class Engine:
                     self._finish(sequence),
                     logprob if request.logprobs else None,
                     prompt_logprobs[index] if prompt_logprobs else None,
-                    pairs if request.logprobs else None,
+                    allowed_pairs if request.logprobs else None,
                 )
             )
-        finished = {output.number for output in outputs if output.finish}
+        finished = {output.number: output.finish for output in outputs}
         # From the end, as freeing a slot moves the last sequence into it.
         for slot in reversed(range(len(self.sequences))):
-            if self.sequences[slot].request.number in finished:
-                self._free(slot)
+            if finish := finished.get(self.sequences[slot].request.number):
+                self._free(slot, finish)
         return outputs
 
     def _choose(self, logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Tensor:
@@ -364,13 +369,18 @@ class Engine:
         return choose(logits, samplings, generators, previous, answered)
 
     def _finish(self, sequence: ActiveSequence) -> str | None:
+        if sequence.tokens[-1] == NO_TOKEN:
+            return NOT_FINITE
         if sequence.tokens[-1] in self.end_ids:
             return STOP
         return LENGTH if len(sequence.tokens) >= sequence.request.max_new_tokens else None
 
-    def _free(self, slot: int) -> None:
-        """Free a slot, and keep its sequence in the prefix cache."""
-        if self.prefix_cache.size:
+    def _free(self, slot: int, finish: str) -> None:
+        """Free a slot, and keep its sequence in the prefix cache unless it may hold NaN."""
+        if finish == NOT_FINITE:
+            # NaN would reach the slot's next sequence through any mask.
+            self.cache.clear_slot(slot)
+        elif self.prefix_cache.size and self.sequences[slot].num_cached <= self.max_prefix_tokens:
             sequence = self.sequences[slot]
             copy = self.cache.copy_slot(slot, sequence.num_cached)
             self.prefix_cache.add(sequence.cached_units, copy)
@@ -393,12 +403,7 @@ class Engine:
         if hidden is not None:
             for index, sequence in enumerate(sequences):
                 ids = torch.tensor(sequence.request.sample.tokens.ids, device=self.device)
-                for start in range(0, length - 1, LOGPROB_TOKENS):
-                    end = min(start + LOGPROB_TOKENS, length - 1)
-                    logits = self.transformer.logits(hidden[index, start:end]).float()
-                    logprobs = logits.log_softmax(dim=-1)
-                    targets = ids[start + 1 : end + 1, None]
-                    result[index, start + 1 : end + 1] = logprobs.gather(1, targets)[:, 0]
+                result[index, 1:] = self.transformer.logprobs(hidden[index, :-1], ids[1:])
         self._broadcast(result)
         return [
             [

@@ -144,6 +144,30 @@ def choose(
     return tokens
 
 
+def fill_logprobs(
+    columns: torch.Tensor,
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+    forbidden: torch.Tensor,
+    num_top: int,
+) -> None:
+    """Write the log-probabilities of (B,) `tokens` and of the `num_top` likeliest others.
+
+    `columns` (B, 1 + 2 * num_top): those of the tokens, then the likeliest tokens, then theirs.
+    """
+    # That of a token which is hopelessly unlikely may be minus infinity, which is no JSON.
+    logprobs = logits.log_softmax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
+    columns[:, 0] = logprobs.gather(1, tokens[:, None])[:, 0]
+    if num_top:
+        logprobs.index_fill_(1, forbidden, float("-inf"))
+        # A vocabulary may hold fewer tokens; what is left over counts as forbidden.
+        columns[:, 1 + num_top :] = float("-inf")
+        top = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
+        count = top.indices.shape[-1]
+        columns[:, 1 : 1 + count] = top.indices
+        columns[:, 1 + num_top : 1 + num_top + count] = top.values
+
+
 def probabilities(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """(B, V) logits -> (B, V) fp64 probabilities after temperature, top-k, top-p and min-p."""
 

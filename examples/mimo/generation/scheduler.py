@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
-from examples.mimo.generation.engine import LENGTH, STOP, Engine, SequenceRequest, TokenOutput
+from examples.mimo.generation.engine import (
+    LENGTH,
+    NOT_FINITE,
+    STOP,
+    Engine,
+    SequenceRequest,
+    TokenOutput,
+)
 from examples.mimo.generation.sampling import Options
 
 # What a tokenizer decodes the first bytes of an incomplete character to.
 REPLACEMENT_CHARACTER = "\ufffd"
+NOT_FINITE_ERROR = (
+    "the model's logits are NaN or infinite, so there is no answer; its weights are damaged, or "
+    "this input is beyond the range of its precision"
+)
 # Callers number their answers from 0.
 PROBE = -1
 # Four bytes are a character, a token each at most; behind more of them nothing will be complete.
@@ -106,7 +118,8 @@ class Answer:
     """What the model answered, without the end-of-text token.
 
     `finish` is "stop" at that token or at a stop string, "length" where the tokens ran out.
-    `logprobs` are natural logarithms, of the end-of-text token too; see `TokenOutput`.
+    `logprobs` are natural logarithms, of the end-of-text token too; see `TokenOutput`. `error` says
+    why there is no answer.
     """
 
     text: str
@@ -114,6 +127,7 @@ class Answer:
     finish: str
     logprobs: list[float] | None = None
     prompt_logprobs: list[float | None] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +202,8 @@ class Scheduler:
         end = min(self.tokenizer.end_ids, default=0)
         sample = Sample("probe", TokenSequence([end], [end], [0]), {}, {})
         pieces = self.start([(PROBE, sample, Options(max_new_tokens=2))]) + self.step()
+        if error := next((p.error for p in pieces if p.number == PROBE and p.error), None):
+            raise RuntimeError(error)
         return [piece for piece in pieces if piece.number != PROBE]
 
     def cancel_all(self) -> None:
@@ -196,12 +212,16 @@ class Scheduler:
             self.cancel(number)
 
     def _piece(self, output: TokenOutput) -> Piece:
-        answer = self.open[output.number]
-        stream = answer.stream
+        if output.finish == NOT_FINITE or not _are_finite(output.prompt_logprobs):
+            self.cancel(output.number)
+            answer = Answer("", [], NOT_FINITE, error=NOT_FINITE_ERROR)
+            return Piece(output.number, "", answer, error=NOT_FINITE_ERROR)
+        opened = self.open[output.number]
+        stream = opened.stream
         if output.prompt_logprobs is not None:
-            answer.prompt_logprobs = output.prompt_logprobs
+            opened.prompt_logprobs = output.prompt_logprobs
         if output.logprob is not None:
-            answer.logprobs.append(output.logprob)
+            opened.logprobs.append(output.logprob)
         text, finish = "", output.finish
         if finish != STOP:
             text = stream.add(output.token)
@@ -212,10 +232,14 @@ class Scheduler:
             return Piece(output.number, text, output=output)
         text += stream.finish()
         del self.open[output.number]
-        logprobs = answer.logprobs if answer.options.logprobs else None
+        logprobs = opened.logprobs if opened.options.logprobs else None
         return Piece(
             output.number,
             text,
-            Answer(stream.text, stream.tokens, finish, logprobs, answer.prompt_logprobs),
+            Answer(stream.text, stream.tokens, finish, logprobs, opened.prompt_logprobs),
             output,
         )
+
+
+def _are_finite(logprobs: Sequence[float | None] | None) -> bool:
+    return all(value is None or math.isfinite(value) for value in logprobs or ())

@@ -94,7 +94,9 @@ def answer_file(
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:
-    """An answer as JSON-ready values."""
+    """An answer, or the error in its place, as JSON-ready values."""
+    if answer.error is not None:
+        return {"error": answer.error}
     fields: dict[str, Any] = {"answer": answer.text, "tokens": answer.tokens}
     fields["finish"] = answer.finish
     if answer.logprobs is not None:
@@ -221,7 +223,8 @@ class _Output:
             return
         entry: dict[str, Any] = {"line": line}
         entry |= {"sample": sample} if self.samples > 1 else {}
-        self.file.write(json.dumps(entry | fields, ensure_ascii=False) + "\n")
+        self.file.write(json.dumps(entry | fields, ensure_ascii=False, allow_nan=False))
+        self.file.write("\n")
         self.file.flush()
 
 

@@ -8,8 +8,10 @@ keys are cached after rotation.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from examples.mimo.model.mimo import StageMimoModel
 MAX_DECODE_TOKENS = 64
 # The cache grows in steps of so many tokens, as growing copies its tensors.
 LENGTH_STEP = 128
+# The logits of a long prompt do not fit memory at once.
+LOGPROB_TOKENS = 256
 
 # Megatron's parameter names, of the local and the Transformer Engine layer spec.
 PARAMETER_NAMES = {
@@ -104,6 +108,22 @@ def _transposed(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().t()
 
 
+def round_length(length: int) -> int:
+    """The tokens that a slot of a cache has for a sequence of `length`."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free for a rank, on its GPU or of its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for line in Path("/proc/meminfo").read_text().splitlines() if os.name == "posix" else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 // ranks
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
+
+
 class KeyValueCache:
     """Keys and values of a number of slots, for this rank's L layers and G query groups.
 
@@ -111,8 +131,10 @@ class KeyValueCache:
     (L, slots, G, S, d). Scores of a new token then read the keys in the order of memory.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, max_tokens: float = math.inf
+    ) -> None:
+        self.keys, self.values, self.max_tokens = keys, values, max_tokens
 
     @property
     def batch_size(self) -> int:
@@ -125,22 +147,34 @@ class KeyValueCache:
         return self.keys.shape[-1]
 
     def reserve(self, slots: int, length: int) -> None:
-        """Grow to at least `slots` slots of `length` tokens; the content stays."""
-        slots = max(slots, self.batch_size)
-        length = max(-(-length // LENGTH_STEP) * LENGTH_STEP, self.length)
+        """Grow to at least `slots` slots of `length` tokens, whose content stays.
+
+        Where that, with the slots and the length there are, came to more than `max_tokens`, what
+        is not needed any more is given back.
+        """
+        needed = slots, round_length(length)
+        slots, length = max(slots, self.batch_size), max(needed[1], self.length)
+        if slots * length > self.max_tokens:
+            slots, length = needed
         if (slots, length) == (self.batch_size, self.length):
             return
         layers, old_slots, groups, head_dim, old_length = self.keys.shape
         keys = self.keys.new_zeros(layers, slots, groups, head_dim, length)
         values = self.values.new_zeros(layers, slots, groups, length, head_dim)
-        keys[:, :old_slots, ..., :old_length] = self.keys
-        values[:, :old_slots, :, :old_length] = self.values
+        kept = slice(min(old_slots, slots)), slice(min(old_length, length))
+        keys[:, kept[0], ..., kept[1]] = self.keys[:, kept[0], ..., kept[1]]
+        values[:, kept[0], :, kept[1]] = self.values[:, kept[0], :, kept[1]]
         self.keys, self.values = keys, values
 
     def copy_slot(self, slot: int, length: int) -> KeyValueCache:
         """The first `length` tokens of a slot, as a cache of one slot."""
         keys = self.keys[:, slot : slot + 1, ..., :length].clone()
         return KeyValueCache(keys, self.values[:, slot : slot + 1, :, :length].clone())
+
+    def clear_slot(self, slot: int) -> None:
+        """Overwrite a slot with zeros."""
+        self.keys[:, slot] = 0
+        self.values[:, slot] = 0
 
     def write_slot(self, slot: int, source: KeyValueCache, source_slot: int, length: int) -> None:
         """Copy the first `length` tokens of a slot of `source` into `slot`."""
@@ -165,6 +199,7 @@ class CachedTransformer:
         self.final_norm = None
         if model.post_process:
             self.final_norm = RmsNorm(self.language.decoder.final_layernorm.weight, epsilon)
+        self.max_cache_tokens = math.inf
         self.tp_group = model.pg_collection.tp
         self.head_dim: int = self.config.kv_channels
         self.groups = self.config.num_query_groups // self.tp_group.size()
@@ -177,7 +212,13 @@ class CachedTransformer:
         """An empty cache; `reserve` gives it slots."""
         shape = (len(self.layers), 0, self.groups, self.head_dim, 0)
         keys = torch.empty(shape, device=self.device, dtype=self.dtype)
-        return KeyValueCache(keys, keys.transpose(-1, -2))
+        return KeyValueCache(keys, keys.transpose(-1, -2), self.max_cache_tokens)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token takes in a cache of this rank."""
+        size = torch.empty((), dtype=self.dtype).element_size()
+        return 2 * len(self.layers) * self.groups * self.head_dim * size
 
     def forward(
         self, hidden: torch.Tensor, cache: KeyValueCache, first_slot: int, starts: Sequence[int]
@@ -228,6 +269,16 @@ class CachedTransformer:
         shards = [torch.empty_like(shard.contiguous()) for _ in range(self.tp_group.size())]
         dist.all_gather(shards, shard.contiguous(), group=self.tp_group)
         return torch.cat(shards, dim=-1)
+
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(N, H) and (N,) -> (N,): the log-probabilities of the targets, in fp32."""
+        pieces = []
+        for part, ids in zip(
+            hidden.split(LOGPROB_TOKENS), targets.split(LOGPROB_TOKENS), strict=True
+        ):
+            logprobs = self.logits(part).float().log_softmax(dim=-1)
+            pieces.append(logprobs.gather(1, ids[:, None])[:, 0])
+        return torch.cat(pieces)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,) ids of text tokens -> (B, 1, H), on the first stage."""

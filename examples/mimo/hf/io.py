@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from examples.mimo.data.tokenizer import read_json
 from examples.mimo.hf.weights import Family
 
 CONFIG = "config.json"
@@ -55,6 +55,8 @@ REMAINDER = "mimo.safetensors"
 # The model type of a folder whose tensors have this package's names.
 OWN_MODEL_TYPE = "mimo"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of files that strangers wrote; models of a trillion weights have fewer.
+MAX_JSON_BYTES, MAX_TENSORS, MAX_FILES = 2**26, 200_000, 10_000
 # Megatron's; versions before 2.0 order fused queries, keys and values differently.
 CHECKPOINT_VERSION = 3.0
 
@@ -177,7 +179,13 @@ class Folder:
         weight_map = self._read_json(INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{self.path}/{INDEX}: no weight_map in it")
-        files = sorted({self._inside(str(file)) for file in weight_map.values()})
+        names = {str(name) for name in weight_map.values()}
+        if len(weight_map) > MAX_TENSORS or len(names) > MAX_FILES:
+            raise ValueError(
+                f"{self.path}/{INDEX}: {len(weight_map):,} tensors in {len(names):,} files, more "
+                f"than {MAX_TENSORS:,} in {MAX_FILES:,}"
+            )
+        files = sorted({self._inside(name) for name in names})
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(
@@ -202,19 +210,16 @@ class Folder:
             raise ValueError(f"{self.path}: no such folder")
         if not file.is_file():
             raise ValueError(f"{self.path}: not a Hugging Face folder ({name} is missing)")
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            raise ValueError(f"{file}: not JSON") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{file}: not a JSON object")
-        return values
+        return read_json(file, MAX_JSON_BYTES)
 
 
 def _list_file(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a file, from its header."""
     with _opened(file) as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        names = opened.keys()
+        if len(names) > MAX_TENSORS:
+            raise ValueError(f"{file}: {len(names):,} tensors, more than {MAX_TENSORS:,}")
+        slices = {name: opened.get_slice(name) for name in names}
         return {
             name: TensorInfo(file, tuple(tensor.get_shape()), tensor.get_dtype())
             for name, tensor in slices.items()

@@ -39,6 +39,10 @@ BLOCK_SAMPLES = 2**14
 # More than any header counts: what `sections` writes, and libsndfile says, of an unknown length.
 UNKNOWN_FRAMES = 2**36
 MAX_RECORDINGS = 1000  # joined in one file
+# Full scale is 1. Files of floats may be louder, and their spectrum must not overflow.
+MAX_AMPLITUDE = 1000.0
+MAX_PIXEL_VALUE = 65_535
+STRIP_PIXELS = 2**22
 
 Colour = tuple[int, ...]
 WHITE: Colour = (255, 255, 255)
@@ -107,7 +111,8 @@ def _decode_image(source: Source, max_pixels: int, background: Colour) -> Image.
                 check_size(source, picture.size, max_pixels)
                 _scale_transparent_colour(picture)
                 picture.load()
-                return to_rgb(ImageOps.exif_transpose(picture), background)
+                ImageOps.exif_transpose(picture, in_place=True)
+                return to_rgb(picture, background)
     except Image.DecompressionBombError:
         raise ValueError(
             f"{source}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
@@ -169,25 +174,47 @@ def _scale_transparent_colour(picture: Image.Image) -> None:
 
 
 def to_rgb(picture: Image.Image, background: Colour = WHITE) -> Image.Image:
-    """`picture` in RGB, on `background` where it is transparent."""
+    """`picture` in RGB, on `background` where it is transparent; itself, if it is that already."""
     if picture.mode.startswith("I") or picture.mode == "F":
         return _wide_to_rgb(picture, background)
     if not picture.has_transparency_data:
-        return picture.convert("RGB")
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     # Premultiplied grey is converted to no other mode.
     picture = picture.convert("LA") if picture.mode == "La" else picture
-    paper = Image.new("RGBA", picture.size, (*background, 255))
-    return Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB")
+    result = Image.new("RGB", picture.size)
+    for top, bottom in _strips(picture):
+        strip = picture.crop((0, top, picture.width, bottom)).convert("RGBA")
+        paper = Image.new("RGBA", strip.size, (*background, 255))
+        result.paste(Image.alpha_composite(paper, strip).convert("RGB"), (0, top))
+    return result
+
+
+def _strips(picture: Image.Image) -> Iterator[tuple[int, int]]:
+    """First row and end of each part; copies of the whole of a large picture are large too."""
+    tops = range(0, picture.height, max(1, STRIP_PIXELS // picture.width))
+    return zip(tops, [*tops[1:], picture.height], strict=True)
 
 
 def _wide_to_rgb(picture: Image.Image, background: Colour) -> Image.Image:
-    """Grey values of more than 8 bits; Pillow's own conversion would clip them at 255."""
-    values = np.asarray(picture, dtype=np.float32)
-    transparent = values == picture.info.get("transparency", np.nan)
-    if picture.mode.startswith("I;16") or values.max(initial=0) > 255:
-        values = values / 257.0
-    grey = np.clip(values, 0, 255).astype(np.uint8)[..., None]
-    return Image.fromarray(np.where(transparent[..., None], np.array(background, np.uint8), grey))
+    """Grey values of more than 8 bits; Pillow's own conversion would clip them at 255.
+
+    Fractions go from 0 to 1 where none is larger, else to 255, or as 16 bits do.
+    """
+    whole = np.asarray(picture)
+    lowest, highest = float(whole.min()), float(whole.max())
+    if not max(-lowest, highest) <= MAX_PIXEL_VALUE:  # nor is NaN
+        raise ValueError(f"pixel values from {lowest:,.6g} to {highest:,.6g}; scale them to 8 bits")
+    result = np.empty((*whole.shape, 3), np.uint8)
+    for top, bottom in _strips(picture):
+        values = whole[top:bottom].astype(np.float32)
+        transparent = values == picture.info.get("transparency", np.nan)
+        if picture.mode.startswith("I;16") or highest > 255:
+            values /= 257.0
+        elif picture.mode == "F" and highest <= 1:
+            values *= 255.0
+        result[top:bottom] = np.clip(values, 0, 255).astype(np.uint8)[..., None]
+        result[top:bottom][transparent] = background
+    return Image.fromarray(result)
 
 
 def fit_picture(
@@ -290,7 +317,8 @@ def read_audio(
     Reads what libsndfile reads, and with PyAV the sound of MP4, WebM and AAC. The length is what
     can be decoded, not what a header says, and at most `max_seconds` of it are tried. Raises
     ValueError, one line, when the file is missing, empty, not sound, holds no samples or NaN, when
-    the decoder reports damage, or when it lasts longer than `max_seconds` and `truncate` is off.
+    the decoder reports damage, when samples are far beyond full scale, or when it lasts longer than
+    `max_seconds` and `truncate` is off.
     """
     pieces: list[np.ndarray] = []
     seconds = 0.0
@@ -312,8 +340,13 @@ def read_audio(
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     if not len(samples):
         raise ValueError(f"{source}: the recording has no samples")
-    if not np.isfinite(samples).all():
+    loudest = max(float(samples.max()), -float(samples.min()))
+    if not math.isfinite(loudest):
         raise ValueError(f"{source}: the recording holds NaN or infinite samples")
+    if loudest > MAX_AMPLITUDE:
+        raise ValueError(
+            f"{source}: samples of up to {loudest:,.6g}, but full scale is 1; divide them"
+        )
     return samples[: round(max_seconds * sample_rate_hz)]
 
 
@@ -342,57 +375,25 @@ def _decode(sound: Sound, source: Source, max_seconds: float) -> np.ndarray:
 def _sounds(stream: BinaryIO, source: Source) -> Iterator[Sound]:
     """The recordings in a file: one, or several that were joined."""
     # Which uses what is defined here.
-    from examples.mimo.modalities.recordings import container_sounds, is_container, sections
+    from examples.mimo.modalities import recordings
 
     head = stream.read(16)
     stream.seek(0)
-    if is_container(head):
-        yield from container_sounds(stream, source)
+    if recordings.is_container(head):
+        yield from recordings.container_sounds(stream, source)
         return
     try:
-        for section in itertools.islice(sections(stream), MAX_RECORDINGS):
-            with _Sequential(io.BufferedReader(section, 2**16)) as file:
+        for section in itertools.islice(recordings.sections(stream), MAX_RECORDINGS):
+            with recordings.SequentialFile(io.BufferedReader(section, 2**16)) as file:
                 check_rates(source, file.samplerate, file.channels)
                 stated = section.stated or (file.frames if file.frames < UNKNOWN_FRAMES else 0)
-                blocks = _blocks(file, source, stated)
+                blocks = recordings.file_blocks(file, source, stated)
                 yield Sound(file.samplerate, blocks, stated, section.padding, section.lost_bytes)
     except soundfile.SoundFileError as error:
         # The whole text names the open file as an object; of a damaged MP3 it asks of pipes.
         reason = getattr(error, "error_string", str(error))
         reason = "no frame of an MP3 can be decoded" if "a pipe" in reason else reason
         raise ValueError(f"{source}: not sound that libsndfile can read ({reason})") from None
-
-
-class _Sequential(soundfile.SoundFile):
-    """A file that is read from its beginning to wherever it ends.
-
-    soundfile moves to where each block should have ended, which fails where a header is wrong.
-    """
-
-    def seekable(self) -> bool:
-        return False
-
-
-def _blocks(file: soundfile.SoundFile, source: Source, stated: int) -> Iterator[np.ndarray]:
-    count = 0
-    while True:
-        # Not across the end by the header: what is no sound may follow it.
-        most = min(BLOCK_SAMPLES, stated - count) if stated > count else BLOCK_SAMPLES
-        try:
-            block = file.read(most, dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
-            if 0 < stated <= count:
-                return
-            reason = getattr(error, "error_string", error)
-            with contextlib.suppress(soundfile.SoundFileError):
-                count = file.tell()  # with those of this block that lie in front of the damage
-            raise ValueError(
-                f"{source}: damaged audio, only {count:,} samples can be read ({reason})"
-            ) from None
-        if not len(block):
-            return
-        count += len(block)
-        yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
 
 
 def check_rates(source: Source, rate: int, channels: int, target_hz: int | None = None) -> None:
@@ -445,6 +446,5 @@ def json_lines(path: Path, max_bytes: int = 2**30) -> Iterator[tuple[int, Any]]:
             elif line.strip():
                 try:
                     yield number, json.loads(line)
-                # Also numbers of too many digits, and half characters.
-                except (ValueError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # also of too many digits
                     yield number, ValueError(f"not JSON ({error})")

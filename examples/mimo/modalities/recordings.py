@@ -1,12 +1,13 @@
 """Where the recordings in a file of sound begin and end, and how long they are; for `read_audio`.
 
 Headers are often wrong: a program that writes to a pipe cannot know a length, and joined files have
-one header for each of them. `sections` puts such headers right for libsndfile, and
-`container_sounds` reads with PyAV what browsers and phones record.
+one header for each of them. `sections` puts such headers right for libsndfile, which `file_blocks`
+reads with, and `container_sounds` reads with PyAV what browsers and phones record.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import struct
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
+import soundfile
 
-from examples.mimo.modalities.files import Sound, Source, check_rates
+from examples.mimo.modalities.files import BLOCK_SAMPLES, Sound, Source, check_rates
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -250,6 +252,39 @@ def _mp3_section(stream: BinaryIO, start: int, size: int) -> Section | None:
     stated = frames * (1152 if is_mpeg1 else 576) - (trimmed >> 12) - (trimmed & 0xFFF)
     head = frame[: tag + 8] + MP3_FRAMES
     return Section(stream, start + len(head), size, head, max(0, stated), MP3_PADDING, lost)
+
+
+class SequentialFile(soundfile.SoundFile):
+    """A file that is read from its beginning to wherever it ends.
+
+    soundfile moves to where each block should have ended, which fails where a header is wrong.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+def file_blocks(file: soundfile.SoundFile, source: Source, stated: int) -> Iterator[np.ndarray]:
+    """The samples of a file as they are decoded, mono."""
+    count = 0
+    while True:
+        # Not across the end by the header: what is no sound may follow it.
+        most = min(BLOCK_SAMPLES, stated - count) if stated > count else BLOCK_SAMPLES
+        try:
+            block = file.read(most, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            if 0 < stated <= count:
+                return
+            reason = getattr(error, "error_string", error)
+            with contextlib.suppress(soundfile.SoundFileError):
+                count = file.tell()  # with those of this block that lie in front of the damage
+            raise ValueError(
+                f"{source}: damaged audio, only {count:,} samples can be read ({reason})"
+            ) from None
+        if not len(block):
+            return
+        count += len(block)
+        yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
 
 
 def is_container(head: bytes) -> bool:

@@ -10,11 +10,10 @@ import logging
 import mimetypes
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -23,12 +22,19 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.api import Mimo
-from examples.mimo.generation.scheduler import Answer, Piece
-from examples.mimo.serving.openai import Chat, Reply, error_body, parse
-from examples.mimo.serving.worker import QueueFullError, Worker, WorkerFailedError
+from examples.mimo.generation.scheduler import NOT_FINITE_ERROR, Answer, Piece
+from examples.mimo.serving.openai import Chat, Reply, decoded_size, error_body, parse
+from examples.mimo.serving.worker import (
+    CacheTooSmallError,
+    Metrics,
+    QueueFullError,
+    Worker,
+    WorkerFailedError,
+)
 
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = {
@@ -38,57 +44,30 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 FAILED = "the server failed at this request; its log says why"
-HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-
-
-class Metrics:
-    """Prometheus metrics of one server."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.start_time = time.time()
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "mimo_requests", "Requests by their HTTP status.", ["status"], registry=self.registry
-        )
-        self.prompt_tokens = Counter(
-            "mimo_prompt_tokens", "Tokens of prompts.", registry=self.registry
-        )
-        self.answer_tokens = Counter(
-            "mimo_answer_tokens", "Tokens of answers.", registry=self.registry
-        )
-        self.cancelled = Counter(
-            "mimo_left", "Answers whose client left before their end.", registry=self.registry
-        )
-        self.failed = Counter(
-            "mimo_failed", "Answers that ended in an error of the model.", registry=self.registry
-        )
-        self.first_token = Histogram(
-            "mimo_first_token_seconds",
-            "From a request to its first token.",
-            buckets=HISTOGRAM_SECONDS,
-            registry=self.registry,
-        )
-        self.whole_answer = Histogram(
-            "mimo_answer_seconds",
-            "From a request to the end of its answer.",
-            buckets=HISTOGRAM_SECONDS,
-            registry=self.registry,
-        )
-        running = Gauge("mimo_running", "Answers that are being generated.", registry=self.registry)
-        running.set_function(lambda: worker.num_running)
-        waiting = Gauge("mimo_waiting", "Answers that wait for a slot.", registry=self.registry)
-        waiting.set_function(lambda: worker.num_waiting)
-
-    def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+log = logging.getLogger(__name__)
+RETRY = {"Retry-After": "1"}
+# How long a body waits until others are read, unless it is small; how fast it must come later.
+SMALL_BODY, ROOM_SECONDS = 2**16, 5.0
+GRACE_SECONDS, LEAST_BYTES_A_SECOND = 10.0, 2**14
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Without an `api_key` every request is accepted; `hosts` are the accepted Host headers."""
+    """Bounds of what clients may take.
+
+    Without an `api_key` every request is accepted; `hosts` are the accepted Host headers.
+    """
 
     body_bytes: int = 32 * 2**20
+    # Over all clients: bodies that are being received or read, and pixels and samples of sound
+    # that are being decoded.
+    bodies_bytes: int = 128 * 2**20
+    decoding: int = 80_000_000
+    connections: int = 512
+    # For a head, for a body, and for a client that does not read.
+    head_seconds: float = 10.0
+    body_seconds: float = 60.0
+    write_seconds: float = 30.0
     api_key: str | None = None
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
 
@@ -98,9 +77,10 @@ class Server:
 
     def __init__(self, model: Mimo, worker: Worker, limits: Limits) -> None:
         self.model, self.worker, self.limits = model, worker, limits
-        self.metrics = Metrics(worker)
-        # Only so many requests decode their files at once, as the worker needs the processors.
-        self.decoding = asyncio.Semaphore(2)
+        self.bodies, self.decoding = Budget(limits.bodies_bytes), Budget(limits.decoding)
+        self.metrics = Metrics(worker, self.bodies, self.decoding)
+        # Only so many requests are read at once, as the worker needs the processors.
+        self.parsing, self.encoding = asyncio.Semaphore(1), asyncio.Semaphore(2)
 
     def app(self) -> Starlette:
         """The application, for any ASGI server."""
@@ -115,7 +95,10 @@ class Server:
         ]
         return Starlette(
             routes=routes,
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(self.limits.hosts))],
+            middleware=[
+                Middleware(OneLengthMiddleware),
+                Middleware(TrustedHostMiddleware, allowed_hosts=list(self.limits.hosts)),
+            ],
             exception_handlers={HTTPException: self._http_error, Exception: self._internal_error},
         )
 
@@ -194,16 +177,37 @@ class Server:
         content_type = request.headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
             raise HTTPException(415, "the body must be application/json")
-        body = await self._body(request)
+        length = self._body_length(request)
         try:
-            chat = parse(json.loads(body), self.model.config)
-            async with self.decoding:
+            # Small bodies are always read: those of connections that are allowed fit.
+            async with self.bodies.share(length if length > SMALL_BODY else 0, ROOM_SECONDS):
+                return await self._encoded(await self._body(request))
+        except BudgetSpentError:
+            message = (
+                f"{self.limits.bodies_bytes:,} bytes of other bodies are being read; try again"
+            )
+            raise HTTPException(503, message, headers=RETRY) from None
+
+    async def _encoded(self, body: bytearray) -> tuple[Chat, Sample]:
+        """The chat in a body, and its sample; the body is emptied."""
+
+        def read() -> Chat:
+            fields = json.loads(body)
+            body.clear()
+            return parse(fields, self.model.config)
+
+        try:
+            async with self.parsing:
+                chat = await run_in_threadpool(read)
+            size = await run_in_threadpool(decoded_size, chat)
+            async with self.decoding.share(size), self.encoding:
                 sample = await run_in_threadpool(self._encode, chat)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise HTTPException(400, "the body is not JSON") from None
         except ValueError as error:
             raise HTTPException(400, " ".join(str(error).split())) from None
-        return chat, sample
+        # What was in the files is in the sample.
+        return replace(chat, record={}), sample
 
     def _encode(self, chat: Chat) -> Sample:
         sample = self.model.encode(chat.record)
@@ -214,20 +218,36 @@ class Server:
             )
         return sample
 
-    async def _body(self, request: Request) -> bytes:
+    def _body_length(self, request: Request) -> int:
+        """The length of a body as its head states it, or else the largest; 413 for a larger."""
         limit = self.limits.body_bytes
-        length = request.headers.get("content-length", "0")
+        length = request.headers.get("content-length", str(limit))
         if length.isdigit() and int(length) > limit:
             raise HTTPException(413, f"a body of {int(length):,} bytes, more than {limit:,}")
-        body = bytearray()
+        return int(length)
+
+    async def _body(self, request: Request) -> bytearray:
+        """The body; 408 when it takes too long, or so long that it would."""
+        limit, body = self.limits.body_bytes, bytearray()
+        started = asyncio.get_running_loop().time()
+        seconds = min(GRACE_SECONDS, self.limits.body_seconds)
         try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise HTTPException(413, f"a body of more than {limit:,} bytes")
+            async with asyncio.timeout_at(started + seconds) as deadline:
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise HTTPException(413, f"a body of more than {limit:,} bytes")
+                    earned = GRACE_SECONDS + len(body) / LEAST_BYTES_A_SECOND
+                    seconds = min(earned, self.limits.body_seconds)
+                    deadline.reschedule(started + seconds)
+        except TimeoutError:
+            self.metrics.timeouts.labels("body").inc()
+            raise HTTPException(
+                408, f"{len(body):,} bytes of the body in {seconds:.0f} s"
+            ) from None
         except ClientDisconnect:
             raise HTTPException(400, "the connection ended before the body did") from None
-        return bytes(body)
+        return body
 
     def _check_api_key(self, request: Request) -> None:
         key = self.limits.api_key
@@ -243,7 +263,7 @@ class Server:
         return self._error(error.status_code, error.detail, error.headers, code)
 
     async def _internal_error(self, request: Request, error: Exception) -> Response:
-        logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
+        log.error("%s failed", request.url.path, exc_info=error)
         return self._error(500, FAILED)
 
     def _error(
@@ -255,6 +275,60 @@ class Server:
     ) -> Response:
         self.metrics.requests.labels(str(status)).inc()
         return JSONResponse(error_body(status, message, code), status, headers=headers)
+
+
+class BudgetSpentError(Exception):
+    """No room came in time."""
+
+
+class Budget:
+    """Units that requests share, in one event loop; who needs more than are free waits."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 0
+        self.waiters: list[asyncio.Future[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def share(self, units: int, seconds: float | None = None) -> AsyncIterator[None]:
+        """Hold so many units, at most all; BudgetSpentError when they are not free in time."""
+        units = min(units, self.size)
+        try:
+            async with asyncio.timeout(seconds):
+                while self.used + units > self.size:
+                    waiter = asyncio.get_running_loop().create_future()
+                    self.waiters.append(waiter)
+                    try:
+                        await waiter
+                    finally:
+                        self.waiters.remove(waiter)
+        except TimeoutError:
+            raise BudgetSpentError from None
+        self.used += units
+        try:
+            yield
+        finally:
+            self.used -= units
+            for waiter in self.waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+
+class OneLengthMiddleware:
+    """Refuses a body with two lengths, which a proxy may read otherwise than this server."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 400 and close the connection, or pass the request on."""
+        names = [name for name, _ in scope.get("headers", ())]
+        is_chunked = b"transfer-encoding" in names
+        if is_chunked and (b"content-length" in names or scope["http_version"] == "1.0"):
+            message = "Content-Length together with Transfer-Encoding, or that in HTTP/1.0"
+            headers = {"Connection": "close"}
+            await JSONResponse(error_body(400, message), 400, headers)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 def _media_types(suffixes: Sequence[str]) -> list[str]:
@@ -285,9 +359,11 @@ class ResponseStream:
                 self.numbers.append(self.server.worker.submit(self.sample, options, self._receive))
         except QueueFullError:
             self.cancel()
-            raise HTTPException(
-                503, "too many requests are waiting; try again", headers={"Retry-After": "1"}
-            ) from None
+            message = "too many requests are waiting; try again"
+            raise HTTPException(503, message, headers=RETRY) from None
+        except CacheTooSmallError as error:
+            self.cancel()
+            raise HTTPException(400, str(error)) from None
         except WorkerFailedError:
             self.cancel()
             raise HTTPException(503, "the model cannot answer any more; /health says why") from None
@@ -309,7 +385,10 @@ class ResponseStream:
         piece = await self.pieces.get()
         if piece.error is not None:
             self.server.metrics.failed.inc()
-            raise HTTPException(500, FAILED)
+            if piece.error != NOT_FINITE_ERROR:  # which the worker has put into the log
+                raise HTTPException(500, FAILED)
+            log.error(piece.error)
+            raise HTTPException(500, piece.error)
         if not self.has_first_token:
             self.has_first_token = True
             self.server.metrics.first_token.observe(time.perf_counter() - self.start_time)
@@ -352,10 +431,11 @@ class ResponseStream:
                 yield _event(self.reply.usage_chunk(self._all_answers))
             yield "data: [DONE]\n\n"
             self.server.metrics.whole_answer.observe(time.perf_counter() - self.start_time)
-        except Exception as error:
-            if not isinstance(error, HTTPException):
-                logging.getLogger(__name__).error("a stream failed", exc_info=error)
+        except HTTPException as error:
             # The status is sent already; OpenAI's clients raise an error for such an event.
+            yield _event(error_body(error.status_code, error.detail))
+        except Exception as error:
+            log.error("a stream failed", exc_info=error)
             yield _event(error_body(500, FAILED))
         finally:
             self.cancel()
@@ -367,4 +447,4 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import io
 import time
 import uuid
 from collections import deque
@@ -22,12 +23,15 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+import soundfile
+from PIL import Image
+
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.generation.engine import STOP, TokenOutput
 from examples.mimo.generation.sampling import Options, Sampling
 from examples.mimo.generation.scheduler import Answer, Piece
-from examples.mimo.modalities.files import Blob, Source
+from examples.mimo.modalities.files import FORMATS, Blob, Source
 
 MAX_MESSAGES, MAX_CHOICES, MAX_TEXT, MAX_FILES = 256, 16, 1_000_000, 64
 DEFAULT_MAX_TOKENS = 256
@@ -46,6 +50,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "web_search_options": (),
 }
+# No more of a recording is decoded; a small file of another kind holds little.
+LONG_SECONDS, ANYTHING, SMALL_FILE = 600, 2**62, 2**12
 URL_SAFE = str.maketrans("-_", "+/")
 
 
@@ -268,6 +274,31 @@ def _decode(data: str, at: str) -> bytes:
         return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(f"{at}: damaged base64") from None
+
+
+def decoded_size(chat: Chat) -> int:
+    """The most pixels of a picture, or samples of a recording, in a chat, as headers say.
+
+    Files are decoded one after the other. One that may hold anything, such as a video, counts as
+    more than there is room for; one that is refused at once as nothing.
+    """
+    files = (file for files in chat.record.values() for file in files if isinstance(file, Blob))
+    return max((_decoded_size(file.data) for file in files), default=0)
+
+
+def _decoded_size(data: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture.width * picture.height
+    except Image.DecompressionBombError:
+        return 0
+    except (OSError, ValueError, SyntaxError):
+        pass
+    try:
+        header = soundfile.info(io.BytesIO(data))
+    except soundfile.SoundFileError:
+        return ANYTHING if len(data) > SMALL_FILE else 0
+    return min(header.frames, LONG_SECONDS * header.samplerate)
 
 
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 An exception in it costs the answers that it may have spoiled, and no others:
 
 - in starting a prompt, that prompt's answer; the others go on;
-- in a step, all answers that are being generated, since one forward pass serves them all;
-- in a callback, its own answer.
+- in a step, the answer that it also fails for when that is generated alone: each of those that were
+  being generated is begun again, one after the other, and what its client has already is not sent
+  again;
+- in a callback, its own answer;
+- logits that are not finite, their own answer.
 
-Then a short probe shows whether the model still computes. If not, `failure` says why, and nothing
-more is taken. Several ranks agree about every step, so an error that all ranks meet, or one that
+A short probe shows whether the model still computes. If not, `failure` says why, and nothing more
+is taken. Several ranks agree about every step, so an error that all ranks meet, or one that
 a rank meets outside of a collective, is handled alike everywhere. A rank that fails within a
 collective leaves the others waiting in it: nothing can call them back, so after AGREE_SECONDS the
 rank ends its process, which ends theirs.
@@ -19,24 +22,37 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.api import Mimo, on_rank_zero
 from examples.mimo.generation.sampling import Options
 from examples.mimo.generation.scheduler import Piece
+from examples.mimo.generation.transformer import round_length
+
+if TYPE_CHECKING:
+    from examples.mimo.serving.app import Budget
 
 # An idle server contacts its other ranks this often, or their collective would time out.
 HEARTBEAT_SECONDS = 5.0
 # Ranks end a step within milliseconds of one another, unless one of them failed in it.
 AGREE_SECONDS = 15.0
 MAX_ERROR_LENGTH = 300
+HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+REPEATED = "repeated"
 log = logging.getLogger(__name__)
+
+
+class CacheTooSmallError(Exception):
+    """An answer may come to need more of the key/value cache than there is."""
 
 
 class QueueFullError(Exception):
@@ -52,6 +68,8 @@ class _QueuedRequest:
     number: int
     sample: Sample
     options: Options
+    # The most tokens that it may come to have in the key/value cache.
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,12 +84,15 @@ class _Commands:
 class Worker:
     """Starts, steps and cancels answers, on all ranks alike.
 
-    At most `max_batch` answers are generated at once, and `max_waiting` more wait for a slot.
-    `failure` is None, or why the worker takes no more requests.
+    At most `max_batch` answers are generated at once, fewer where the key/value cache holds no more
+    than `cache_tokens`, and `max_waiting` more wait for a slot. `failure` is None, or why the
+    worker takes no more requests.
     """
 
-    def __init__(self, model: Mimo, max_batch: int, max_waiting: int) -> None:
-        self.scheduler = model.scheduler()
+    def __init__(
+        self, model: Mimo, max_batch: int, max_waiting: int, cache_tokens: int | None = None
+    ) -> None:
+        self.scheduler, self.cache_tokens = model.scheduler(), cache_tokens
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.numbers = itertools.count()
         # Ranks agree in a group of their own, whose collectives never meet the model's.
@@ -83,8 +104,17 @@ class Worker:
         self.waiting: list[_QueuedRequest] = []
         self.cancelled: list[int] = []
         self.callbacks: dict[int, Callable[[Piece], None]] = {}
+        # Of rank 0: what is being generated, and which of it was in a step that failed. Suspects
+        # are generated alone, first to last, before anything else.
+        self.generating: dict[int, _QueuedRequest] = {}
+        self.suspects: dict[int, _QueuedRequest] = {}
+        # The tokens that callbacks have got, and how many of them a suspect has repeated.
+        self.sent: dict[int, list[int]] = {}
+        self.repeated: dict[int, int] = {}
         self.stopping = False
         self.failure: str | None = None
+        # Whether an answer was not finite, which may be its input's fault or the model's.
+        self.needs_probe = False
 
     @property
     def num_running(self) -> int:
@@ -94,21 +124,37 @@ class Worker:
     @property
     def num_waiting(self) -> int:
         """The number of answers that wait for a slot."""
-        return len(self.waiting)
+        return len(self.waiting) + len(self.suspects.keys() - self.generating.keys())
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """The tokens that the key/value cache has memory for at the moment."""
+        cache = self.scheduler.engine.cache
+        return cache.batch_size * cache.length
 
     def submit(self, sample: Sample, options: Options, callback: Callable[[Piece], None]) -> int:
         """Queue an answer and return its number.
 
         `callback` gets its pieces, in the worker's thread; the last has an answer or an error.
-        QueueFullError when too many wait, WorkerFailedError after a failure.
+        QueueFullError when too many wait, CacheTooSmallError when it may never fit,
+        WorkerFailedError after a failure.
         """
+        num_tokens = 0
+        if self.cache_tokens is not None:
+            num_tokens = len(sample.tokens.ids) + options.max_new_tokens
+            num_tokens = round_length(min(num_tokens, self.scheduler.seq_length))
+            if num_tokens > self.cache_tokens:
+                raise CacheTooSmallError(
+                    f"the prompt and its answer may take {num_tokens:,} tokens of the key/value "
+                    f"cache, but {self.cache_tokens:,} fit; ask for a shorter answer"
+                )
         with self.condition:
             if self.failure is not None:
                 raise WorkerFailedError(self.failure)
             if len(self.waiting) >= self.max_waiting:
                 raise QueueFullError
             number = next(self.numbers)
-            self.waiting.append(_QueuedRequest(number, sample, options))
+            self.waiting.append(_QueuedRequest(number, sample, options, num_tokens))
             self.callbacks[number] = callback
             self.condition.notify()
             return number
@@ -118,6 +164,7 @@ class Worker:
         with self.condition:
             if self.callbacks.pop(number, None) is None:
                 return False
+            self._forget(number)
             still_waiting = [request for request in self.waiting if request.number != number]
             if len(still_waiting) == len(self.waiting):
                 self.cancelled.append(number)
@@ -151,6 +198,10 @@ class Worker:
             self._start(commands.start)
         if self.failure is None and (error := self._attempt(self.scheduler.step)):
             self._give_up(error)
+        if self.needs_probe and self.failure is None:
+            self.needs_probe = False
+            if error := self._attempt(self.scheduler.probe):
+                self._give_up(error)
 
     def _cancel(self, numbers: Sequence[int]) -> list[Piece]:
         for number in numbers:
@@ -188,6 +239,7 @@ class Worker:
             raise RuntimeError(f"{error or 'another rank failed'}; {_in_one_line(lost)}") from None
         if error is None:
             for piece in pieces:
+                self.needs_probe = self.needs_probe or piece.error is not None
                 self._deliver(piece)
         return error
 
@@ -205,15 +257,23 @@ class Worker:
         return next(named for named in errors if named is not None)
 
     def _give_up(self, error: str, numbers: Sequence[int] | None = None) -> None:
-        """Give up answers, by default all that are being generated, and see what still works."""
-        with self.condition:
-            waiting = {request.number for request in self.waiting}
-            generating = [number for number in self.callbacks if number not in waiting]
+        """Drop answers, by default all that are being generated, and see what still works.
+
+        One that was alone gets the error; of several each is tried again.
+        """
+        were_several = len(self.scheduler) > 1
         problem = self._attempt(lambda: self._recover(numbers))
         if problem is not None:
             self._fail(problem if problem == error else f"{error}; then {problem}")
             return
-        for number in generating if numbers is None else numbers:
+        with self.condition:
+            if numbers is None and were_several:
+                self.suspects |= self.generating
+                self.repeated |= dict.fromkeys(self.generating, 0)
+                self.generating.clear()
+                return
+            numbers = list(self.generating) if numbers is None else numbers
+        for number in numbers:
             self._deliver(Piece(number, "", error=error))
 
     def _abort(self, numbers: Sequence[int] | None) -> list[Piece]:
@@ -232,6 +292,7 @@ class Worker:
         with self.condition:
             self.failure = reason
             self.waiting, self.cancelled = [], []
+            self.generating, self.suspects = {}, {}
             numbers = list(self.callbacks)
         for number in numbers:
             self._deliver(Piece(number, "", error=reason))
@@ -239,14 +300,37 @@ class Worker:
     def _next_commands(self) -> _Commands:
         """On rank 0: what was requested since the last token; waits while there is no work."""
         with self.condition:
-            while not (self.waiting or self.cancelled or self.stopping or self._is_generating):
+            while not (
+                self.waiting
+                or self.suspects
+                or self.cancelled
+                or self.stopping
+                or self._is_generating
+            ):
                 notified = self.condition.wait(HEARTBEAT_SECONDS)
                 if not notified and dist.get_world_size() > 1:
                     break
-            free = self.max_batch - len(self.scheduler)
-            start, self.waiting = self.waiting[:free], self.waiting[free:]
+            if self.suspects:
+                start = [] if self.generating else [next(iter(self.suspects.values()))]
+            else:
+                free = self._num_that_fit(self.max_batch - len(self.scheduler))
+                start, self.waiting = self.waiting[:free], self.waiting[free:]
+            self.generating |= {request.number: request for request in start}
             cancel, self.cancelled = self.cancelled, []
             return _Commands(start, cancel, self.stopping)
+
+    def _num_that_fit(self, free: int) -> int:
+        """How many of those that wait, at most `free`, fit the key/value cache now.
+
+        Each of its slots has the length of the longest.
+        """
+        longest = max((r.num_tokens for r in self.generating.values()), default=0)
+        for count, request in enumerate(self.waiting[:free]):
+            longest = max(longest, request.num_tokens)
+            num_slots = len(self.generating) + count + 1
+            if self.cache_tokens is not None and num_slots * longest > self.cache_tokens:
+                return count
+        return min(free, len(self.waiting))
 
     @property
     def _is_generating(self) -> bool:
@@ -255,8 +339,14 @@ class Worker:
     def _deliver(self, piece: Piece) -> None:
         with self.condition:
             callback = self.callbacks.get(piece.number)
+            if callback is not None and piece.output is not None:
+                error = self._check_repetition(piece.number, piece.output.token)
+                if error == REPEATED:
+                    return
+                piece = Piece(piece.number, "", error=error) if error else piece
             if piece.answer is not None or piece.error is not None:
                 self.callbacks.pop(piece.number, None)
+                self._forget(piece.number)
         if callback is None:
             return
         try:
@@ -267,6 +357,81 @@ class Worker:
             with contextlib.suppress(Exception):
                 callback(Piece(piece.number, "", error=_in_one_line(error)))
 
+    def _check_repetition(self, number: int, token: int) -> str | None:
+        """None for a new token, REPEATED for one that is sent already, or that they differ."""
+        sent = self.sent.setdefault(number, [])
+        position = self.repeated.get(number, len(sent))
+        if position == len(sent):
+            self.repeated.pop(number, None)
+            sent.append(token)
+            return None
+        self.repeated[number] = position + 1
+        if token == sent[position]:
+            return REPEATED
+        self.cancelled.append(number)
+        return "begun again after an error, the answer differed"
+
+    def _forget(self, number: int) -> None:
+        for numbers in (self.generating, self.suspects, self.sent, self.repeated):
+            numbers.pop(number, None)
+
 
 def _in_one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR_LENGTH]
+
+
+class Metrics:
+    """Prometheus metrics of one server."""
+
+    def __init__(self, worker: Worker, bodies: Budget, decoding: Budget) -> None:
+        self.start_time = time.time()
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "mimo_requests", "Requests by their HTTP status.", ["status"], registry=self.registry
+        )
+        self.prompt_tokens = Counter(
+            "mimo_prompt_tokens", "Tokens of prompts.", registry=self.registry
+        )
+        self.answer_tokens = Counter(
+            "mimo_answer_tokens", "Tokens of answers.", registry=self.registry
+        )
+        self.cancelled = Counter(
+            "mimo_left", "Answers whose client left before their end.", registry=self.registry
+        )
+        self.failed = Counter(
+            "mimo_failed", "Answers that ended in an error of the model.", registry=self.registry
+        )
+        self.first_token = Histogram(
+            "mimo_first_token_seconds",
+            "From a request to its first token.",
+            buckets=HISTOGRAM_SECONDS,
+            registry=self.registry,
+        )
+        self.whole_answer = Histogram(
+            "mimo_answer_seconds",
+            "From a request to the end of its answer.",
+            buckets=HISTOGRAM_SECONDS,
+            registry=self.registry,
+        )
+        running = Gauge("mimo_running", "Answers that are being generated.", registry=self.registry)
+        running.set_function(lambda: worker.num_running)
+        waiting = Gauge("mimo_waiting", "Answers that wait for a slot.", registry=self.registry)
+        waiting.set_function(lambda: worker.num_waiting)
+        cached = Gauge(
+            "mimo_cache_tokens", "Room in the key/value cache's slots.", registry=self.registry
+        )
+        cached.set_function(lambda: worker.num_cache_tokens)
+        self.connections = Gauge("mimo_connections", "Open connections.", registry=self.registry)
+        self.timeouts = Counter(
+            "mimo_timeouts", "Connections that were too slow.", ["what"], registry=self.registry
+        )
+        received = Gauge("mimo_body_bytes", "Bodies that are being read.", registry=self.registry)
+        received.set_function(lambda: bodies.used)
+        decoded = Gauge(
+            "mimo_decoding", "Pixels and samples that are being decoded.", registry=self.registry
+        )
+        decoded.set_function(lambda: decoding.used)
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

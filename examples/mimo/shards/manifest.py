@@ -16,6 +16,7 @@ from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.turns import (
     FilesInside,
     FindFile,
+    check_num_files,
     conversation_of,
     files_of_parts,
     first_of,
@@ -89,10 +90,11 @@ def _entries(
                 raise ValueError("a sample must be a JSON object")
             key = first_of(record, "key", "id")
             key = f"{unit}-{number:08d}" if key is None else _checked_key(key)
+            known = _with_media_lists(record, config)
+            check_num_files(known, config)
         except ValueError as error:
             yield Entry(place, problem=str(error))
         else:
-            known = _with_media_lists(record, config)
             yield Entry(place, {**known, "key": key}, find, may_repeat=may_repeat)
 
 
@@ -146,6 +148,7 @@ class TarParts:
         if "json" in contents:
             contents["json"] = self("json").data
         record = read_record(self.key, contents, config)
+        check_num_files(record, config)
         return {**record, "key": _checked_key(record["key"])}
 
 
