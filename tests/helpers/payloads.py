@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from examples.mimo.checkpoint.integrity import MANIFEST
+
 PLACES = (".metadata", "common_state", "_extra_state", "rng_state", "common.pt")
 
 
@@ -102,6 +104,8 @@ def _before_saved(opcodes: bytes, saved: bytes) -> bytes:
 def hide(source: Path, target: Path, place: str, opcodes: bytes) -> None:
     """Copy the weights in `source`, an iteration of a checkpoint, with `opcodes` in `place`."""
     shutil.copytree(source, target)
+    # Whoever writes a payload would write the digests anew, or none.
+    (target / MANIFEST).unlink(missing_ok=True)
     file = target / ".metadata"
     if place == ".metadata":
         file.write_bytes(_after(file.read_bytes(), opcodes))

@@ -61,9 +61,9 @@ def install() -> list[Replacement]:
         # Megatron takes some of these by name when it is imported, so torch comes first.
         entries += _put_in_place(cpu.torch_replacements())
         entries += _put_in_place(cpu.megatron_replacements())
-    from examples.mimo.compat import megatron, unpickler
+    from examples.mimo.compat import megatron
 
-    entries += _put_in_place(unpickler.unpickler_replacements())
+    entries += _put_in_place(megatron.unpickler_replacements())
     return entries + _put_in_place(megatron.wheel_replacements())
 
 

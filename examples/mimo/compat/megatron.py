@@ -1,8 +1,17 @@
 """Replacements in Megatron: those of every machine, and those for training.
 
-`wheel_replacements` are for every command. The others are for training: hooks that let an
-observer follow `pretrain()`, which has no callbacks; an Adam whose checkpoints reload; the queue
-of checkpoint writers; the tracker of checkpoints; and what non-colocated encoders need.
+`wheel_replacements` and `unpickler_replacements` are for every command. The others are for
+training: hooks that let an observer follow `pretrain()`, which has no callbacks; an Adam whose
+checkpoints reload; the queue of checkpoint writers; the tracker of checkpoints; the position in the
+data of virtual stages; and what non-colocated encoders need.
+
+A checkpoint cannot run code. A pickle says which functions to call, so unpickling a stranger's file
+runs what the stranger chose, and torch and Megatron unpickle three parts of a checkpoint:
+
+- `.metadata`, which says where each tensor is: here with `MetadataUnpickler`;
+- objects among the weights, such as random states, Megatron's arguments (`common_state`) and FP8
+  scales (`_extra_state`): here with `torch.load(weights_only=True)` and Megatron's list of classes;
+- `common.pt`, which older Megatron wrote instead of `common_state`: the same.
 """
 
 from __future__ import annotations
@@ -11,21 +20,30 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import io
 import multiprocessing
 import os
+import pickle
+import re
 import signal
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
 
 import megatron.core.datasets.utils as dataset_utils
 import torch
 from megatron.core import dist_checkpointing, optimizer, parallel_state
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.training import checkpointing, training
+from torch.distributed.checkpoint import default_planner, filesystem, metadata
 
 from examples.mimo.checkpoint.integrity import COMMON_STATE, checked_first, with_manifest
 from examples.mimo.compat import Replacement
@@ -33,6 +51,20 @@ from examples.mimo.compat import Replacement
 # What Megatron's training reads a checkpoint with.
 LOADERS = (COMMON_STATE, "load")
 TRACKER = "latest_checkpointed_iteration.txt"
+
+# What torch writes into `.metadata`, by the name in the pickle.
+METADATA_CLASSES: dict[str, Any] = {
+    f"{item.__module__}.{item.__qualname__}": item
+    for item in (
+        *(OrderedDict, torch.Size, filesystem._StorageInfo, torch.serialization._get_layout),
+        *(metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta),
+        *(metadata.TensorStorageMetadata, metadata.ChunkStorageMetadata),
+        *(metadata.TensorProperties, metadata._MEM_FORMAT_ENCODING, metadata.BytesStorageMetadata),
+    )
+}
+METADATA_CLASSES |= {str(x): x for x in vars(torch).values() if isinstance(x, torch.dtype)}
+# Where the checkpoint was saved; nothing reads it, and Python 3.13 has its classes elsewhere.
+METADATA_CLASSES |= dict.fromkeys(("pathlib.PosixPath", "pathlib._local.PosixPath"), PurePosixPath)
 
 
 def wheel_replacements() -> list[Replacement]:
@@ -270,3 +302,99 @@ class GroupStepAdam(torch.optim.Optimizer):
         torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
         torch._foreach_add_(denominator, group["eps"])
         torch._foreach_addcdiv_(params, first, denominator, -lr / (1 - beta1**step))
+
+
+class UnsafePickleError(ValueError):
+    """A file of a checkpoint names a class that no checkpoint needs; nothing of it was called."""
+
+
+def unpickler_replacements() -> list[Replacement]:
+    """Load the pickles of a checkpoint with the classes that checkpoints need, and no others."""
+    return [
+        Replacement(
+            filesystem,
+            "pickle",
+            MetadataPickle(),
+            "filesystem.py: FileSystemReader.read_metadata unpickles whatever .metadata names",
+        ),
+        Replacement(
+            default_planner.DefaultLoadPlanner,
+            "load_bytes",
+            _load_bytes,
+            "default_planner.py: load_bytes unpickles objects among the weights with "
+            "weights_only=False",
+        ),
+        Replacement(
+            serialization,
+            "load_common",
+            _load_common,
+            "strategies/common.py: load_common leaves weights_only to an environment variable",
+        ),
+    ]
+
+
+class MetadataPickle:
+    """What `filesystem.py` uses of the module pickle: writes as that does, reads `.metadata`."""
+
+    dump = staticmethod(pickle.dump)
+
+    @staticmethod
+    def load(file: Any) -> metadata.Metadata:
+        """The `.metadata` in `file`; UnsafePickleError when it holds anything else."""
+        result = MetadataUnpickler(file).load()
+        if type(result) is not metadata.Metadata:
+            raise UnsafePickleError(f".metadata holds {type(result).__name__}, not Metadata")
+        _check_files(result)
+        return result
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Knows METADATA_CLASSES, and imports nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class or function that a pickle names; UnsafePickleError for an unknown one."""
+        full_name = f"{module}.{name}"
+        if full_name not in METADATA_CLASSES:
+            _refuse(".metadata", full_name)
+        return METADATA_CLASSES[full_name]
+
+
+def _check_files(checkpoint: metadata.Metadata) -> None:
+    """UnsafePickleError for a place outside the checkpoint, such as a device or another folder."""
+    for info in checkpoint.storage_data.values():
+        place = getattr(info, "relative_path", None)
+        if type(place) is not str or not re.fullmatch(r"[\w.-]+", place) or place == "..":
+            raise UnsafePickleError(f".metadata names the file {place!r}, outside the checkpoint")
+
+
+def _load_bytes(planner: default_planner.DefaultLoadPlanner, item: Any, value: io.BytesIO) -> None:
+    """As `DefaultLoadPlanner.load_bytes`."""
+    name = item.dest_index.fqn
+    loaded = load_object(value, name)
+    if planner.flatten_state_dict:
+        default_planner.set_element(planner.original_state_dict, planner.mappings[name], loaded)
+    else:
+        planner.state_dict[name] = loaded
+
+
+def _load_common(checkpoint_dir: str) -> Any:
+    """As Megatron's `load_common`; the caller has seen that the file is there."""
+    file = Path(checkpoint_dir) / COMMON_STATE_FNAME
+    return load_object(io.BytesIO(file.read_bytes()), COMMON_STATE_FNAME)
+
+
+def load_object(file: io.BytesIO, name: str) -> Any:
+    """What `torch.save` wrote to `file`; UnsafePickleError when it names an unknown class."""
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        _refuse(name, named[1] if named else "a pickle of another kind than torch.save writes")
+
+
+def _refuse(where: str, class_name: str) -> NoReturn:
+    raise UnsafePickleError(
+        f"{where} holds {class_name}, which no checkpoint needs and which could run code; "
+        "nothing was loaded"
+    )
