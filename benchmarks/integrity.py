@@ -146,6 +146,7 @@ def main() -> None:
         repeats=args.repeats,
         cores=len(os.sched_getaffinity(0)),
         load=os.getloadavg()[1],
+        nice=os.nice(0),
         aim=AIM,
     )
     if args.output:
@@ -156,8 +157,9 @@ def main() -> None:
 PAGE = """# Checking a checkpoint's files
 
 `python -m benchmarks.integrity --output benchmarks/integrity.md` wrote this, on one process with
-{cores} CPU cores and a load average of {load:.1f}: seconds to load and to save without the check
-and with it, and the CPU seconds of the process meanwhile; medians of {repeats} taken in turn.
+{cores} CPU cores, a load average of {load:.1f} and a niceness of {nice}: seconds to load and to
+save without the check and with it, and the CPU seconds of the process meanwhile; medians of
+{repeats} taken in turn.
 
 | checkpoint | size | wall: without | with | | CPU: without | with | |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
