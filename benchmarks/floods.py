@@ -44,7 +44,8 @@ PAGE = """# A server under floods
 `python -m benchmarks.floods --ckpt DIR --output benchmarks/floods.md` wrote this on {processors}
 processors, which the floods came from too, with a model of {parameters} million parameters.
 `memory` is what the server's process grew by at its highest; `client` is how long a small question
-took that a client asked meanwhile, the median and the longest{before}.
+took that a client asked meanwhile, the median and the longest{before}. Other programs ran beside
+it: take the times as orders of size.
 
 {table}
 
@@ -53,7 +54,8 @@ took that a client asked meanwhile, the median and the longest{before}.
 - large: 32 bodies of 32 MB at once.
 - pixels: 16 PNG files of 8,000 x 8,000 transparent pixels, {png} KB each, at once.
 - many: 400 requests at once.
-- readers: 5 streams of 16 answers with log-probabilities, which are not read; `open` as above.
+- readers: 5 clients with 3 streams of 16 answers and log-probabilities, none of which is read;
+  `open` as above.
 {soak}"""
 SOAK = """
 Ten minutes is `--soak-minutes 10`: {clients} clients, mixed requests (text, pictures, recordings,
@@ -229,14 +231,15 @@ def many(server: Server) -> tuple[dict[str, int], None]:
 
 def readers(server: Server) -> tuple[dict[str, int], int | None]:
     """Streams that nobody reads."""
-    body = text("hi", temperature=3.0, max_tokens=120, logprobs=True, top_logprobs=20, stream=True)
+    body = text("hi", temperature=5.0, max_tokens=120, logprobs=True, top_logprobs=20, stream=True)
     data = json.dumps(body | {"n": 16}).encode()
     clients = []
     for _ in range(5):
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.connect(("127.0.0.1", server.port))
-        client.sendall(server.head(len(data)) + data)
+        # One after the other, as one alone may fit what the kernel keeps for the client.
+        client.sendall(3 * (server.head(len(data)) + data))
         clients.append(client)
     time.sleep(IDLE_SECONDS)
     connections = psutil.Process(server.process.pid).net_connections("tcp")
@@ -352,7 +355,7 @@ def table(figures: dict[str, Any], before: dict[str, Any]) -> str:
             for row in (before, figures)
             if name in row
         )
-        lines.append(f"| {name} | {' | '.join(cells)} | {statuses} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {statuses.strip(' ->')} |")
     return "\n".join(lines)
 
 
