@@ -51,6 +51,8 @@ def ask(monkeypatch, build_model):
     """The command's main() in this process: a function of its flags."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        monkeypatch.setenv(name, value)
 
     def main(*flags):
         monkeypatch.setattr(sys, "argv", ["avlm_inference.py", *flags])

@@ -403,7 +403,9 @@ def megatron_refusals() -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         if isinstance(error, AssertionError) and str(error):
-            raise ValueError(str(error)) from None
+            message = str(error)
+            named = "" if "--" in message else "Megatron refuses these flags: "
+            raise ValueError(f"{named}{message}") from None
         # Many assertions have no message, and other errors are none that names a flag.
         line = traceback.extract_tb(error.__traceback__)[-1].line
         kind = "" if isinstance(error, AssertionError) else f" ({type(error).__name__}: {error})"

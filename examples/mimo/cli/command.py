@@ -123,6 +123,7 @@ def _report(command: str, line: str, error: Exception) -> NoReturn:
     if rank != "0" and not (_every_rank_reports and line):
         # torchrun ends all ranks as soon as one exits: before rank 0 has reported, if this
         # rank is faster. A rank that outlives the wait met an error that rank 0 did not.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(RANK_ZERO_REPORTS_WITHIN)
     of_the_run = int(isinstance(error, RunError) and bool(line))
     is_told = count_reports(of_the_run) > of_the_run
@@ -175,8 +176,7 @@ def log_line(line: str) -> None:
 
 def _say_nothing_more() -> None:
     """Silence what says where a rank was when it was ended: it ends for a reason of its own."""
-    if signal.set_wakeup_fd(-1) != -1:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
 
 
 def _exit_now(status: int) -> NoReturn:

@@ -144,7 +144,7 @@ RANGES = (
         ("null_tokenizer_pad_id", "glu_linear_offset", "mup_attn_scale_power"),
     ),
 )
-OTHERWISE = Range("at least 0", lambda number: 0 <= number < math.inf)
+OTHERWISE = Range("at least 0, and finite", lambda number: 0 <= number < math.inf)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class LanguageConfig:
     rotary_base: int = field(default=10000, metadata=bounds(100, 10**9))
     norm_epsilon: float = field(default=1e-5, metadata=bounds(1e-12, 1e-2))
     tie_embeddings: bool = False
-    init_method_std: float = field(default=0.02, metadata=FREE | bounds(1e-6, 1))
+    init_method_std: float = field(default=0.02, metadata=FREE | bounds(0, 1))
     head_dim: int | None = field(default=None, metadata=bounds(2, 4096))
     rope_scaling_factor: float | None = field(default=None, metadata=bounds(1, 1024))
     qkv_bias: bool = False
