@@ -233,8 +233,10 @@ def test_what_a_killed_run_left_of_a_checkpoint_is_removed_and_nothing_else(tmp_
             "__0_0.distcp",
             "__3_0.distcp",
             "mp_rank_00/train_dataloader_dprank000.pt",
+            ".sha256.json.1",
         ],
         "iter_0000008": [],
+        "iter_copy": ["__0_0.distcp"],
         "iter_0000010": [".metadata", "__0_0.distcp", "metadata.json"],  # whole
         "iter_0000012": ["mp_rank_00/model_optim_rng.pt"],  # of another format
         "other": [],

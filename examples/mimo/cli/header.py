@@ -47,7 +47,10 @@ from examples.mimo.training.layout import (
 from examples.mimo.training.pretrain import first_batches
 
 # A file that a checkpoint has before it is whole: weights, their index, positions in the data.
-PART_OF_CHECKPOINT = re.compile(r".*\.distcp|\.metadata(\.tmp)?|train_dataloader_dprank\d+\.pt")
+# What an iteration's folder may hold before it is whole.
+PART_OF_CHECKPOINT = re.compile(
+    r".*\.distcp|\.metadata(\.tmp)?|train_dataloader_dprank\d+\.pt|\.sha256\.json\..+"
+)
 
 # Name and width of each column of the progress table.
 COLUMNS = (
@@ -433,6 +436,7 @@ def remove_incomplete(save: Path) -> None:
     last = tracker.read_text().strip() if tracker.is_file() else "0"
     for folder in save.glob("iter_*"):
         files = [file for file in folder.rglob("*") if file.is_file()]
-        is_newer = last.isdecimal() and int(folder.name[5:]) > int(last)
+        number = folder.name.removeprefix("iter_")
+        is_newer = last.isdecimal() and number.isdecimal() and int(number) > int(last)
         if is_newer and all(PART_OF_CHECKPOINT.fullmatch(file.name) for file in files):
             shutil.rmtree(folder, ignore_errors=True)
