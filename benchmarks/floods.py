@@ -44,8 +44,7 @@ PAGE = """# A server under floods
 `python -m benchmarks.floods --ckpt DIR --output benchmarks/floods.md` wrote this on {processors}
 processors, which the floods came from too, with a model of {parameters} million parameters.
 `memory` is what the server's process grew by at its highest; `client` is how long a small question
-took that a client asked meanwhile, the median and the longest{before}. Other programs ran beside
-it: take the times as orders of size.
+took that a client asked meanwhile, the median and the longest{before}.
 
 {table}
 
