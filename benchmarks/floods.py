@@ -42,7 +42,7 @@ SOAK_CLIENTS = 8
 PAGE = """# A server under floods
 
 `python -m benchmarks.floods --ckpt DIR --output benchmarks/floods.md` wrote this on {processors}
-processors, which the floods came from too, with a model of {parameters} million parameters.
+processors, which the floods came from too, with a checkpoint of {megabytes} MB.
 `memory` is what the server's process grew by at its highest; `client` is how long a small question
 took that a client asked meanwhile, the median and the longest{before}.
 
@@ -386,7 +386,7 @@ def main() -> None:
     weights = sum(file.stat().st_size for file in args.ckpt.rglob("*.distcp"))
     page = PAGE.format(
         processors=os.cpu_count(),
-        parameters=round(weights / 4e6, 1),
+        megabytes=f"{weights / 1e6:.0f}",
         before="; before -> after the limits" if before else "",
         table=table(figures, before),
         idle=IDLE_SECONDS,
