@@ -19,7 +19,7 @@ The example is these files, in reading order:
 
 Around it:
 
-    cli/          flags, checks of them, run header, progress table
+    cli/          flags, checks of them, what a run prints and writes
     parallel/     context parallelism, encoder replicas, non-colocated encoders
     planner/      dry run: FLOPs, memory, pipeline timeline, balanced stages
     checkpoint/   the model's description beside its weights; strict loading

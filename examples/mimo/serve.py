@@ -143,6 +143,7 @@ def _run(worker: Worker) -> None:
     try:
         worker.run()
     except Exception:
+        # Of any kind: the worker keeps the reason, which `/health` told until now.
         raise ValueError(worker.failure) from None
 
 

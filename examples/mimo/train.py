@@ -49,8 +49,8 @@ def train(argv: list[str]) -> None:
 
     from examples.mimo import compat
     from examples.mimo.cli.arguments import balance_stages, megatron_refusals, parse_arguments
-    from examples.mimo.cli.header import prepare_outputs
     from examples.mimo.cli.observer import RunObserver
+    from examples.mimo.cli.output import prepare_outputs
     from examples.mimo.training import inputs
     from examples.mimo.training import pretrain as providers
     from examples.mimo.training.layout import prepare_noncolocated

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import select
@@ -181,6 +182,8 @@ def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path):
         process.kill()
         process.wait()
         command.hold_folder("--save", tmp_path)
+        holder_now = json.loads((tmp_path / command.LOCK_FILE).read_text())
+        assert holder_now["pid"] == os.getpid() != process.pid
     finally:
         os.kill(int(child), signal.SIGKILL)
 

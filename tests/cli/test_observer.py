@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from examples.mimo.cli.header import end_last_line
 from examples.mimo.cli.observer import RunObserver
+from examples.mimo.cli.output import end_last_line
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from examples.mimo.cli.arguments import parse_with_preset
-from examples.mimo.cli.header import part_sizes
+from examples.mimo.cli.output import part_sizes
 from examples.mimo.configs import get_model_config
 from examples.mimo.model.mimo import build_mimo_model
 from examples.mimo.model.parts import parts

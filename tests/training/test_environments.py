@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from examples.mimo.cli.command import LOCK_FILE
-from examples.mimo.cli.header import remove_incomplete
+from examples.mimo.cli.output import remove_incomplete
 from tests.helpers import ranks
 from tests.helpers.commands import PP2, ROOT, run_train
 

@@ -280,7 +280,7 @@ _checks: dict[Path, WeightsCheck | None] = {}
 def begin_check(weights: Path, where: str) -> None:
     """Start to check an iteration's files; `finish_check` must follow.
 
-    A line on stderr says so when they have no manifest, as those of earlier versions.
+    A line on stderr says so when they have no manifest, as those of older versions.
     """
     if (weights / MANIFEST).exists():
         _checks[weights] = WeightsCheck(weights, where)

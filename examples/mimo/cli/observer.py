@@ -33,7 +33,7 @@ from examples.mimo.checkpoint.description import TRACKER
 from examples.mimo.checkpoint.loading import CHECKPOINT_ERRORS, reason, schedule_mismatch
 from examples.mimo.cli import command
 from examples.mimo.cli.command import RunError
-from examples.mimo.cli.header import (
+from examples.mimo.cli.output import (
     IterationTotals,
     ProgressTable,
     describe_run,

@@ -255,7 +255,7 @@ def _mp3_section(stream: BinaryIO, start: int, size: int) -> Section | None:
 
 
 class SequentialFile(soundfile.SoundFile):
-    """A file that is read from its beginning to wherever it ends.
+    """A file that is read from its start to wherever it ends.
 
     soundfile moves to where each block should have ended, which fails where a header is wrong.
     """

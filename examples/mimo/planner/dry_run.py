@@ -26,7 +26,7 @@ from examples.mimo.cli.arguments import (
     own_flags,
     parse_arguments,
 )
-from examples.mimo.cli.header import (
+from examples.mimo.cli.output import (
     PartSize,
     aligned,
     describe_data,

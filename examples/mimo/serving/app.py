@@ -237,8 +237,8 @@ class Server:
                     body += chunk
                     if len(body) > limit:
                         raise HTTPException(413, f"a body of more than {limit:,} bytes")
-                    earned = GRACE_SECONDS + len(body) / LEAST_BYTES_A_SECOND
-                    seconds = min(earned, self.limits.body_seconds)
+                    allowed = GRACE_SECONDS + len(body) / LEAST_BYTES_A_SECOND
+                    seconds = min(allowed, self.limits.body_seconds)
                     deadline.reschedule(started + seconds)
         except TimeoutError:
             self.metrics.timeouts.labels("body").inc()
