@@ -174,6 +174,29 @@ def test_packed_samples_and_bad_ones_are_counted(shards, start, tmp_path):
     assert len(set(read)) == len(read)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state["reads"][0].update(size=10**15),
+        lambda state: state["reads"][0].update(starts=torch.tensor([0, 10**12])),
+        lambda state: state["reads"][0].update(starts=[0]),
+        lambda state: state.update(lacks=[]),
+        lambda state: state.update(lacks=3),
+        lambda state: state["sharding"].update({"data-parallel size": "four"}),
+    ],
+)
+def test_damaged_counts_end_in_one_line(damage, shards, start, tmp_path):
+    training = start(shards / "a", 1, 0)
+    training.read(2)
+    saved = training.save(tmp_path / "first")
+    file = saved / "mp_rank_00" / STATE_FILE.format(0)
+    state = torch.load(file, weights_only=True)
+    damage(state["dataloader_state_dict"])
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=rf"{file.name}: damaged \("):
+        start(shards / "a", 2, 0, saved)
+
+
 def test_other_data_are_refused(shards, start, tmp_path):
     training = start(shards / "a", 1, 0)
     training.read(2)
@@ -185,4 +208,7 @@ def test_other_data_are_refused(shards, start, tmp_path):
 @pytest.mark.parametrize("counts", [[], [3], [0, 0, 1, 1, 0], [5, 4, 3, 3]])
 def test_runs_keep_the_counts(counts):
     counts = np.array(counts, dtype=np.int32)
-    assert np.array_equal(from_runs(to_runs(counts)), counts)
+    if len(counts):
+        assert np.array_equal(from_runs(to_runs(counts), len(counts)), counts)
+    with pytest.raises(ValueError, match="samples"):
+        from_runs(to_runs(counts), len(counts) + 1)

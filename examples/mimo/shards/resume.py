@@ -51,6 +51,11 @@ from examples.mimo.shards.read import (
 
 # Megatron writes what `ResumableBatches.save_state` returns to this file.
 STATE_FILE = "train_dataloader_dprank{:03d}.pt"
+# What a damaged file makes of its reader.
+DAMAGE = (
+    *(pickle.UnpicklingError, RuntimeError, LookupError, TypeError),
+    *(ValueError, AttributeError, EOFError),
+)
 KIND, FIELDS = "kind", "fields"
 STATE_CLASSES = {
     state_class.__name__: state_class
@@ -199,10 +204,15 @@ def to_runs(counts: np.ndarray) -> dict[str, Any]:
     return {"size": len(counts), "starts": runs[0], "counts": runs[1]}
 
 
-def from_runs(runs: dict[str, Any]) -> np.ndarray:
-    """What `to_runs` was called with."""
-    lengths = np.diff(runs["starts"].numpy(), append=runs["size"])
-    return np.repeat(runs["counts"].numpy(), lengths)
+def from_runs(runs: dict[str, Any], size: int) -> np.ndarray:
+    """The `size` counts that `to_runs` was called with; ValueError for others."""
+    starts, counts = runs["starts"].numpy(), runs["counts"].numpy()
+    if runs["size"] != size:
+        raise ValueError(f"counts of {runs['size']} samples, but there are {size}")
+    lengths = np.diff(starts, append=size)
+    if starts[:1].any() or len(starts) != len(counts) or (lengths < 1).any() or not len(starts):
+        raise ValueError(f"no counts of {size} samples")
+    return np.repeat(counts.astype(np.int32), lengths)
 
 
 def shard_iterators(
@@ -323,15 +333,10 @@ def _position(options: ShardOptions) -> Position:
     if not saved:
         _say("the checkpoint holds no position in the data, which starts over")
         return Position.start(sizes)
-    first = _load_state(saved[0])
-    ranks = range(first["sharding"]["data-parallel size"])
-    sharding = options.sharding()
+    first, sharding = _load_state(saved[0]), options.sharding()
     changed = [name for name in sharding if sharding[name] != first["sharding"].get(name)]
     if not changed:
-        return _same_readers(
-            [_load_state(saved[0].with_name(STATE_FILE.format(rank))) for rank in options.replicas],
-            sizes,
-        )
+        return _same_readers(_load_states(saved[0].parent, options.replicas, sizes), sizes)
     if "samples" in changed or "reads" not in first:
         name = "samples" if "samples" in changed else changed[0]
         raise ValueError(
@@ -340,8 +345,8 @@ def _position(options: ShardOptions) -> Position:
             "epoch of other data, or of an older checkpoint, cannot be dealt out anew: keep it, or "
             "start the data over with --finetune"
         )
-    states = [_load_state(saved[0].with_name(STATE_FILE.format(rank))) for rank in ranks]
-    return _other_readers(states, options.replicas)
+    ranks = range(first["sharding"]["data-parallel size"])
+    return _other_readers(_load_states(saved[0].parent, ranks, sizes), options.replicas)
 
 
 def _same_readers(states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> Position:
@@ -353,7 +358,7 @@ def _same_readers(states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> Pos
         position.reads = None
         return position
     position.deals = states[0]["deals"]
-    position.lacks = list(map(from_runs, states[0]["lacks"]))
+    position.lacks = states[0]["lacks"]
     position.reads = _sum_of_reads(states)
     return position
 
@@ -361,8 +366,8 @@ def _same_readers(states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> Pos
 def _other_readers(states: Sequence[dict[str, Any]], replicas: range) -> Position:
     """The position of a run that deals out what the ranks of `states` left."""
     lacks = []
-    for runs, reads in zip(states[0]["lacks"], _sum_of_reads(states), strict=True):
-        count = reads - from_runs(runs)
+    for lack, reads in zip(states[0]["lacks"], _sum_of_reads(states), strict=True):
+        count = reads - lack
         lacks.append(count.max(initial=0) - count)
     left = sum(np.count_nonzero(lack) for lack in lacks)
     _say(f"other readers: the {left:,} samples that are left of this epoch are dealt out anew")
@@ -375,7 +380,7 @@ def _other_readers(states: Sequence[dict[str, Any]], replicas: range) -> Positio
 def _sum_of_reads(states: Sequence[dict[str, Any]]) -> list[np.ndarray]:
     """How often the ranks of `states` together have read each sample, by folder."""
     by_folder = zip(*(state["reads"] for state in states), strict=True)
-    return [np.sum([from_runs(runs) for runs in folder], axis=0) for folder in by_folder]
+    return [np.sum(reads, axis=0, dtype=np.int32) for reads in by_folder]
 
 
 def _say(line: str) -> None:
@@ -383,17 +388,27 @@ def _say(line: str) -> None:
         print(f"  {line}", file=sys.stderr)
 
 
-def _load_state(file: Path) -> dict[str, Any]:
+def _load_states(folder: Path, ranks: range, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The states of data-parallel ranks, with counts for folders of these sizes as arrays."""
+    return [_load_state(folder / STATE_FILE.format(rank), sizes) for rank in ranks]
+
+
+def _load_state(file: Path, sizes: Sequence[int] | None = None) -> dict[str, Any]:
     """What `ResumableBatches.save_state` returned; nothing but plain values is unpickled."""
     if not file.is_file():
         raise ValueError(
-            f"{file}: this data-parallel rank's position in the data is missing; resume with as "
-            "many data-parallel ranks as before, or start the data over with --finetune"
+            f"{file}: this data-parallel rank's position in the data is missing; copy the "
+            "checkpoint anew, or start the data over with --finetune"
         )
     try:
         state = torch.load(file, weights_only=True)["dataloader_state_dict"]
+        range(state["sharding"]["data-parallel size"])
+        if sizes is not None:
+            for name in {"lacks", "reads"} & set(state):
+                counts = zip(state[name], sizes, strict=True)
+                state[name] = [from_runs(runs, size) for runs, size in counts]
         return {**state, "loaders": from_plain(state["loaders"])}
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{file}: damaged ({' '.join(str(error).split())[:200]})") from None
 
 
