@@ -5,6 +5,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from examples.mimo.model.layers import SdpaCoreAttention
+from examples.mimo.parallel.context import pack_sequence
 
 
 @pytest.fixture
@@ -57,7 +58,8 @@ def test_packed_sequences_attend_to_themselves(attention):
     query, key, value = (torch.randn(9, 1, n, 8) for n in (4, 2, 2))
     segment = torch.tensor([0] * 2 + [1] * 6 + [2])
     hidden = (segment[:, None] != segment) | torch.ones(9, 9, dtype=torch.bool).triu(1)
-    packed = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 2, 8, 9]))
-    flat = (tensor.squeeze(1) for tensor in (query, key, value))
-    context = attention(*flat, None, packed_seq_params=packed)
+    alone = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    packed = pack_sequence([0, 2, 8, 9], alone, query.device)
+    assert packed.positions.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 0]
+    context = attention(query, key, value, None, packed_seq_params=packed)
     assert (context - by_hand(query, key, value, hidden)).abs().max() < 1e-6

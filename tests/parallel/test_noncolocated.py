@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
-from examples.mimo.data.batch import collate, collate_packed
+from examples.mimo.data.batch import Placeholders, collate, collate_packed
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.parallel.context import share_of
-from examples.mimo.parallel.noncolocated import count_by_sample
 from examples.mimo.parallel.placement import Placement, take_share
 from examples.mimo.training import layout
 from tests.helpers import layouts
@@ -70,11 +69,14 @@ def test_shares_of_a_batch_split_its_media_and_keep_its_text(tiny):
 
 def test_embeddings_are_counted_by_sample_packed_or_not(tiny):
     samples = [MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6)]
-    for modality in tiny.modalities.values():
+    for name, modality in tiny.modalities.items():
         expected = [sample.tokens.ids.count(modality.token_id) for sample in samples]
         assert sum(expected) > 0
         for batch in (collate(samples), collate_packed(samples)):
-            assert count_by_sample(batch.input_ids, modality.token_id, batch.cu_seqlens) == expected
+            found = Placeholders.of(batch.input_ids, {name: modality.token_id}, batch.cu_seqlens)
+            assert found.counts == {name: expected}
+            ids = batch.input_ids.t().flatten()[found.positions]
+            assert ids.tolist() == [modality.token_id] * sum(expected)
 
 
 def test_a_placement_counts_its_data_parallel_replicas():

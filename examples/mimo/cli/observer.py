@@ -55,6 +55,10 @@ LOST_RANK_MESSAGES = (
     "Timed out waiting",
     "remote process exited",
 )
+# What Megatron says of a gradient that is not finite, before it reaches the weights.
+NOT_FINITE = "in local grad norm"
+# Seconds in which the rank that knows the loss can name the samples.
+NAMES_SAMPLES_WITHIN = 10
 STARTING = "starting"
 SAVING = "saving a checkpoint"
 # What torch says when a process of a DataLoader is killed, as where /dev/shm is full.
@@ -86,6 +90,8 @@ class RunObserver:
         self.bad_samples = BadSampleCount()
         self.counts = BatchCounts()
         self.table = ProgressTable(args)
+        # The summed loss of each micro-batch of this iteration, on the device, and its samples.
+        self.losses: list[tuple[torch.Tensor, Sequence[str]]] = []
         self.iteration_ended = time.perf_counter()
         self.model_is_built = self.has_saved = False
         self.bad_samples_reported = 0
@@ -116,6 +122,25 @@ class RunObserver:
             if self.args.save and self._has_the_loss() and mpu.get_context_parallel_rank() == 0:
                 self._write_bad_samples(batch.bad_samples)
 
+    def add_loss(self, loss: torch.Tensor, keys: Sequence[str]) -> None:
+        """Keep a micro-batch's loss for `check_losses`."""
+        if self.args.check_for_nan_in_loss_and_grad:
+            self.losses.append((loss, keys))
+
+    def check_losses(self) -> None:
+        """ValueError, naming the samples, for a loss of this iteration that is not finite.
+
+        pretrain_gpt.py asks after each micro-batch, which makes the host wait, and knows no names.
+        """
+        losses, self.losses = self.losses, []
+        values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
+        for value, (_, keys) in zip(values, losses, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the loss of iteration {self.args.curr_iteration + 1} is {value}; its samples "
+                    f"are {', '.join(keys)}; lower --lr or look at these samples"
+                )
+
     def model_built(self, model_chunks: Sequence[torch.nn.Module]) -> None:
         """Print the header; every rank must call this, with its chunks of the model."""
         self.model_is_built = True
@@ -133,6 +158,7 @@ class RunObserver:
         ValueError when all ranks together could not read more than `--max-bad-samples`, or when
         ranks that work on the same samples did not read the same.
         """
+        self.check_losses()
         totals, keys, digest = self._take_totals()
         last = f"; the last: {self.bad_samples.last.reason}" if self.bad_samples.last else ""
         if not _is_alike(digest):
@@ -234,6 +260,11 @@ class RunObserver:
                 error.filename = f"--tensorboard-dir {self.args.tensorboard_dir}"
             line = command.one_line(error)
             return line and f"{line} in: {self.phase}; {self._kept()}"
+        if NOT_FINITE in str(error):
+            self.check_losses()
+            if not self._has_the_loss():
+                time.sleep(NAMES_SAMPLES_WITHIN)
+            return f"gradients are not finite in: {self.phase}; lower --lr; {self._kept()}"
         if READER_DIED in str(error):
             return (
                 f"a process that reads data ended in: {self.phase} ({str(error).splitlines()[0]}); "

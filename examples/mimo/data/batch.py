@@ -7,18 +7,52 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+import pickle
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from examples.mimo.data.conversation import BadSample, Sample
+from examples.mimo.modalities.base import is_count, upload
 
 # The tensors of the text, (B, S) each; all others are encoder inputs.
 TEXT = {"input_ids": torch.long, "labels": torch.long, "loss_mask": torch.float32}
+# A description that is longer than this takes a second message.
+DESCRIPTION_BYTES = 2**16
+
+
+class Placeholders(NamedTuple):
+    """Where media go: `counts[modality]` placeholders in each sample, known to the host.
+
+    `positions` (n,), on the device, of all placeholders in the flattened (S, B), a modality's after
+    the other's.
+    """
+
+    counts: dict[str, list[int]]
+    positions: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: torch.Tensor,
+        token_ids: Mapping[str, int],
+        cu_seqlens: Sequence[int] | None = None,
+    ) -> Placeholders:
+        """Look through (B, S) ids. Of ids on a GPU the host waits for each count."""
+        counts, positions = {}, []
+        for name, token_id in token_ids.items():
+            sequence, column = (input_ids == token_id).nonzero(as_tuple=True)
+            positions.append(column * len(input_ids) + sequence)
+            sample, num_samples = sequence, len(input_ids)
+            if cu_seqlens:
+                ends = torch.tensor(cu_seqlens[1:], device=column.device)
+                sample, num_samples = torch.bucketize(column, ends, right=True), len(ends)
+            counts[name] = torch.bincount(sample, minlength=num_samples).tolist()
+        return cls(counts, torch.cat(positions) if positions else None)
 
 
 @dataclass
@@ -29,7 +63,9 @@ class Batch:
     encoder inputs of all items, in the order of the placeholders. `items[modality]` says of each
     item its sample's key and its file. In a packed batch B is 1 and `cu_seqlens` are the starts of
     the samples and the sequence's end. `bad_samples` were skipped on the way here. `places` is
-    where shards hold all these samples: folder of the mixture, and index in it.
+    where shards hold all these samples: folder of the mixture, and index in it. `locate` adds what
+    only the host can tell without waiting: "media_positions" with `placeholder_counts` (see
+    `Placeholders`), and "target_positions" (n,), those of tokens with loss in the flattened (S, B).
     """
 
     batch_size: int
@@ -40,6 +76,7 @@ class Batch:
     cu_seqlens: list[int] | None = None
     bad_samples: list[BadSample] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
+    placeholder_counts: dict[str, list[int]] | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -56,6 +93,13 @@ class Batch:
     def loss_mask(self) -> torch.Tensor | None:
         """(B, S), 1 for targets, on the last pipeline stage."""
         return self.tensors.get("loss_mask")
+
+    @property
+    def placeholders(self) -> Placeholders | None:
+        """Where media go in the sequences."""
+        if self.placeholder_counts is None:
+            return None
+        return Placeholders(self.placeholder_counts, self.tensors.get("media_positions"))
 
     @property
     def modality_inputs(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -136,27 +180,39 @@ def _concatenate(
     return torch.cat(list(inputs))
 
 
+def locate(batch: Batch, token_ids: Mapping[str, int]) -> None:
+    """Add the positions of placeholders and targets to a batch on the host."""
+    assert batch.input_ids is not None
+    assert batch.loss_mask is not None
+    batch.placeholder_counts, positions = Placeholders.of(
+        batch.input_ids, token_ids, batch.cu_seqlens
+    )
+    sequence, column = batch.loss_mask.nonzero(as_tuple=True)
+    batch.tensors["target_positions"] = column * batch.batch_size + sequence
+    if positions is not None:
+        batch.tensors["media_positions"] = positions
+
+
 def broadcast_batch(
     batch: Batch | None, group: dist.ProcessGroup, device: torch.device, needs: Collection[str]
 ) -> Batch:
     """The batch on every rank of a tensor-parallel group, from the first, which read it.
 
     `needs` are names of text tensors and of modalities; only those travel. One message describes
-    the batch, one flat tensor per dtype carries it.
+    the batch, with the tensors that stay on the host, and one flat tensor per dtype carries it.
     """
-    message: list[Any] = [None]
+    message: Any = None
     if batch is not None:
         chosen = {n: t for n, t in batch.tensors.items() if n.partition(".")[0] in needs}
-        layout = [(name, tensor.shape, tensor.dtype) for name, tensor in chosen.items()]
-        message = [(dataclasses.replace(batch, tensors={}), layout)]  # pickled, so small
-    if group.size() > 1:
-        dist.broadcast_object_list(message, group_src=0, group=group, device=device)
-    received, layout = message[0]
+        stays = {name: t for name, t in chosen.items() if is_count(name.partition(".")[2])}
+        layout = [(name, t.shape, t.dtype) for name, t in chosen.items() if name not in stays]
+        message = dataclasses.replace(batch, tensors=stays), layout
+    received, layout = _broadcast_description(message, group, device)
     for dtype in dict.fromkeys(dtype for _, _, dtype in layout):  # ordered alike on every rank
         parts = [(name, shape) for name, shape, kind in layout if kind == dtype]
         sizes = [math.prod(shape) for _, shape in parts]
         if batch is not None:
-            flat = torch.cat([batch.tensors[name].flatten() for name, _ in parts]).to(device)
+            flat = upload(torch.cat([batch.tensors[name].flatten() for name, _ in parts]), device)
         else:
             flat = torch.empty(sum(sizes), dtype=dtype, device=device)
         if group.size() > 1:
@@ -166,7 +222,33 @@ def broadcast_batch(
     return received
 
 
+def _broadcast_description(message: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
+    """A picklable object of the group's first rank; the others wait for the device once.
+
+    torch's `broadcast_object_list` waits four times, as it sends the length first.
+    """
+    if group.size() == 1:
+        return message
+    content = pickle.dumps(message) if group.rank() == 0 else b""
+    head = len(content).to_bytes(8, "little") + content[:DESCRIPTION_BYTES]
+    content = _broadcast_bytes(head.ljust(8 + DESCRIPTION_BYTES, b"\0"), group, device)
+    length, content = int.from_bytes(content[:8], "little"), content[8:]
+    if length > DESCRIPTION_BYTES:
+        tail = pickle.dumps(message)[DESCRIPTION_BYTES:] if group.rank() == 0 else None
+        content += _broadcast_bytes(tail or bytes(length - DESCRIPTION_BYTES), group, device)
+    return message if group.rank() == 0 else pickle.loads(content[:length])
+
+
+def _broadcast_bytes(content: bytes, group: dist.ProcessGroup, device: torch.device) -> bytes:
+    flat = upload(torch.frombuffer(bytearray(content), dtype=torch.uint8), device)
+    dist.broadcast(flat, group_src=0, group=group)
+    return content if group.rank() == 0 else flat.cpu().numpy().tobytes()
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on `device`."""
-    tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
+    """The batch with every tensor on `device` that need not stay on the host."""
+    tensors = {
+        name: tensor if is_count(name.partition(".")[2]) else upload(tensor, device)
+        for name, tensor in batch.tensors.items()
+    }
     return dataclasses.replace(batch, tensors=tensors)

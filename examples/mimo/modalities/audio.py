@@ -161,7 +161,7 @@ class WhisperConfig(EncoderConfig):
         missing = -hidden.shape[1] % self.frames_per_token
         frames = functional.pad(hidden, (0, 0, 0, missing))
         tokens = frames.unflatten(1, (-1, self.frames_per_token)).flatten(2)
-        return first_tokens(tokens, torch.ceil(inputs["num_frames"] / self.frames_per_token))
+        return first_tokens(tokens, -(-inputs["num_frames"] // self.frames_per_token))
 
 
 class MelEmbedding(torch.nn.Module):

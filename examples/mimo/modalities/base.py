@@ -106,7 +106,10 @@ class EncoderConfig(ABC):
         return []
 
     def preprocess(self, raw: Any) -> dict[str, torch.Tensor]:
-        """`patches` (N, max_tokens, input_size), padded with zeros, and `num_patches` (N,)."""
+        """`patches` (N, max_tokens, input_size), padded with zeros, and `num_patches` (N,).
+
+        Tensors whose names begin with `num_` stay on the host, all others go to the device.
+        """
         items = [np.asarray(patches, np.float32) for patches in self.patches(raw)]
         if not 1 <= len(items) <= self.max_inputs:
             raise ValueError(f"{len(items)} encoder inputs, but 1 to {self.max_inputs} fit an item")
@@ -124,7 +127,7 @@ class EncoderConfig(ABC):
         return {"patches": torch.from_numpy(padded), "num_patches": counts}
 
     def num_tokens(self, inputs: dict[str, torch.Tensor]) -> int:
-        """How many placeholder tokens one preprocessed item takes."""
+        """How many placeholder tokens preprocessed inputs take, of an item or of several."""
         return int(inputs["num_patches"].sum())
 
     def mock_inputs(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -226,8 +229,23 @@ def sinusoids(length: int, width: int) -> torch.Tensor:
 
 
 def first_tokens(tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """(N, T, H), (N,) -> (sum of counts, H): the first `counts` tokens of each input."""
-    return tokens[torch.arange(tokens.shape[1], device=counts.device) < counts[:, None]]
+    """(N, T, H), (N,) -> (sum of counts, H): the first `counts` tokens of each input.
+
+    `counts` are on the host: from there a GPU gets the places of the tokens without a wait.
+    """
+    is_kept = torch.arange(tokens.shape[1]) < counts.cpu()[:, None]
+    places = upload(is_kept.flatten().nonzero()[:, 0], tokens.device)
+    return tokens.flatten(0, 1).index_select(0, places)
+
+
+def is_count(name: str) -> bool:
+    """Whether an encoder input is read by the host, on which it then stays: `num_...`."""
+    return name.startswith("num_")
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a host's tensor on `device`, which a GPU makes while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)

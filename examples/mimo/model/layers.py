@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
@@ -33,10 +32,15 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from examples.mimo.model.parts import Norm
-from examples.mimo.parallel.context import chunks_of, gather_sequence
+from examples.mimo.parallel.context import PackedSequence, chunks_of, gather_sequence
+
+# Of torch's flash attention.
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def device() -> torch.device:
@@ -102,56 +106,59 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSequence | None = None,
         **unused: Any,
     ) -> torch.Tensor:
         """(Sq, B, heads, d), (Sk, B, groups, d) twice -> (Sq, B, heads * d).
 
         `attention_mask` is Megatron's: True hides a key, broadcast over (B, heads, Sq, Sk).
-        With `packed_seq_params` the tensors lack B: sequences follow one another along S.
+        With `packed_seq_params` B is 1: samples follow one another along S.
         """
+        if packed_seq_params is not None:
+            return self._attend_packed(query, key, value, packed_seq_params)
         causal = (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
-        if self.cp_group is None and packed_seq_params is None:
+        if self.cp_group is None:
             return self._attend(query, key, value, attention_mask, causal)
-        assert causal, "only causal attention is packed or sharded along the sequence"
-        assert attention_mask is None, "a whole mask does not fit packed or sharded sequences"
-        if packed_seq_params is None:
-            cu_seqlens = [0, len(query) * self.cp_size]
-            return self._attend_within(query, key, value, cu_seqlens)
-        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-        return self._attend_within(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
-
-    @property
-    def cp_size(self) -> int:
-        """The number of ranks over which a sequence is sharded."""
-        return self.cp_group.size() if self.cp_group else 1
-
-    def _attend_within(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: list[int]
-    ) -> torch.Tensor:
-        """In each packed sequence, queries attend to the keys up to their own position."""
-        if self.cp_group:
-            key, value = (gather_sequence(t, self.cp_group, cu_seqlens) for t in (key, value))
+        assert causal, "only causal attention is sharded along the sequence"
+        assert attention_mask is None, "a whole mask does not fit a sharded sequence"
+        key, value = (gather_sequence(t, self.cp_group) for t in (key, value))
+        # An early and a late chunk: under a causal mask late ones cost more.
+        numbers = chunks_of(self.cp_group.rank(), self.cp_group.size())
         contexts = []
-        for start, end in pairwise(cu_seqlens):
-            local = query[start // self.cp_size : end // self.cp_size]
-            for queries, stop in self._chunks(local, start, end):
-                contexts.append(
-                    self._attend(queries, key[start:stop], value[start:stop], None, causal=True)
-                )
+        for queries, number in zip(query.chunk(2), numbers, strict=True):
+            end = (number + 1) * len(queries)
+            contexts.append(self._attend(queries, key[:end], value[:end], None, causal=True))
         return torch.cat(contexts)
 
-    def _chunks(
-        self, query: torch.Tensor, start: int, end: int
-    ) -> Iterator[tuple[torch.Tensor, int]]:
-        """A sequence's queries on this rank in connected chunks, each with the end of its keys."""
-        if not self.cp_group:
-            yield query, end
-            return
-        # An early and a late one: under a causal mask late chunks cost more.
-        numbers = chunks_of(self.cp_group.rank(), self.cp_size)
-        for queries, number in zip(query.chunk(2), numbers, strict=True):
-            yield queries, start + (number + 1) * len(queries)
+    def _attend_packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence
+    ) -> torch.Tensor:
+        """Causal attention within each sample, (S / c, 1, heads, d) -> (S / c, 1, heads * d)."""
+        if packed.key_rows is not None:
+            key, value = (
+                gather_from_sequence_parallel_region(t, group=self.cp_group).index_select(
+                    0, packed.key_rows
+                )
+                for t in (key, value)
+            )
+        if query.is_cuda and query.dtype in FLASH_DTYPES and not (self.training and self.dropout):
+            context = varlen_attn(
+                *(t.squeeze(1) for t in (query, key, value)),
+                packed.cu_seqlens_q,
+                packed.cu_seqlens_kv,
+                packed.max_seqlen_q,
+                packed.max_seqlen_kv,
+                scale=self.scale,
+                window_size=(-1, 0),  # causal; the queries are the last ones
+            )
+            return context.flatten(1)[:, None]
+        pieces = zip(
+            query.split(packed.query_lengths),
+            key.split(packed.key_lengths),
+            value.split(packed.key_lengths),
+            strict=True,
+        )
+        return torch.cat([self._attend(*piece, None, causal=True) for piece in pieces])
 
     def _attend(
         self,
@@ -161,14 +168,16 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         causal: bool,
     ) -> torch.Tensor:
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        # Megatron's values are a view of queries, keys and values; a copy lets go of the others.
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value.contiguous()))
         mask = None if attention_mask is None else ~attention_mask  # torch's True shows a key
-        if causal and (mask is not None or key.shape[2] != query.shape[2]):
-            # torch aligns its own causal mask with the first key, but queries are the last ones.
+        if causal and mask is not None:
             positions = torch.arange(key.shape[2], device=query.device)
-            visible = positions <= positions[-query.shape[2] :, None]
-            mask = visible if mask is None else mask & visible
+            mask = mask & (positions <= positions[-query.shape[2] :, None])
             causal = False
+        elif causal and key.shape[2] != query.shape[2]:
+            # torch aligns its own causal mask with the first key, but queries are the last ones.
+            mask, causal = causal_lower_right(query.shape[2], key.shape[2]), False
         dropout = self.dropout if self.training else 0.0
         # As in Megatron's DotProductAttention: each tensor-parallel rank drops weights of its own
         # heads. Under sequence parallelism the default generators of the ranks differ already.

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,28 +28,43 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from torch.utils.checkpoint import checkpoint
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
+from examples.mimo.data.batch import Placeholders
+from examples.mimo.modalities.base import is_count
 from examples.mimo.model.encoder import split_over
 from examples.mimo.model.layers import block_submodules, device
 from examples.mimo.model.parts import ENCODER, part_prefix
-from examples.mimo.parallel.context import encode_shares, shard_sequence
+from examples.mimo.parallel.context import (
+    PackedSequence,
+    encode_shares,
+    pack_for_engine,
+    pack_sequence,
+    shard_sequence,
+)
 
 if TYPE_CHECKING:
     from examples.mimo.parallel.placement import EncoderReplicas
 
 # Input name -> (N, ...): N inputs of one modality's encoder.
 Inputs = dict[str, torch.Tensor]
+# The output layer makes at most so many logits at a time, 512 MiB in fp32.
+MAX_LOGITS = 2**27
 
 
 class Modality(ModalitySubmodules):
-    """One encoder and its projector."""
+    """One encoder and its projector; `num_tokens` of encoder inputs is known without them."""
+
+    num_tokens: Callable[[Inputs], int]
 
     @classmethod
     def from_spec(cls, module_spec: ModuleSpec, *stages: Any, **named_stages: Any) -> Modality:
@@ -61,7 +75,9 @@ class Modality(ModalitySubmodules):
         projector = modality.projector.build(
             modality.encoder.output_size, transformer_config, groups
         )
-        return cls({ENCODER: encoder}, input_projections=[projector], pg_collection=groups)
+        built = cls({ENCODER: encoder}, input_projections=[projector], pg_collection=groups)
+        built.num_tokens = modality.encoder.num_tokens
+        return built
 
     def decode(self, embeddings: torch.Tensor, data_batch: dict) -> torch.Tensor:
         """Never called: this package's modalities are inputs only, its outputs are text."""
@@ -86,13 +102,71 @@ class MediaCountError(ValueError):
         return f"{self.numbers}; samples: {', '.join(files)}"
 
 
-def check_count(
-    modality: str, embeddings: torch.Tensor, input_ids: torch.Tensor, token_id: int
-) -> None:
+def check_count(modality: str, embeddings: torch.Tensor, placeholders: Placeholders) -> None:
     """MediaCountError unless there is an embedding for every placeholder."""
-    placeholders = int((input_ids == token_id).sum())
-    if len(embeddings) != placeholders:
-        raise MediaCountError(modality, placeholders, embeddings)
+    count = sum(placeholders.counts[modality])
+    if len(embeddings) != count:
+        raise MediaCountError(modality, count, embeddings)
+
+
+class LanguageModel(GPTModel):
+    """Megatron's GPTModel, whose output layer may work on some of the positions only."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        if self.post_process:
+            # `head_and_loss` gathers the sequence, so that it can pick positions out of it.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def _preprocess(self, *, packed_seq_params: Any = None, **named: Any) -> tuple:
+        """As Megatron's, with the rotary angles of each packed sample's own positions."""
+        if not isinstance(packed_seq_params, PackedSequence):
+            return super()._preprocess(packed_seq_params=packed_seq_params, **named)
+        hidden, _, *rest = super()._preprocess(**named)
+        angles = self.rotary_pos_emb(packed_seq_params.table_length, packed_seq=True)
+        return hidden, angles.index_select(0, packed_seq_params.positions), *rest
+
+
+def head_and_loss(
+    *,
+    hidden_states: torch.Tensor,
+    output_layer: torch.nn.Module,
+    output_weight: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    context: torch.Tensor | None,
+    compute_language_model_loss: Callable[..., torch.Tensor],
+    scale_logits: Callable[[torch.Tensor], torch.Tensor],
+    config: TransformerConfig,
+    **unused: Any,
+) -> torch.Tensor:
+    """GPTModel's `output_processor`: (S, B, H) -> losses (B, S) with labels, else logits (B, S, V).
+
+    `context` are n positions in the flattened (S, B): then of these alone, (1, n) or (1, n, V).
+    Many losses are computed a piece at a time, and the logits again in the backward pass.
+    """
+    hidden = hidden_states
+    if config.sequence_parallel:
+        group = output_layer.tp_group
+        hidden = gather_from_sequence_parallel_region(hidden, False, group=group)
+    if context is not None:
+        hidden = hidden.flatten(0, 1).index_select(0, context)[:, None]
+    if labels is None:
+        logits, _ = output_layer(hidden, weight=output_weight)
+        return scale_logits(logits).transpose(0, 1).contiguous()
+    if context is not None:
+        labels = labels.t().flatten().index_select(0, context)[None]
+
+    def losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits, _ = output_layer(hidden, weight=output_weight)
+        return compute_language_model_loss(labels, scale_logits(logits))
+
+    length = max(1, MAX_LOGITS // (output_layer.output_size_per_partition * hidden.shape[1]))
+    if len(hidden) <= length:
+        return losses(hidden, labels)
+    pieces = zip(hidden.split(length), labels.split(length, dim=1), strict=True)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(losses, *piece, **options) for piece in pieces], dim=1)
 
 
 class StageMimoModel(MimoModel):
@@ -134,8 +208,9 @@ class StageMimoModel(MimoModel):
 
         Labels go to the last stage: the loss is computed beside the head, where the logits are.
         """
-        first = {"input_ids", *self.special_token_ids} if self.pre_process else set()
-        return frozenset(first | ({"labels", "loss_mask"} if self.post_process else set()))
+        first = ["input_ids", "media_positions", *self.special_token_ids]
+        last = ["labels", "loss_mask", "target_positions"]
+        return frozenset(first * self.pre_process + last * self.post_process)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied weight, where this stage has one; Megatron sums its gradients."""
@@ -178,6 +253,8 @@ class StageMimoModel(MimoModel):
         labels: torch.Tensor | None = None,
         modality_inputs: dict[str, Inputs] | None = None,
         cu_seqlens: list[int] | None = None,
+        placeholders: Placeholders | None = None,
+        target_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, S) ids -> per-token loss (B, S) with labels, else logits (B, S, V / TP).
 
@@ -185,10 +262,16 @@ class StageMimoModel(MimoModel):
         Stages before the last return hidden states (S, B, H). `modality_inputs` maps modality ->
         input name -> tensor with the inputs of all items, in the order of the placeholders.
         `cu_seqlens` are the starts of the samples in a packed sequence, and its end.
+        With `target_positions` (n,) the last stage works on these alone, (1, n) instead of (B, S).
+        Without `placeholders` the ids are searched for them, for which the host waits.
         """
-        embeddings = None
+        embeddings, packed = None, None
+        if cu_seqlens:
+            has_engine = self.config.transformer_impl == "transformer_engine"
+            pack = pack_for_engine if has_engine else pack_sequence
+            packed = pack(cu_seqlens, self.pg_collection.cp, device())
         if self.pre_process:
-            embeddings = self.embed(input_ids, modality_inputs or {})
+            embeddings = self.embed(input_ids, modality_inputs or {}, placeholders)
             # Here and not in GPTModel, which would scatter the text's embeddings before the media's
             # are among them. Megatron's adapter packs with Transformer Engine only.
             embeddings = shard_sequence(embeddings, 0, self.pg_collection.cp, cu_seqlens)
@@ -201,28 +284,28 @@ class StageMimoModel(MimoModel):
             attention_mask=None,  # the layer spec is causal
             decoder_input=embeddings,
             labels=labels,
-            packed_seq_params=packed_params(cu_seqlens) if cu_seqlens else None,
+            packed_seq_params=packed,
+            output_processor=head_and_loss,
+            output_processor_context=target_positions,
         )
 
     def embed(
-        self, input_ids: torch.Tensor | None, modality_inputs: dict[str, Inputs]
+        self,
+        input_ids: torch.Tensor | None,
+        modality_inputs: dict[str, Inputs],
+        placeholders: Placeholders | None = None,
     ) -> torch.Tensor:
         """(B, S) -> (S, B, H): the text's embeddings with the media's at their placeholders."""
         assert input_ids is not None, "the first stage needs ids"
         media = self.encode(modality_inputs)
-        text = self.get_text_embeddings(input_ids, None, self.special_token_ids)
-        try:
-            return self.align_embeddings_by_token_positions(
-                modality_embeddings={**media, "text": text},
-                input_ids=input_ids,
-                special_token_ids=self.special_token_ids,
-            )
-        except ValueError:
-            # Megatron compares the counts. Each count makes the host wait for the device, so they
-            # are taken again only to name the modality at fault.
-            for name, embeddings in media.items():
-                check_count(name, embeddings, input_ids, self.special_token_ids[name])
-            raise
+        text = self.language_model.embedding(input_ids=input_ids, position_ids=None)
+        placeholders = placeholders or Placeholders.of(input_ids, self.special_token_ids)
+        for name in self.special_token_ids:
+            check_count(name, media.setdefault(name, text[:0, 0]), placeholders)
+        if placeholders.positions is None:
+            return text
+        rows = torch.cat([media[name].to(text.dtype) for name in self.special_token_ids])
+        return text.flatten(0, 1).index_copy(0, placeholders.positions, rows).view_as(text)
 
     def encode(self, modality_inputs: dict[str, Inputs]) -> dict[str, torch.Tensor]:
         """Each modality's inputs (N, ...) -> (tokens, H); the only place where encoders run.
@@ -237,7 +320,9 @@ class StageMimoModel(MimoModel):
         for name in self.special_token_ids:
             if name in modality_inputs:
                 run = functools.partial(self.run_encoder, name)
-                embeddings[name] = encode_shares(run, modality_inputs[name], groups, cp_group)
+                count = self.modality_submodules[name].num_tokens
+                inputs = modality_inputs[name]
+                embeddings[name] = encode_shares(run, count, inputs, groups, cp_group)
             elif self.training and torch.is_grad_enabled():
                 embeddings[name] = self.run_encoder(name, {})
         return embeddings
@@ -252,21 +337,9 @@ class StageMimoModel(MimoModel):
         encoder = self.modality_submodules[name]
         if inputs and len(next(iter(inputs.values()))):
             return encoder(encoder_inputs={ENCODER: inputs})
-        dummy = {key: tensor.to(device()) for key, tensor in self.dummy_inputs[name].items()}
+        dummy = self.dummy_inputs[name]  # on the device from the first use on
+        dummy |= {key: x.to(device()) for key, x in dummy.items() if not is_count(key)}
         return encoder(encoder_inputs={ENCODER: dummy})[:0]  # empty, but in the graph
-
-
-def packed_params(cu_seqlens: list[int]) -> PackedSeqParams:
-    """What Megatron's rotary positions and attention need to know of a packed sequence."""
-    starts = torch.tensor(cu_seqlens, dtype=torch.int32, device=device())
-    longest = max(end - start for start, end in pairwise(cu_seqlens))
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def build_mimo_model(
@@ -309,12 +382,12 @@ def language_spec(
     post_process: bool,
     vp_stage: int | None,
 ) -> ModuleSpec:
-    """The spec of this stage's part of the language model, a Megatron GPTModel."""
+    """The spec of this stage's part of the language model."""
     num_layers = get_num_layers_to_build(transformer_config, vp_stage, pg_collection.pp.rank())
     impl, qk_norm = transformer_config.transformer_impl, transformer_config.qk_layernorm
     layers = block_submodules(impl, AttnMaskType.causal, num_layers, qk_norm)
     return ModuleSpec(
-        module=GPTModel,
+        module=LanguageModel,
         params={
             "config": transformer_config,
             "transformer_layer_spec": layers,

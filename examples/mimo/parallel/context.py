@@ -9,12 +9,19 @@ a packed sequence, and its end. Media are shared out by item.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from examples.mimo.modalities.base import upload
+
+# Tables of rotary angles are cached by their length.
+TABLE_STEP = 1024
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
@@ -28,25 +35,99 @@ def shard_sequence(
     """This rank's S / c of the S positions along `dim`; sample lengths are divisible by 2c."""
     if group.size() == 1:
         return whole
+    return _shard(whole, dim, group.rank(), group.size(), cu_seqlens or (0, whole.shape[dim]))
+
+
+def _shard(
+    whole: torch.Tensor, dim: int, rank: int, size: int, cu_seqlens: Sequence[int]
+) -> torch.Tensor:
     parts = []
-    for start, end in pairwise(cu_seqlens or (0, whole.shape[dim])):
-        chunks = whole.narrow(dim, start, end - start).chunk(2 * group.size(), dim)
-        parts += [chunks[number] for number in chunks_of(group.rank(), group.size())]
+    for start, end in pairwise(cu_seqlens):
+        chunks = whole.narrow(dim, start, end - start).chunk(2 * size, dim)
+        parts += [chunks[number] for number in chunks_of(rank, size)]
     return torch.cat(parts, dim)
 
 
-def gather_sequence(
-    local: torch.Tensor, group: dist.ProcessGroup, cu_seqlens: Sequence[int]
-) -> torch.Tensor:
+def gather_sequence(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(S / c, ...) -> (S, ...) in order; gradients are summed over the ranks that used them."""
-    size = group.size()
-    blocks = gather_from_sequence_parallel_region(local, group=group).chunk(size)
-    parts: list[torch.Tensor] = []
+    blocks = gather_from_sequence_parallel_region(local, group=group).chunk(group.size())
+    halves = [block.chunk(2) for block in blocks]
+    return torch.cat([front for front, _ in halves] + [back for _, back in reversed(halves)])
+
+
+@dataclass
+class PackedSequence(PackedSeqParams):
+    """A packed sequence, as rotary positions and core attention of this package read it.
+
+    On this rank it is cut into connected pieces: the samples, or under context parallelism two
+    chunks of each. A piece's queries attend to the keys of its sample up to its own end. Lengths
+    are on the host, as reading them from a GPU would make it wait.
+    `positions` (S / c,) are those of this rank's tokens in their samples. `key_rows` are the keys
+    of all pieces, one piece after the other, as rows of the ranks' keys one after another; None
+    where these are the same.
+    """
+
+    query_lengths: list[int] = field(default_factory=list)
+    key_lengths: list[int] = field(default_factory=list)
+    positions: torch.Tensor | None = None
+    key_rows: torch.Tensor | None = None
+
+    @property
+    def table_length(self) -> int:
+        """Rotary angles of so many positions are enough."""
+        return -(-self.max_seqlen_kv // TABLE_STEP) * TABLE_STEP
+
+
+def pack_sequence(
+    cu_seqlens: Sequence[int], group: dist.ProcessGroup, device: torch.device
+) -> PackedSequence:
+    """`cu_seqlens` as a `PackedSequence`, on this rank of a context-parallel group."""
+    rank, size = group.rank(), group.size()
+    numbers, chunks = (chunks_of(rank, size), 2 * size) if size > 1 else ((0,), 1)
+    query_lengths, key_lengths, positions, key_rows = [], [], [], []
+    # The ranks' shards one after another hold the positions `order`, so position p is in row
+    # `rows[p]`.
+    whole = torch.arange(cu_seqlens[-1])
+    order = [_shard(whole, 0, other, size, cu_seqlens) for other in range(size) if size > 1]
+    rows = torch.cat(order).argsort() if order else whole
     for start, end in pairwise(cu_seqlens):
-        halves = [block[start // size : end // size].chunk(2) for block in blocks]
-        parts += [front for front, _ in halves]
-        parts += [back for _, back in reversed(halves)]
-    return torch.cat(parts)
+        length = (end - start) // chunks
+        for number in numbers:
+            query_lengths.append(length)
+            key_lengths.append((number + 1) * length)
+            positions.append(torch.arange(number * length, (number + 1) * length))
+            key_rows.append(rows[start : start + (number + 1) * length])
+    return PackedSequence(
+        # The layout whose rotary angles come position by position.
+        qkv_format="sbhd",
+        cu_seqlens_q=upload(_ends(query_lengths), device),
+        cu_seqlens_kv=upload(_ends(key_lengths), device),
+        max_seqlen_q=max(query_lengths),
+        max_seqlen_kv=max(key_lengths),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        positions=upload(torch.cat(positions), device),
+        key_rows=upload(torch.cat(key_rows), device) if size > 1 else None,
+    )
+
+
+def _ends(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def pack_for_engine(
+    cu_seqlens: Sequence[int], group: dist.ProcessGroup, device: torch.device
+) -> PackedSeqParams:
+    """`cu_seqlens` as Transformer Engine's kernels read them, which shard samples themselves."""
+    starts = upload(torch.tensor(cu_seqlens, dtype=torch.int32), device)
+    longest = max(end - start for start, end in pairwise(cu_seqlens))
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def share_of(count: int, number: int, shares: int) -> slice:
@@ -56,6 +137,7 @@ def share_of(count: int, number: int, shares: int) -> slice:
 
 def encode_shares(
     encode: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    num_tokens: Callable[[dict[str, torch.Tensor]], int],
     inputs: dict[str, torch.Tensor],
     groups: Sequence[dist.ProcessGroup],
     sum_gradients_over: dist.ProcessGroup,
@@ -64,31 +146,33 @@ def encode_shares(
 
     All ranks of `groups` have the same inputs and the same weights of `encode`. Every rank then
     holds the gradients of the weights for its share alone; who sums those is said in
-    model/mimo.py.
+    model/mimo.py. `num_tokens` says what any inputs become.
     """
+    counts = []
     groups = [group for group in groups if group.size() > 1]
     for group in groups:
-        share = share_of(len(next(iter(inputs.values()))), group.rank(), group.size())
-        inputs = {name: tensor[share] for name, tensor in inputs.items()}
+        count, size = len(next(iter(inputs.values()))), group.size()
+        shares = [
+            {name: tensor[share_of(count, number, size)] for name, tensor in inputs.items()}
+            for number in range(size)
+        ]
+        counts.append([num_tokens(share) for share in shares])
+        inputs = shares[group.rank()]
     embeddings = encode(inputs)
-    for group in reversed(groups):
-        embeddings = gather_embeddings(embeddings, group, group is sum_gradients_over)
+    for group, lengths in zip(reversed(groups), reversed(counts), strict=True):
+        embeddings = gather_embeddings(embeddings, lengths, group, group is sum_gradients_over)
     return embeddings
 
 
 def gather_embeddings(
-    local: torch.Tensor, group: dist.ProcessGroup, sum_gradients: bool
+    local: torch.Tensor, lengths: Sequence[int], group: dist.ProcessGroup, sum_gradients: bool
 ) -> torch.Tensor:
-    """(n_r, H) -> (sum of n_r, H) in the order of ranks.
+    """(n_r, H) -> (sum of n_r, H) in the order of ranks, whose n_r are `lengths`.
 
     The backward pass sums the ranks' gradients where each rank works on a part of the sequence, as
     under context parallelism: its loss depends on items that others encoded. Ranks that compute
     the same all have the same gradients, and each takes those of its own embeddings.
     """
-    count = torch.tensor([len(local)], device=local.device)
-    counts = [torch.empty_like(count) for _ in range(group.size())]
-    dist.all_gather(counts, count, group=group)
-    lengths = [int(length) for length in counts]
     padded = torch.nn.functional.pad(local, (0, 0, 0, max(lengths) - len(local)))
     whole = gather_from_sequence_parallel_region(padded, sum_gradients, group=group)
     parts = whole.chunk(group.size())

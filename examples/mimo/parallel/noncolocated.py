@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +31,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.training import initialize
 
 from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.batch import Placeholders
 from examples.mimo.model.encoder import split_over
 from examples.mimo.model.mimo import (
     Inputs,
@@ -78,9 +78,9 @@ class NonColocatedMimoModel(StageMimoModel):
 
     @property
     def needs(self) -> frozenset[str]:
-        """An encoder also needs the ids, which say how many embeddings each sample has."""
+        """An encoder needs its modality; what each sample has of it, the description says."""
         if self.placement.name != LANGUAGE:
-            return frozenset({"input_ids", self.placement.name})
+            return frozenset({self.placement.name})
         return super().needs - set(self.special_token_ids)
 
     def forward(  # type: ignore[override]
@@ -89,23 +89,25 @@ class NonColocatedMimoModel(StageMimoModel):
         labels: torch.Tensor | None = None,
         modality_inputs: dict[str, Inputs] | None = None,
         cu_seqlens: list[int] | None = None,
+        placeholders: Placeholders | None = None,
+        target_positions: torch.Tensor | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """On an encoder's rank {modality: (tokens, H)}, on the last stage as in the base class.
 
         On the other stages of the language model {"language": (S, B, H)}.
         """
         if self.placement.name != LANGUAGE:
-            assert input_ids is not None
+            assert placeholders is not None
             inputs = (modality_inputs or {}).get(self.placement.name, {})
-            return {self.placement.name: self._encode_for_bridge(inputs, input_ids, cu_seqlens)}
+            return {self.placement.name: self._encode_for_bridge(inputs, placeholders)}
         if not self.pre_process:
             self.language_model.set_input_tensor(self.input_tensors[LANGUAGE])
-        output = super().forward(input_ids, labels, cu_seqlens=cu_seqlens)
+        output = super().forward(
+            input_ids, labels, None, cu_seqlens, placeholders, target_positions
+        )
         return output if self.post_process else {LANGUAGE: output}
 
-    def _encode_for_bridge(
-        self, inputs: Inputs, input_ids: torch.Tensor, cu_seqlens: list[int] | None
-    ) -> torch.Tensor:
+    def _encode_for_bridge(self, inputs: Inputs, placeholders: Placeholders) -> torch.Tensor:
         """This encoder's embeddings of a micro-batch, or of one for each replica it serves."""
         name = self.placement.name
         embeddings = self.run_encoder(name, inputs)
@@ -114,9 +116,8 @@ class NonColocatedMimoModel(StageMimoModel):
             embeddings = embeddings.clone()
         if self.replicas_served < 2:
             return embeddings
-        token_id = self.special_token_ids[name]
-        check_count(name, embeddings, input_ids, token_id)
-        return mark_samples(embeddings, count_by_sample(input_ids, token_id, cu_seqlens))
+        check_count(name, embeddings, placeholders)
+        return mark_samples(embeddings, placeholders.counts[name])
 
     def encode(self, modality_inputs: dict[str, Inputs]) -> dict[str, torch.Tensor]:
         """What the encoders sent, in the order of the config, on which the backward pass depends.
@@ -129,16 +130,6 @@ class NonColocatedMimoModel(StageMimoModel):
             name: copy_to_tensor_model_parallel_region(self.input_tensors[name], group=group)
             for name in self.special_token_ids
         }
-
-
-def count_by_sample(
-    input_ids: torch.Tensor, token_id: int, cu_seqlens: Sequence[int] | None
-) -> list[int]:
-    """How often a token stands in each sequence, or in each sample of a packed one."""
-    is_token = input_ids == token_id
-    if cu_seqlens is None:
-        return is_token.sum(dim=1).tolist()
-    return [int(is_token[0, start:end].sum()) for start, end in pairwise(cu_seqlens)]
 
 
 def build_noncolocated_model(

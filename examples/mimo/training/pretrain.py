@@ -22,7 +22,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, broadcast_batch, collate, collate_packed
+from examples.mimo.data.batch import Batch, broadcast_batch, collate, collate_packed, locate
 from examples.mimo.data.conversation import BadSampleCount, Sample, SampleEncoder
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.data.tokenizer import load_tokenizer
@@ -62,6 +62,9 @@ class Observer(Protocol):
 
     def add_batch(self, batch: Batch, wait_seconds: float) -> None:
         """A micro-batch of training, and how long this rank waited for it."""
+
+    def add_loss(self, loss: torch.Tensor, keys: Sequence[str]) -> None:
+        """A micro-batch's summed loss, on the device, and its samples."""
 
 
 def transformer_config(args: argparse.Namespace) -> Any:
@@ -283,17 +286,20 @@ def forward_step(
             labels=batch.labels if model.training else None,  # without labels it returns logits
             modality_inputs=batch.modality_inputs,
             cu_seqlens=batch.cu_seqlens,
+            placeholders=batch.placeholders,
+            target_positions=batch.tensors.get("target_positions"),
         )
     except MediaCountError as error:
         raise ValueError(error.explain(batch.items)) from None
-    reduce = training_loss if model.training else functools.partial(evaluation_loss, stage)
-    return output, functools.partial(reduce, batch)
+    if model.training:
+        return output, functools.partial(training_loss, observer, batch)
+    return output, functools.partial(evaluation_loss, stage, batch)
 
 
 def next_batch(
     observer: Observer, data_iterator: Iterator[Batch] | None, stage: StageMimoModel
 ) -> Batch:
-    """What this stage needs of the next micro-batch; labels and loss mask sharded like its output.
+    """What this stage needs of the next micro-batch.
 
     One rank of a tensor-parallel group reads. A middle stage needs nothing but, where sequences
     are packed, the description with their `cu_seqlens`.
@@ -302,52 +308,65 @@ def next_batch(
         return Batch(batch_size=0, seq_length=0, num_tokens=0, keys=[])
     start = time.perf_counter()
     group = mpu.get_tensor_model_parallel_group()
-    read = next(data_iterator) if data_iterator is not None and group.rank() == 0 else None
+    read = None
+    if data_iterator is not None and group.rank() == 0:
+        read = next(data_iterator)
+        shard_targets(read)
+        locate(read, stage.special_token_ids)
     batch = broadcast_batch(read, group, device(), stage.needs)
     # Every virtual stage reads a packed batch for itself; the first one counts it.
     if stage.training and not (get_args().pack_sequences and stage.vp_stage):
         observer.add_batch(batch, time.perf_counter() - start)
-    # The model's outputs are shards of the sequence, (B, S / CP).
-    for name in stage.needs & {"labels", "loss_mask"}:
-        batch.tensors[name] = shard_sequence(
-            batch.tensors[name], 1, mpu.get_context_parallel_group(), batch.cu_seqlens
-        )
     return batch
 
 
-def training_loss(batch: Batch, losses: torch.Tensor) -> Reduced:
-    """(B, S / CP) per-token losses -> their sum over targets, the number of targets, metrics.
+def shard_targets(batch: Batch) -> None:
+    """Keep this context-parallel rank's part of labels and loss mask, (B, S) -> (B, S / CP).
+
+    The last stage's outputs are shards of the sequence too.
+    """
+    group = mpu.get_context_parallel_group()
+    for name in ("labels", "loss_mask"):
+        batch.tensors[name] = shard_sequence(batch.tensors[name], 1, group, batch.cu_seqlens)
+
+
+def training_loss(observer: Observer, batch: Batch, losses: torch.Tensor) -> Reduced:
+    """(1, n) losses of the targets -> their sum, the number of targets, metrics.
 
     Megatron divides the sum over all micro-batches and ranks by the number over all of them.
     """
-    assert batch.loss_mask is not None
-    mask = batch.loss_mask
+    _, mask = targets(batch)
     total = (losses.float() * mask).sum()
-    # As pretrain_gpt.py does through `rerun_state_machine`, which cannot name the samples.
-    if get_args().check_for_nan_in_loss_and_grad and not torch.isfinite(total):
-        raise ValueError(
-            f"the loss of iteration {get_args().curr_iteration + 1} is {total.item()}; its "
-            f"samples are {', '.join(batch.keys)}; lower --lr or look at these samples"
-        )
+    # Whether it is finite is asked once an iteration: here the host would wait for it.
+    observer.add_loss(total.detach(), batch.keys)
     count = mask.sum()
     return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
 
 
+def targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels and loss mask (n,) of the target positions."""
+    positions = batch.tensors["target_positions"]
+    labels, mask = (
+        batch.tensors[name].t().flatten().index_select(0, positions)
+        for name in ("labels", "loss_mask")
+    )
+    return labels, mask
+
+
 def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -> Reduced:
-    """(B, S / CP, V / TP) logits -> the sum of losses, and exact match.
+    """(1, n, V / TP) logits of the targets -> the sum of losses, and exact match.
 
     A sequence whose every target is the argmax is what greedy decoding would answer.
     """
-    assert batch.loss_mask is not None
-    assert batch.labels is not None
-    best = parallel_argmax(logits)
+    labels, mask = targets(batch)
     losses = stage.language_model.compute_language_model_loss(
-        batch.labels, logits.transpose(0, 1).contiguous()
+        labels[None], logits.transpose(0, 1).contiguous()
     )
-    mask = batch.loss_mask
     total, count = (losses.float() * mask).sum(), mask.sum()
     # Of a sequence that is sharded along its length all parts must be right.
-    per_sequence = torch.stack([((best != batch.labels) * mask).sum(dim=1), mask.sum(dim=1)])
+    counted = torch.stack([(parallel_argmax(logits)[0] != labels) * mask, mask])
+    sequence = batch.tensors["target_positions"] % batch.batch_size
+    per_sequence = mask.new_zeros(2, batch.batch_size).index_add(1, sequence, counted)
     dist.all_reduce(per_sequence, group=mpu.get_context_parallel_group())
     num_wrong, num_targets = per_sequence
     is_right = (num_wrong == 0) & (num_targets > 0)
