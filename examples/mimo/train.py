@@ -75,6 +75,7 @@ def train(argv: list[str]) -> None:
     # So far all ranks had the same input and failed alike; from here on one may fail alone.
     command.report_every_rank()
     inputs.begin_integrity_check(args)
+    ahead = inputs.EncodersAhead() if args.run_encoders_ahead else None
     with observer.explains_errors():
         noncolocated = prepare_noncolocated(
             args, providers.transformer_config(args), compat.install_for_noncolocated
@@ -84,7 +85,7 @@ def train(argv: list[str]) -> None:
             pretrain_cfg_container_from_args(args),
             functools.partial(providers.data_provider, config, observer.bad_samples),
             ModelType.encoder_or_decoder,
-            functools.partial(providers.forward_step, observer),
+            functools.partial(providers.forward_step, observer, ahead),
             functools.partial(providers.model_provider, config, noncolocated.grids),
             p2p_communicator=noncolocated.bridges,
             pg_collection=noncolocated.groups,

@@ -6,8 +6,7 @@ import torch
 from examples.mimo.data.batch import collate
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.data.datasets import MockDataset
-from examples.mimo.model.mimo import MediaCountError
-from examples.mimo.model.parts import freeze_parts, part_names, parts
+from examples.mimo.model.parts import MediaCountError, freeze_parts, part_names, parts
 
 
 @pytest.fixture(scope="module")

@@ -113,6 +113,7 @@ WITHOUT_CUDA = {
     "bias_swiglu_fusion": False,
     "bias_gelu_fusion": False,
     "bias_dropout_fusion": False,
+    "pad_to_multiple_of": 1,
 }
 
 # Megatron's flags that choose the split over pipeline stages, as --balance-stages does.

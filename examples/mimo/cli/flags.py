@@ -99,6 +99,7 @@ RANGES = (
             *("microbatch_group_size_per_vp_stage", "num_distributed_optimizer_instances"),
             *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"),
             *("ffn_hidden_size", "kv_channels", "vocab_size", "padded_vocab_size"),
+            *("pad_to_multiple_of",),
             *("seq_length", "encoder_seq_length", "max_position_embeddings", "total_seq_length"),
             *("rotary_base", "rotary_seq_len_interpolation_factor", "recompute_num_layers"),
             *("micro_batch_size", "global_batch_size", "eval_micro_batch_size"),
@@ -197,6 +198,16 @@ NEEDS = (
         "the model has no encoders; drop the flag",
     ),
     Need(
+        ("--run-encoders-ahead",),
+        lambda args, config: any(part.endswith(".encoder") for part in args.freeze),
+        "no encoder is frozen; add --freeze MODALITY.encoder",
+    ),
+    Need(
+        ("--run-encoders-ahead",),
+        lambda args, config: not args.encoder_ranks,
+        "non-colocated encoders run ahead as it is; drop the flag",
+    ),
+    Need(
         ("--balance-stages",),
         lambda args, config: args.pipeline_model_parallel_size > 1,
         "there is one stage; add --pipeline-model-parallel-size 2 or more",
@@ -264,6 +275,14 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="the length of a packed sequence (default --seq-length)",
     )
     group.add_argument(
+        "--pad-to-multiple-of",
+        type=int,
+        default=128,
+        metavar="N",
+        help="round the length of a batch up to a multiple of N, so that shapes repeat and a GPU "
+        "plans few of them (default: 128 with CUDA, 1 without)",
+    )
+    group.add_argument(
         "--shuffle-buffer-size",
         type=int,
         default=100,
@@ -284,6 +303,12 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="PART",
         help="parts that do not train: MODALITY.encoder, MODALITY.projector, language; without a "
         "name all parts train (default: what the model's config says)",
+    )
+    group.add_argument(
+        "--run-encoders-ahead",
+        action="store_true",
+        help="run frozen encoders one micro-batch ahead, on a CUDA stream of their own, beside the "
+        "language model",
     )
     group.add_argument(
         "--fresh",

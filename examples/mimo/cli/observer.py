@@ -73,6 +73,7 @@ class BatchCounts:
 
     tokens: int = 0
     slots: int = 0
+    rounded_slots: int = 0
     items: Counter[str] = field(default_factory=Counter)
     wait_seconds: float = 0.0
     keys: list[str] = field(default_factory=list)
@@ -112,6 +113,7 @@ class RunObserver:
         """Count one micro-batch of training, and the time that reading it took."""
         self.counts.tokens += batch.num_tokens
         self.counts.slots += batch.batch_size * batch.seq_length
+        self.counts.rounded_slots += batch.rounded_slots
         self.counts.items.update({name: len(files) for name, files in batch.items.items()})
         self.counts.wait_seconds += wait_seconds
         self.counts.keys += batch.keys
@@ -362,6 +364,7 @@ class RunObserver:
             [
                 counts.tokens,
                 counts.slots,
+                counts.rounded_slots,
                 counts.wait_seconds / group.size(),
                 self.bad_samples.count,
                 # Not `hash`, which differs from process to process; exact up to 2**21 samples.
@@ -372,7 +375,7 @@ class RunObserver:
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         dist.all_reduce(values, group=group)
-        tokens, slots, wait_seconds, bad_samples, digest, *items = values.tolist()
+        tokens, slots, rounded, wait_seconds, bad_samples, digest, *items = values.tolist()
         # Replicas of an encoder may share the media of the same samples.
         digest /= data_share(self.args.data_parallel_size).shares
         now = time.perf_counter()
@@ -384,6 +387,7 @@ class RunObserver:
             seconds,
             int(tokens),
             int(slots),
+            int(rounded),
             wait_seconds,
             dict(zip(names, map(int, items), strict=True)),
             int(bad_samples),

@@ -263,7 +263,8 @@ def _counts(stages: list[list[PartSize]], tp: bool) -> list[str]:
 class IterationTotals:
     """What one iteration's batches held on all ranks, and how long it took.
 
-    `slots` counts positions with padding, `tokens` those without; `items` counts media files.
+    `slots` counts positions with padding, `tokens` those without, `rounded_slots` those that come
+    of --pad-to-multiple-of; `items` counts media files.
     `wait_seconds` is the mean over ranks, and `bad_samples` those that could not be read since
     training began.
     """
@@ -271,6 +272,7 @@ class IterationTotals:
     seconds: float
     tokens: int
     slots: int
+    rounded_slots: int
     wait_seconds: float
     items: dict[str, int]
     bad_samples: int
@@ -342,7 +344,7 @@ class ProgressTable:
             "-" if lr is None else f"{lr:.2e}",
             f"{len(self.window) * self.args.global_batch_size / seconds:.1f}",
             f"{tokens / seconds:.0f}",
-            f"{100 * (1 - tokens / slots) if slots else 0:.0f} %",
+            padding_cell(tokens, slots, sum(totals.rounded_slots for totals in self.window)),
             f"{100 * waited / seconds:.0f} %",
             f"{int(left // 60)}:{int(left % 60):02d} min",
         ]
@@ -350,6 +352,12 @@ class ProgressTable:
     def _print_row(self, cells: list[str]) -> None:
         padded = (f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
         print(" ".join(padded), file=sys.stderr, flush=True)
+
+
+def padding_cell(tokens: int, slots: int, rounded_slots: int) -> str:
+    """The share of slots without a token; with `+`, that of --pad-to-multiple-of apart."""
+    padding, rounding = 100 * (slots - tokens) / max(slots, 1), 100 * rounded_slots / max(slots, 1)
+    return f"{padding - rounding:.0f}+{rounding:.0f} %" if rounded_slots else f"{padding:.0f} %"
 
 
 def tracked_values(

@@ -1,4 +1,4 @@
-"""Batches: collated from samples, and broadcast over tensor-parallel ranks.
+"""Batches: collated from samples.
 
 A `Batch` is flat, so that it travels as it is: plain values that describe it, and tensors by name.
 """
@@ -6,23 +6,18 @@ A `Batch` is flat, so that it travels as it is: plain values that describe it, a
 from __future__ import annotations
 
 import dataclasses
-import math
-import pickle
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from examples.mimo.data.conversation import BadSample, Sample
-from examples.mimo.modalities.base import is_count, upload
+from examples.mimo.modalities.values import is_count, upload
 
 # The tensors of the text, (B, S) each; all others are encoder inputs.
 TEXT = {"input_ids": torch.long, "labels": torch.long, "loss_mask": torch.float32}
-# A description that is longer than this takes a second message.
-DESCRIPTION_BYTES = 2**16
 
 
 class Placeholders(NamedTuple):
@@ -66,6 +61,7 @@ class Batch:
     where shards hold all these samples: folder of the mixture, and index in it. `locate` adds what
     only the host can tell without waiting: "media_positions" with `placeholder_counts` (see
     `Placeholders`), and "target_positions" (n,), those of tokens with loss in the flattened (S, B).
+    Of the B * S slots `rounded_slots` come of rounding S up.
     """
 
     batch_size: int
@@ -77,6 +73,7 @@ class Batch:
     bad_samples: list[BadSample] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
     placeholder_counts: dict[str, list[int]] | None = None
+    rounded_slots: int = 0
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -120,16 +117,18 @@ def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
     longest = max(len(sample.tokens.ids) for sample in samples)
     seq_length = -(-longest // multiple) * multiple
     starts = [number * seq_length for number in range(len(samples))]
-    return _collate(samples, starts, (len(samples), seq_length))
+    batch = _collate(samples, starts, (len(samples), seq_length))
+    return dataclasses.replace(batch, rounded_slots=(seq_length - longest) * len(samples))
 
 
 def collate_packed(samples: Sequence[Sample], multiple: int = 1, sample_multiple: int = 1) -> Batch:
     """All samples in one sequence, padded each to `sample_multiple`, together to `multiple`."""
     lengths = [-(-len(s.tokens.ids) // sample_multiple) * sample_multiple for s in samples]
     ends = list(accumulate(lengths))
-    ends[-1] = -(-ends[-1] // multiple) * multiple  # the last sample takes the padding
-    cu_seqlens = [0, *ends]
-    return _collate(samples, cu_seqlens[:-1], (1, ends[-1]), cu_seqlens)
+    rounded_slots = -ends[-1] % multiple
+    ends[-1] += rounded_slots  # the last sample takes the padding
+    batch = _collate(samples, [0, *ends[:-1]], (1, ends[-1]), [0, *ends])
+    return dataclasses.replace(batch, rounded_slots=rounded_slots)
 
 
 def _collate(
@@ -181,7 +180,10 @@ def _concatenate(
 
 
 def locate(batch: Batch, token_ids: Mapping[str, int]) -> None:
-    """Add the positions of placeholders and targets to a batch on the host."""
+    """Add the positions of placeholders and targets to a batch on the host.
+
+    Of labels and loss mask those of the targets stay, (1, n).
+    """
     assert batch.input_ids is not None
     assert batch.loss_mask is not None
     batch.placeholder_counts, positions = Placeholders.of(
@@ -189,60 +191,10 @@ def locate(batch: Batch, token_ids: Mapping[str, int]) -> None:
     )
     sequence, column = batch.loss_mask.nonzero(as_tuple=True)
     batch.tensors["target_positions"] = column * batch.batch_size + sequence
+    for name in ("labels", "loss_mask"):
+        batch.tensors[name] = batch.tensors[name][None, sequence, column]
     if positions is not None:
         batch.tensors["media_positions"] = positions
-
-
-def broadcast_batch(
-    batch: Batch | None, group: dist.ProcessGroup, device: torch.device, needs: Collection[str]
-) -> Batch:
-    """The batch on every rank of a tensor-parallel group, from the first, which read it.
-
-    `needs` are names of text tensors and of modalities; only those travel. One message describes
-    the batch, with the tensors that stay on the host, and one flat tensor per dtype carries it.
-    """
-    message: Any = None
-    if batch is not None:
-        chosen = {n: t for n, t in batch.tensors.items() if n.partition(".")[0] in needs}
-        stays = {name: t for name, t in chosen.items() if is_count(name.partition(".")[2])}
-        layout = [(name, t.shape, t.dtype) for name, t in chosen.items() if name not in stays]
-        message = dataclasses.replace(batch, tensors=stays), layout
-    received, layout = _broadcast_description(message, group, device)
-    for dtype in dict.fromkeys(dtype for _, _, dtype in layout):  # ordered alike on every rank
-        parts = [(name, shape) for name, shape, kind in layout if kind == dtype]
-        sizes = [math.prod(shape) for _, shape in parts]
-        if batch is not None:
-            flat = upload(torch.cat([batch.tensors[name].flatten() for name, _ in parts]), device)
-        else:
-            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
-        if group.size() > 1:
-            dist.broadcast(flat, group_src=0, group=group)
-        for (name, shape), part in zip(parts, flat.split(sizes), strict=True):
-            received.tensors[name] = part.view(shape)
-    return received
-
-
-def _broadcast_description(message: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
-    """A picklable object of the group's first rank; the others wait for the device once.
-
-    torch's `broadcast_object_list` waits four times, as it sends the length first.
-    """
-    if group.size() == 1:
-        return message
-    content = pickle.dumps(message) if group.rank() == 0 else b""
-    head = len(content).to_bytes(8, "little") + content[:DESCRIPTION_BYTES]
-    content = _broadcast_bytes(head.ljust(8 + DESCRIPTION_BYTES, b"\0"), group, device)
-    length, content = int.from_bytes(content[:8], "little"), content[8:]
-    if length > DESCRIPTION_BYTES:
-        tail = pickle.dumps(message)[DESCRIPTION_BYTES:] if group.rank() == 0 else None
-        content += _broadcast_bytes(tail or bytes(length - DESCRIPTION_BYTES), group, device)
-    return message if group.rank() == 0 else pickle.loads(content[:length])
-
-
-def _broadcast_bytes(content: bytes, group: dist.ProcessGroup, device: torch.device) -> bytes:
-    flat = upload(torch.frombuffer(bytearray(content), dtype=torch.uint8), device)
-    dist.broadcast(flat, group_src=0, group=group)
-    return content if group.rank() == 0 else flat.cpu().numpy().tobytes()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, collate, to_device
+from examples.mimo.data.batch import Batch, collate, locate, to_device
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.generation.reuse import (
     DecodingGraphs,
@@ -34,6 +34,7 @@ from examples.mimo.generation.sampling import (
     fill_logprobs,
 )
 from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache
+from examples.mimo.modalities.values import upload
 from examples.mimo.model.mimo import StageMimoModel
 
 # Prompts of one length are prefilled together, up to so many tokens at a time.
@@ -103,7 +104,7 @@ class ActiveSequence:
 
     def token_ids(self, device: torch.device) -> torch.Tensor:
         """The ids of prompt and answer so far."""
-        return torch.tensor([*self.request.sample.tokens.ids, *self.tokens], device=device)
+        return upload(torch.tensor([*self.request.sample.tokens.ids, *self.tokens]), device)
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,10 @@ NOTHING_REUSED = ReusedPrefix()
 
 
 class Engine:
-    """Generates tokens for many sequences at once; `forbidden` tokens are never chosen.
+    """Generates tokens for many sequences at once; any of `end_ids` ends its sequence.
 
-    Any of `end_ids` ends its sequence.
-    `prefix_cache` finished sequences are kept, for prompts that start alike. With `cuda_graphs`
-    tokens are decoded by CUDA graphs.
+    `forbidden` tokens are never chosen. `prefix_cache` finished sequences are kept, for prompts
+    that start alike. With `cuda_graphs` tokens are decoded by CUDA graphs.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Engine:
         """Generate one more token of every sequence."""
         if not self.sequences:
             return []
-        last = torch.tensor([s.tokens[-1] for s in self.sequences], device=self.device)
+        last = upload(torch.tensor([s.tokens[-1] for s in self.sequences]), self.device)
         embedded = self.transformer.embed(last) if self.model.pre_process else None
         hidden = self._run_stages(embedded, 0, 1, [s.num_cached for s in self.sequences])
         return self._next_tokens(self.sequences, None if hidden is None else hidden[:, 0])
@@ -256,8 +256,9 @@ class Engine:
             if prefix.cache is not None:
                 self.cache.write_slot(slot, prefix.cache, prefix.slot, start)
         sequences = [sequence for sequence, _ in batch]
-        inputs = to_device(collate([_remaining_sample(s, start) for s in sequences]), self.device)
-        embedded = self._embed(inputs)
+        inputs = collate([_remaining_sample(s, start) for s in sequences])
+        locate(inputs, self.model.special_token_ids)
+        embedded = self._embed(to_device(inputs, self.device))
         self.sequences += sequences
         starts = [start] * len(sequences)
         hidden = self._run_stages(embedded, first_slot, inputs.seq_length, starts)
@@ -277,8 +278,9 @@ class Engine:
         raised: Exception | None = None
         if self.model.pre_process:
             try:
-                embedded = self.model.embed(inputs.input_ids, inputs.modality_inputs)
-                embedded = embedded.transpose(0, 1)
+                embedded = self.model.embed(
+                    inputs.input_ids, inputs.modality_inputs, inputs.placeholders
+                ).transpose(0, 1)
             except Exception as error:
                 raised = error
         group = mpu.get_pipeline_model_parallel_group()
@@ -330,8 +332,7 @@ class Engine:
             tokens = self._choose(allowed, sequences)
             if any(sequence.request.logprobs for sequence in sequences):
                 fill_logprobs(result[:, 1:], tokens, logits, self.forbidden, num_top)
-            # A number that is not finite, less itself, is NaN. The host waits for it and the tokens
-            # together.
+            # A number that is not finite, less itself, is NaN.
             result[:, 0] = tokens.where((logits - logits).sum(dim=-1) == 0, NO_TOKEN)
         self._broadcast(result)
         outputs = []

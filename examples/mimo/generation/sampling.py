@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from examples.mimo.modalities.values import upload
+
 MAX_STOPS, MAX_STOP_LENGTH = 16, 200
 MAX_TOP_LOGPROBS = 20
 
@@ -138,9 +140,11 @@ def choose(
     tokens = logits.argmax(dim=-1)
     sampled = [index for index, s in enumerate(samplings) if s.temperature > 0]
     if sampled:
-        weights = probabilities(logits[sampled], [samplings[index] for index in sampled])
+        rows = upload(torch.tensor(sampled), logits.device)
+        chosen = [samplings[index] for index in sampled]
+        weights = probabilities(logits.index_select(0, rows), chosen)
         numbers = torch.tensor([generators[index].next() for index in sampled], dtype=torch.float64)
-        tokens[sampled] = _sample(weights, numbers.to(logits.device))
+        tokens.index_copy_(0, rows, _sample(weights, upload(numbers, logits.device)))
     return tokens
 
 
@@ -173,7 +177,7 @@ def probabilities(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.
 
     def column(name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         values = [getattr(s, name) for s in samplings]
-        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
+        return upload(torch.tensor(values, dtype=dtype), logits.device)[:, None]
 
     # With the largest logit at 0 a tiny temperature makes none infinite.
     logits = logits.double()
@@ -204,7 +208,8 @@ def penalise(
             values = sequence_logits[ids]
             sequence_logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
         if sampling.frequency_penalty or sampling.presence_penalty:
-            counts = answer.bincount(minlength=logits.shape[-1]).to(logits.dtype)
+            ones = torch.ones(len(answer), device=logits.device, dtype=logits.dtype)
+            counts = torch.zeros_like(sequence_logits).index_add_(0, answer, ones)
             sequence_logits -= sampling.frequency_penalty * counts
             sequence_logits -= sampling.presence_penalty * (counts > 0)
     return logits
@@ -213,7 +218,7 @@ def penalise(
 def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
     counts = [min(k or logits.shape[-1], logits.shape[-1]) for k in top_k]
     largest = logits.topk(max(counts), dim=-1).values
-    threshold = largest.gather(-1, torch.tensor(counts, device=logits.device)[:, None] - 1)
+    threshold = largest.gather(-1, upload(torch.tensor(counts), logits.device)[:, None] - 1)
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 

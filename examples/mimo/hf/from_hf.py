@@ -19,6 +19,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 from examples.mimo.checkpoint.description import RELEASE, TRACKER, save_description
@@ -43,7 +45,7 @@ from examples.mimo.hf.weights import (
     family_of,
     unchosen,
 )
-from examples.mimo.model.mimo import build_part
+from examples.mimo.model.mimo import language_spec
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
 # What a user is told while a conversion runs, a line at a time.
@@ -372,3 +374,17 @@ def _check_leftovers(
                 f"{folder.path}: tensor {name} has no place in a {family.name}; this is another "
                 "architecture"
             )
+
+
+def build_part(
+    config: MimoConfig, part: str, transformer_config: TransformerConfig, pg_collection: Any
+) -> torch.nn.Module:
+    """One part by its name (`images.encoder`, `images.projector`, `language`), whole."""
+    if part == "language":
+        spec = language_spec(config.language, transformer_config, pg_collection, True, True, None)
+        return build_module(spec)
+    name, side = part.split(".")
+    modality = config.modalities[name]
+    if side == "encoder":
+        return modality.encoder.build(transformer_config, pg_collection)
+    return modality.projector.build(modality.encoder.output_size, transformer_config, pg_collection)

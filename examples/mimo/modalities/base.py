@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from examples.mimo.modalities.files import Source
-from examples.mimo.modalities.values import check, check_divisible
+from examples.mimo.modalities.values import check, check_divisible, upload
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -236,16 +236,6 @@ def first_tokens(tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     is_kept = torch.arange(tokens.shape[1]) < counts.cpu()[:, None]
     places = upload(is_kept.flatten().nonzero()[:, 0], tokens.device)
     return tokens.flatten(0, 1).index_select(0, places)
-
-
-def is_count(name: str) -> bool:
-    """Whether an encoder input is read by the host, on which it then stays: `num_...`."""
-    return name.startswith("num_")
-
-
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of a host's tensor on `device`, which a GPU makes while the host goes on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a config's fields may hold: their types and bounds, checked by one function.
+"""What a config's fields may hold, and which of an encoder's inputs stay on the host.
 
 Configs are built from files, flags and JSON of elsewhere. A field's type is its annotation; its
 bounds stand beside it (`field(metadata=bounds(1, 8))`) or follow from its type, so that every
@@ -14,7 +14,10 @@ import sys
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # Of whole numbers: more than any vocabulary, sequence or side of a picture.
 MOST_INT = 2**24
@@ -204,3 +207,13 @@ def shown(value: Any) -> str:
         return "a number of more than 40 digits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def is_count(name: str) -> bool:
+    """Whether an encoder input is read by the host, on which it then stays: `num_...`."""
+    return name.startswith("num_")
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a host's tensor on `device`, which a GPU makes while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

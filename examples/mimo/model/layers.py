@@ -21,7 +21,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
@@ -134,23 +133,14 @@ class SdpaCoreAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence
     ) -> torch.Tensor:
         """Causal attention within each sample, (S / c, 1, heads, d) -> (S / c, 1, heads * d)."""
-        if packed.key_rows is not None:
-            key, value = (
-                gather_from_sequence_parallel_region(t, group=self.cp_group).index_select(
-                    0, packed.key_rows
-                )
-                for t in (key, value)
-            )
+        key, value = (packed.gather_keys(t, self.cp_group) for t in (key, value))
         if query.is_cuda and query.dtype in FLASH_DTYPES and not (self.training and self.dropout):
-            context = varlen_attn(
-                *(t.squeeze(1) for t in (query, key, value)),
-                packed.cu_seqlens_q,
-                packed.cu_seqlens_kv,
-                packed.max_seqlen_q,
-                packed.max_seqlen_kv,
-                scale=self.scale,
-                window_size=(-1, 0),  # causal; the queries are the last ones
-            )
+            heads = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+            starts = packed.cu_seqlens_q, packed.cu_seqlens_kv
+            longest = packed.max_seqlen_q, packed.max_seqlen_kv
+            causal = (-1, 0)  # the queries are the last ones
+            context = varlen_attn(*heads, *starts, *longest, scale=self.scale, window_size=causal)
+            assert isinstance(context, torch.Tensor), "without log-sum-exp"
             return context.flatten(1)[:, None]
         pieces = zip(
             query.split(packed.query_lengths),

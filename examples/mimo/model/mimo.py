@@ -24,28 +24,29 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from torch.utils.checkpoint import checkpoint
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.data.batch import Placeholders
-from examples.mimo.modalities.base import is_count
+from examples.mimo.modalities.values import is_count
 from examples.mimo.model.encoder import split_over
 from examples.mimo.model.layers import block_submodules, device
-from examples.mimo.model.parts import ENCODER, part_prefix
+from examples.mimo.model.parts import (
+    ENCODER,
+    LanguageModel,
+    check_count,
+    head_and_loss,
+    part_prefix,
+)
 from examples.mimo.parallel.context import (
-    PackedSequence,
     encode_shares,
     pack_for_engine,
     pack_sequence,
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
 
 # Input name -> (N, ...): N inputs of one modality's encoder.
 Inputs = dict[str, torch.Tensor]
-# The output layer makes at most so many logits at a time, 512 MiB in fp32.
-MAX_LOGITS = 2**27
 
 
 class Modality(ModalitySubmodules):
@@ -82,91 +81,6 @@ class Modality(ModalitySubmodules):
     def decode(self, embeddings: torch.Tensor, data_batch: dict) -> torch.Tensor:
         """Never called: this package's modalities are inputs only, its outputs are text."""
         raise ValueError("modalities are inputs only: there is no decoder to run")
-
-
-class MediaCountError(ValueError):
-    """An encoder returned another number of embeddings than its items have placeholders."""
-
-    def __init__(self, modality: str, placeholders: int, embeddings: torch.Tensor) -> None:
-        self.modality = modality
-        count, width = embeddings.shape
-        self.numbers = (
-            f"{modality}: num_tokens counted {placeholders} placeholder tokens, but the encoder "
-            f"returned {count} embeddings of width {width}; make num_tokens of its config agree"
-        )
-        super().__init__(self.numbers)
-
-    def explain(self, items: dict[str, list[tuple[str, str]]]) -> str:
-        """The numbers with the samples and files they come from."""
-        files = [f"{key} ({file})" for key, file in items.get(self.modality, [])]
-        return f"{self.numbers}; samples: {', '.join(files)}"
-
-
-def check_count(modality: str, embeddings: torch.Tensor, placeholders: Placeholders) -> None:
-    """MediaCountError unless there is an embedding for every placeholder."""
-    count = sum(placeholders.counts[modality])
-    if len(embeddings) != count:
-        raise MediaCountError(modality, count, embeddings)
-
-
-class LanguageModel(GPTModel):
-    """Megatron's GPTModel, whose output layer may work on some of the positions only."""
-
-    def __init__(self, **named: Any) -> None:
-        super().__init__(**named)
-        if self.post_process:
-            # `head_and_loss` gathers the sequence, so that it can pick positions out of it.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
-
-    def _preprocess(self, *, packed_seq_params: Any = None, **named: Any) -> tuple:
-        """As Megatron's, with the rotary angles of each packed sample's own positions."""
-        if not isinstance(packed_seq_params, PackedSequence):
-            return super()._preprocess(packed_seq_params=packed_seq_params, **named)
-        hidden, _, *rest = super()._preprocess(**named)
-        angles = self.rotary_pos_emb(packed_seq_params.table_length, packed_seq=True)
-        return hidden, angles.index_select(0, packed_seq_params.positions), *rest
-
-
-def head_and_loss(
-    *,
-    hidden_states: torch.Tensor,
-    output_layer: torch.nn.Module,
-    output_weight: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    context: torch.Tensor | None,
-    compute_language_model_loss: Callable[..., torch.Tensor],
-    scale_logits: Callable[[torch.Tensor], torch.Tensor],
-    config: TransformerConfig,
-    **unused: Any,
-) -> torch.Tensor:
-    """GPTModel's `output_processor`: (S, B, H) -> losses (B, S) with labels, else logits (B, S, V).
-
-    `context` are n positions in the flattened (S, B): then of these alone, (1, n) or (1, n, V).
-    Many losses are computed a piece at a time, and the logits again in the backward pass.
-    """
-    hidden = hidden_states
-    if config.sequence_parallel:
-        group = output_layer.tp_group
-        hidden = gather_from_sequence_parallel_region(hidden, False, group=group)
-    if context is not None:
-        hidden = hidden.flatten(0, 1).index_select(0, context)[:, None]
-    if labels is None:
-        logits, _ = output_layer(hidden, weight=output_weight)
-        return scale_logits(logits).transpose(0, 1).contiguous()
-    if context is not None:
-        labels = labels.t().flatten().index_select(0, context)[None]
-
-    def losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits, _ = output_layer(hidden, weight=output_weight)
-        return compute_language_model_loss(labels, scale_logits(logits))
-
-    length = max(1, MAX_LOGITS // (output_layer.output_size_per_partition * hidden.shape[1]))
-    if len(hidden) <= length:
-        return losses(hidden, labels)
-    pieces = zip(hidden.split(length), labels.split(length, dim=1), strict=True)
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(losses, *piece, **options) for piece in pieces], dim=1)
 
 
 class StageMimoModel(MimoModel):
@@ -255,6 +169,7 @@ class StageMimoModel(MimoModel):
         cu_seqlens: list[int] | None = None,
         placeholders: Placeholders | None = None,
         target_positions: torch.Tensor | None = None,
+        features: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """(B, S) ids -> per-token loss (B, S) with labels, else logits (B, S, V / TP).
 
@@ -262,8 +177,9 @@ class StageMimoModel(MimoModel):
         Stages before the last return hidden states (S, B, H). `modality_inputs` maps modality ->
         input name -> tensor with the inputs of all items, in the order of the placeholders.
         `cu_seqlens` are the starts of the samples in a packed sequence, and its end.
-        With `target_positions` (n,) the last stage works on these alone, (1, n) instead of (B, S).
-        Without `placeholders` the ids are searched for them, for which the host waits.
+        With `target_positions` (n,) the last stage works on these alone, and labels are (1, n).
+        Without `placeholders` the ids are searched for them, for which the host waits. `features`
+        are what frozen encoders made of this rank's share of the inputs already.
         """
         embeddings, packed = None, None
         if cu_seqlens:
@@ -271,7 +187,7 @@ class StageMimoModel(MimoModel):
             pack = pack_for_engine if has_engine else pack_sequence
             packed = pack(cu_seqlens, self.pg_collection.cp, device())
         if self.pre_process:
-            embeddings = self.embed(input_ids, modality_inputs or {}, placeholders)
+            embeddings = self.embed(input_ids, modality_inputs or {}, placeholders, features)
             # Here and not in GPTModel, which would scatter the text's embeddings before the media's
             # are among them. Megatron's adapter packs with Transformer Engine only.
             embeddings = shard_sequence(embeddings, 0, self.pg_collection.cp, cu_seqlens)
@@ -294,10 +210,11 @@ class StageMimoModel(MimoModel):
         input_ids: torch.Tensor | None,
         modality_inputs: dict[str, Inputs],
         placeholders: Placeholders | None = None,
+        features: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """(B, S) -> (S, B, H): the text's embeddings with the media's at their placeholders."""
         assert input_ids is not None, "the first stage needs ids"
-        media = self.encode(modality_inputs)
+        media = self.encode(modality_inputs, features)
         text = self.language_model.embedding(input_ids=input_ids, position_ids=None)
         placeholders = placeholders or Placeholders.of(input_ids, self.special_token_ids)
         for name in self.special_token_ids:
@@ -307,19 +224,26 @@ class StageMimoModel(MimoModel):
         rows = torch.cat([media[name].to(text.dtype) for name in self.special_token_ids])
         return text.flatten(0, 1).index_copy(0, placeholders.positions, rows).view_as(text)
 
-    def encode(self, modality_inputs: dict[str, Inputs]) -> dict[str, torch.Tensor]:
+    @property
+    def encoder_groups(self) -> list[dist.ProcessGroup]:
+        """Groups of ranks that each encode a share of a micro-batch's media."""
+        replicas = [self.encoder_replicas.replicas] if self.encoder_replicas else []
+        return [self.pg_collection.cp, *replicas]
+
+    def encode(
+        self, modality_inputs: dict[str, Inputs], features: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Each modality's inputs (N, ...) -> (tokens, H); the only place where encoders run.
 
         Always in the order of the config: a batch's own order differs between ranks, and encoders
         that run in another order bring other collectives and other gradients first. In training a
         modality without an item runs too, on a dummy input.
         """
-        cp_group = self.pg_collection.cp
-        groups = [cp_group, *([self.encoder_replicas.replicas] if self.encoder_replicas else [])]
+        groups, cp_group = self.encoder_groups, self.pg_collection.cp
         embeddings: dict[str, torch.Tensor] = {}
         for name in self.special_token_ids:
             if name in modality_inputs:
-                run = functools.partial(self.run_encoder, name)
+                run = functools.partial(self.run_encoder, name, features=(features or {}).get(name))
                 count = self.modality_submodules[name].num_tokens
                 inputs = modality_inputs[name]
                 embeddings[name] = encode_shares(run, count, inputs, groups, cp_group)
@@ -327,7 +251,9 @@ class StageMimoModel(MimoModel):
                 embeddings[name] = self.run_encoder(name, {})
         return embeddings
 
-    def run_encoder(self, name: str, inputs: Inputs) -> torch.Tensor:
+    def run_encoder(
+        self, name: str, inputs: Inputs, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """One modality's inputs (N, ...) -> (tokens, H), on this rank alone.
 
         Without inputs a dummy input goes through all weights and none of its embeddings are kept.
@@ -335,6 +261,8 @@ class StageMimoModel(MimoModel):
         before it reduces it, and another rank may have items where this one has none.
         """
         encoder = self.modality_submodules[name]
+        if features is not None:
+            return encoder(hidden_states=features)
         if inputs and len(next(iter(inputs.values()))):
             return encoder(encoder_inputs={ENCODER: inputs})
         dummy = self.dummy_inputs[name]  # on the device from the first use on
@@ -420,17 +348,3 @@ def dummy_input(modality: ModalityConfig) -> Inputs:
     """A single random input of a modality's encoder."""
     item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
     return {name: tensor[:1] for name, tensor in item.items()}
-
-
-def build_part(
-    config: MimoConfig, part: str, transformer_config: TransformerConfig, pg_collection: Any
-) -> torch.nn.Module:
-    """One part by its name (`images.encoder`, `images.projector`, `language`), whole."""
-    if part == "language":
-        spec = language_spec(config.language, transformer_config, pg_collection, True, True, None)
-        return build_module(spec)
-    name, side = part.split(".")
-    modality = config.modalities[name]
-    if side == "encoder":
-        return modality.encoder.build(transformer_config, pg_collection)
-    return modality.projector.build(modality.encoder.output_size, transformer_config, pg_collection)

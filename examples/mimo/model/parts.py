@@ -1,23 +1,32 @@
-"""Names of a model's parts (`images.encoder`, `images.projector`, `language`), freezing, and norms.
+"""Parts of a model: their names (`images.encoder`, `language`), freezing, norms, head and loss.
 
-The norms allow sequence parallelism without Transformer Engine or Apex.
+The norms allow sequence parallelism without Transformer Engine or Apex. The head works on the
+positions with loss alone, and on many of them in pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from torch.utils.checkpoint import checkpoint
 
 from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.data.batch import Placeholders
+from examples.mimo.parallel.context import PackedSequence
 
 if TYPE_CHECKING:
     from examples.mimo.model.mimo import StageMimoModel
 
 
 ENCODER = "encoder"
+# The output layer makes at most so many logits at a time, 512 MiB in fp32.
+MAX_LOGITS = 2**27
 
 
 def part_prefix(part: str) -> str:
@@ -136,3 +145,86 @@ class Norm:
         for parameter in norm.parameters():
             setattr(parameter, "sequence_parallel", config.sequence_parallel)
         return norm
+
+
+class LanguageModel(GPTModel):
+    """Megatron's GPTModel, whose output layer may work on some of the positions only."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        if self.post_process:
+            # `head_and_loss` gathers the sequence, so that it can pick positions out of it.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def _preprocess(self, *, packed_seq_params: Any = None, **named: Any) -> tuple:
+        """As Megatron's, with the rotary angles of each packed sample's own positions."""
+        if not isinstance(packed_seq_params, PackedSequence):
+            return super()._preprocess(packed_seq_params=packed_seq_params, **named)
+        hidden, _, *rest = super()._preprocess(**named)
+        angles = self.rotary_pos_emb(packed_seq_params.table_length, packed_seq=True)
+        return hidden, angles.index_select(0, packed_seq_params.positions), *rest
+
+
+def head_and_loss(
+    *,
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    output_weight: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    context: torch.Tensor | None,
+    compute_language_model_loss: Callable[..., torch.Tensor],
+    scale_logits: Callable[[torch.Tensor], torch.Tensor],
+    config: TransformerConfig,
+    **unused: Any,
+) -> torch.Tensor:
+    """GPTModel's `output_processor`: (S, B, H) -> losses (B, S) with labels, else logits (B, S, V).
+
+    `context` are n positions in the flattened (S, B): then of these alone, with (1, n) labels.
+    Many losses are computed a piece at a time, and the logits again in the backward pass.
+    """
+    hidden = hidden_states
+    if config.sequence_parallel:
+        group = output_layer.tp_group
+        hidden = gather_from_sequence_parallel_region(hidden, False, group=group)
+    if context is not None:
+        hidden = hidden.flatten(0, 1).index_select(0, context)[:, None]
+    if labels is None:
+        logits, _ = output_layer(hidden, weight=output_weight)
+        return scale_logits(logits).transpose(0, 1).contiguous()
+
+    def losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits, _ = output_layer(hidden, weight=output_weight)
+        return compute_language_model_loss(labels, scale_logits(logits))
+
+    length = max(1, MAX_LOGITS // (output_layer.output_size_per_partition * hidden.shape[1]))
+    if len(hidden) <= length:
+        return losses(hidden, labels)
+    pieces = zip(hidden.split(length), labels.split(length, dim=1), strict=True)
+    again = functools.partial(checkpoint, losses, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*piece) for piece in pieces], dim=1)
+
+
+class MediaCountError(ValueError):
+    """An encoder returned another number of embeddings than its items have placeholders."""
+
+    def __init__(self, modality: str, placeholders: int, embeddings: torch.Tensor) -> None:
+        self.modality = modality
+        count, width = embeddings.shape
+        self.numbers = (
+            f"{modality}: num_tokens counted {placeholders} placeholder tokens, but the encoder "
+            f"returned {count} embeddings of width {width}; make num_tokens of its config agree"
+        )
+        super().__init__(self.numbers)
+
+    def explain(self, items: dict[str, list[tuple[str, str]]]) -> str:
+        """The numbers with the samples and files they come from."""
+        files = [f"{key} ({file})" for key, file in items.get(self.modality, [])]
+        return f"{self.numbers}; samples: {', '.join(files)}"
+
+
+def check_count(modality: str, embeddings: torch.Tensor, placeholders: Placeholders) -> None:
+    """MediaCountError unless there is an embedding for every placeholder."""
+    count = sum(placeholders.counts[modality])
+    if len(embeddings) != count:
+        raise MediaCountError(modality, count, embeddings)

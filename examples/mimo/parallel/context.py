@@ -1,4 +1,4 @@
-"""Context parallelism: sharding of sequences, and of media items, over ranks.
+"""Ranks that share a batch: broadcast to them, and shards of its sequences and media items.
 
 Sequences are cut in the order that Megatron balances: rank r of c holds the chunks r and
 2c - 1 - r of 2c, so that causal attention costs every rank the same (arXiv:2407.21783, section
@@ -8,9 +8,13 @@ a packed sequence, and its end. Media are shared out by item.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+import pickle
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +22,65 @@ from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from examples.mimo.modalities.base import upload
+from examples.mimo.data.batch import Batch
+from examples.mimo.modalities.values import is_count, upload
 
 # Tables of rotary angles are cached by their length.
 TABLE_STEP = 1024
+# A description that is longer than this takes a second message.
+DESCRIPTION_BYTES = 2**16
+
+
+def broadcast_batch(
+    batch: Batch | None, group: dist.ProcessGroup, device: torch.device, needs: Collection[str]
+) -> Batch:
+    """The batch on every rank of a tensor-parallel group, from the first, which read it.
+
+    `needs` are names of text tensors and of modalities; only those travel. One message describes
+    the batch, with the tensors that stay on the host, and one flat tensor per dtype carries it.
+    """
+    message: Any = None
+    if batch is not None:
+        chosen = {n: t for n, t in batch.tensors.items() if n.partition(".")[0] in needs}
+        stays = {name: t for name, t in chosen.items() if is_count(name.partition(".")[2])}
+        layout = [(name, t.shape, t.dtype) for name, t in chosen.items() if name not in stays]
+        message = dataclasses.replace(batch, tensors=stays), layout
+    received, layout = _broadcast_description(message, group, device)
+    for dtype in dict.fromkeys(dtype for _, _, dtype in layout):  # ordered alike on every rank
+        parts = [(name, shape) for name, shape, kind in layout if kind == dtype]
+        sizes = [math.prod(shape) for _, shape in parts]
+        if batch is not None:
+            flat = upload(torch.cat([batch.tensors[name].flatten() for name, _ in parts]), device)
+        else:
+            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+        if group.size() > 1:
+            dist.broadcast(flat, group_src=0, group=group)
+        for (name, shape), part in zip(parts, flat.split(sizes), strict=True):
+            received.tensors[name] = part.view(shape)
+    return received
+
+
+def _broadcast_description(message: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
+    """A picklable object of the group's first rank; the others wait for the device once.
+
+    torch's `broadcast_object_list` waits four times, as it sends the length first.
+    """
+    if group.size() == 1:
+        return message
+    content = pickle.dumps(message) if group.rank() == 0 else b""
+    head = len(content).to_bytes(8, "little") + content[:DESCRIPTION_BYTES]
+    content = _broadcast_bytes(head.ljust(8 + DESCRIPTION_BYTES, b"\0"), group, device)
+    length, content = int.from_bytes(content[:8], "little"), content[8:]
+    if length > DESCRIPTION_BYTES:
+        tail = pickle.dumps(message)[DESCRIPTION_BYTES:] if group.rank() == 0 else None
+        content += _broadcast_bytes(tail or bytes(length - DESCRIPTION_BYTES), group, device)
+    return message if group.rank() == 0 else pickle.loads(content[:length])
+
+
+def _broadcast_bytes(content: bytes, group: dist.ProcessGroup, device: torch.device) -> bytes:
+    flat = upload(torch.frombuffer(bytearray(content), dtype=torch.uint8), device)
+    dist.broadcast(flat, group_src=0, group=group)
+    return content if group.rank() == 0 else flat.cpu().numpy().tobytes()
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
@@ -36,6 +95,12 @@ def shard_sequence(
     if group.size() == 1:
         return whole
     return _shard(whole, dim, group.rank(), group.size(), cu_seqlens or (0, whole.shape[dim]))
+
+
+def shard_targets(batch: Batch, group: dist.ProcessGroup) -> None:
+    """Keep this rank's part of labels and loss mask, (B, S) -> (B, S / c), as of the outputs."""
+    for name in ("labels", "loss_mask"):
+        batch.tensors[name] = shard_sequence(batch.tensors[name], 1, group, batch.cu_seqlens)
 
 
 def _shard(
@@ -71,6 +136,14 @@ class PackedSequence(PackedSeqParams):
     key_lengths: list[int] = field(default_factory=list)
     positions: torch.Tensor | None = None
     key_rows: torch.Tensor | None = None
+
+    def gather_keys(self, local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        """This rank's keys or values (S / c, ...) -> those of all pieces (K, ...)."""
+        if self.key_rows is None:
+            return local
+        return gather_from_sequence_parallel_region(local, group=group).index_select(
+            0, self.key_rows
+        )
 
     @property
     def table_length(self) -> int:
@@ -135,6 +208,14 @@ def share_of(count: int, number: int, shares: int) -> slice:
     return slice(count * number // shares, count * (number + 1) // shares)
 
 
+def share_inputs(
+    inputs: dict[str, torch.Tensor], number: int, shares: int
+) -> dict[str, torch.Tensor]:
+    """Share `number` of the N inputs of an encoder."""
+    share = share_of(len(next(iter(inputs.values()))), number, shares)
+    return {name: tensor[share] for name, tensor in inputs.items()}
+
+
 def encode_shares(
     encode: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     num_tokens: Callable[[dict[str, torch.Tensor]], int],
@@ -148,14 +229,9 @@ def encode_shares(
     holds the gradients of the weights for its share alone; who sums those is said in
     model/mimo.py. `num_tokens` says what any inputs become.
     """
-    counts = []
-    groups = [group for group in groups if group.size() > 1]
+    counts, groups = [], [group for group in groups if group.size() > 1]
     for group in groups:
-        count, size = len(next(iter(inputs.values()))), group.size()
-        shares = [
-            {name: tensor[share_of(count, number, size)] for name, tensor in inputs.items()}
-            for number in range(size)
-        ]
+        shares = [share_inputs(inputs, number, group.size()) for number in range(group.size())]
         counts.append([num_tokens(share) for share in shares])
         inputs = shares[group.rank()]
     embeddings = encode(inputs)

@@ -36,11 +36,11 @@ from examples.mimo.model.encoder import split_over
 from examples.mimo.model.mimo import (
     Inputs,
     StageMimoModel,
-    check_count,
     dummy_input,
     language_spec,
     modality_spec,
 )
+from examples.mimo.model.parts import check_count
 from examples.mimo.parallel.placement import (
     LANGUAGE,
     Bridges,
@@ -91,6 +91,7 @@ class NonColocatedMimoModel(StageMimoModel):
         cu_seqlens: list[int] | None = None,
         placeholders: Placeholders | None = None,
         target_positions: torch.Tensor | None = None,
+        features: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """On an encoder's rank {modality: (tokens, H)}, on the last stage as in the base class.
 
@@ -119,7 +120,9 @@ class NonColocatedMimoModel(StageMimoModel):
         check_count(name, embeddings, placeholders)
         return mark_samples(embeddings, placeholders.counts[name])
 
-    def encode(self, modality_inputs: dict[str, Inputs]) -> dict[str, torch.Tensor]:
+    def encode(
+        self, modality_inputs: dict[str, Inputs], features: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
         """What the encoders sent, in the order of the config, on which the backward pass depends.
 
         Each context-parallel rank uses a part of it, so the backward pass sums the gradients of

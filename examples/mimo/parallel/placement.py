@@ -268,6 +268,7 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         cu_seqlens=cu_seqlens if packed else None,
         bad_samples=[bad for batch in batches for bad in batch.bad_samples],
         places=[place for batch in batches for place in batch.places],
+        rounded_slots=sum(batch.rounded_slots for batch in batches),
         tensors=tensors,
     )
 

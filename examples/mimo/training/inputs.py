@@ -1,14 +1,16 @@
-"""Inputs of a training run: starting checkpoint, fresh parts, tokenizer, shards."""
+"""Inputs of a training run: starting checkpoint, fresh parts, tokenizer, shards, encoders ahead."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from examples.mimo.checkpoint.description import (
     TOKENIZER,
@@ -20,9 +22,14 @@ from examples.mimo.checkpoint.description import (
 from examples.mimo.checkpoint.integrity import begin_check
 from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_states
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.tokenizer import holds_tokenizer
+from examples.mimo.data.batch import Batch
+from examples.mimo.data.conversation import SampleEncoder
+from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
+from examples.mimo.model.mimo import Inputs, StageMimoModel
+from examples.mimo.model.parts import ENCODER
+from examples.mimo.parallel.context import share_inputs
 from examples.mimo.parallel.placement import LANGUAGE
-from examples.mimo.training.layout import cp_multiple, module_of_rank
+from examples.mimo.training.layout import cp_multiple, module_of_rank, run_shape
 
 # The package that reads shards needs energon; the example names it nowhere else.
 SHARDS = "examples.mimo.shards.resume"
@@ -47,10 +54,80 @@ def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
         check_description(start, _flag_of(start, args))
     if resumes(args) and not args.no_load_optim:
         check_same_optimizer(Path(args.load), args.use_distributed_optimizer)
+    if args.run_encoders_ahead and run_shape(args).num_micro_batches < 2:
+        raise ValueError(
+            "--run-encoders-ahead would do nothing here: an iteration has one micro-batch; choose "
+            f"a --global-batch-size above {args.global_batch_size}"
+        )
     if resumes(args) and args.encoder_ranks:
         sizes = args.encoder_tensor_model_parallel_size
         if not has_random_states(Path(args.load), sizes):
             args.no_load_rng = True
+
+
+class Observer(Protocol):
+    """What a run is told of a step; the commands' observer shows it to a person."""
+
+    def enter(self, phase: str) -> None:
+        """From here on this rank does this; `{iteration}` stands for the iteration."""
+
+    def add_batch(self, batch: Batch, wait_seconds: float) -> None:
+        """A micro-batch of training, and how long this rank waited for it."""
+
+    def add_loss(self, loss: torch.Tensor, keys: Sequence[str]) -> None:
+        """A micro-batch's summed loss, on the device, and its samples."""
+
+
+class EncodersAhead:
+    """Reads a micro-batch ahead and runs its frozen encoders beside the one before.
+
+    Nothing is read beyond an iteration, after which a checkpoint may save the place in the data.
+    """
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        # What has begun, and how many micro-batches of this iteration are still to be read.
+        self.begun: tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event] | None = None
+        self.left = 0
+
+    def next(
+        self, stage: StageMimoModel, read: Callable[[], Batch]
+    ) -> tuple[Batch, dict[str, torch.Tensor]]:
+        """The next micro-batch that `read` returns, with the features of its frozen encoders."""
+        if self.begun is None:
+            self.begun, self.left = self._begin(stage, read()), get_num_microbatches() - 1
+        batch, features, done = self.begun
+        self.begun = None
+        if self.left:
+            self.begun, self.left = self._begin(stage, read()), self.left - 1
+        current = torch.cuda.current_stream()
+        current.wait_event(done)
+        for tensor in features.values():
+            tensor.record_stream(current)
+        return batch, features
+
+    def _begin(
+        self, stage: StageMimoModel, batch: Batch
+    ) -> tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event]:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            features = frozen_features(stage, batch.modality_inputs)
+            return batch, features, self.stream.record_event()
+
+
+@torch.no_grad()
+def frozen_features(stage: StageMimoModel, modality_inputs: dict[str, Inputs]) -> Inputs:
+    """This rank's share of the inputs -> features of frozen encoders, before the projectors."""
+    features: Inputs = {}
+    for name in stage.special_token_ids:
+        modality, inputs = stage.modality_submodules[name], modality_inputs.get(name)
+        if inputs is None or any(p.requires_grad for p in modality.encoders.parameters()):
+            continue
+        for group in stage.encoder_groups:
+            inputs = share_inputs(inputs, group.rank(), group.size())
+        if len(next(iter(inputs.values()))):
+            features[name] = modality.combine_embeddings(modality.encode({ENCODER: inputs}))
+    return features
 
 
 def begin_integrity_check(args: argparse.Namespace) -> None:
@@ -145,6 +222,21 @@ def shard_options(args: argparse.Namespace, replicas: range) -> Any:
         checkpoint=Path(args.load) / f"iter_{iteration:07d}" if iteration else None,
         saves_state=saves and module_of_rank(args) in (None, LANGUAGE),
     )
+
+
+def sample_encoder(args: argparse.Namespace, config: MimoConfig) -> SampleEncoder:
+    """What encodes samples of `--data-path`; ValueError without the folder or a tokenizer."""
+    if not args.data_path:
+        raise ValueError(f"--dataset-provider {args.dataset_provider} needs --data-path FOLDER")
+    root = Path(args.data_path[0])
+    if not root.exists():
+        raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
+    path = tokenizer_path(args)
+    if path is None:
+        raise ValueError(
+            f"--data-path {root}: no tokenizer.model in it; name one with --tokenizer-model"
+        )
+    return SampleEncoder(config, load_tokenizer(path), args.seq_length)
 
 
 def tokenizer_path(args: argparse.Namespace) -> Path | None:

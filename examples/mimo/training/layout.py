@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -263,7 +264,8 @@ def cp_multiple(args: argparse.Namespace) -> int:
 
 def padding_multiple(args: argparse.Namespace) -> int:
     """What padded lengths are a multiple of; sequence parallelism divides a CP rank's share."""
-    return args.tensor_model_parallel_size * cp_multiple(args)
+    parallel = args.tensor_model_parallel_size * cp_multiple(args)
+    return math.lcm(parallel, args.pad_to_multiple_of)
 
 
 def rank_groups(args: argparse.Namespace) -> list[RankGroup]:

@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,22 +22,23 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, broadcast_batch, collate, collate_packed, locate
-from examples.mimo.data.conversation import BadSampleCount, Sample, SampleEncoder
+from examples.mimo.data.batch import Batch, collate, collate_packed, locate
+from examples.mimo.data.conversation import BadSampleCount, Sample
 from examples.mimo.data.datasets import ConversationDataset, MockDataset
-from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.model.layers import device
-from examples.mimo.model.mimo import MediaCountError, StageMimoModel, build_mimo_model
-from examples.mimo.model.parts import freeze_parts
+from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
+from examples.mimo.model.parts import MediaCountError, freeze_parts
 from examples.mimo.parallel import noncolocated
-from examples.mimo.parallel.context import parallel_argmax, shard_sequence
+from examples.mimo.parallel.context import broadcast_batch, parallel_argmax, shard_targets
 from examples.mimo.parallel.placement import EncoderReplicas, create_encoder_replicas
 from examples.mimo.training.inputs import (
     SHARDS,
+    EncodersAhead,
+    Observer,
     fresh_parts,
     from_shards,
+    sample_encoder,
     shard_options,
-    tokenizer_path,
 )
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
@@ -52,19 +53,6 @@ Collate = Callable[[Sequence[Sample]], Batch]
 Datasets = tuple[Dataset, Dataset | None]
 # What Megatron expects of a loss function: a sum, the number of tokens in it, and what to log.
 Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
-
-
-class Observer(Protocol):
-    """What a run is told of a step; the commands' observer shows it to a person."""
-
-    def enter(self, phase: str) -> None:
-        """From here on this rank does this; `{iteration}` stands for the iteration."""
-
-    def add_batch(self, batch: Batch, wait_seconds: float) -> None:
-        """A micro-batch of training, and how long this rank waited for it."""
-
-    def add_loss(self, loss: torch.Tensor, keys: Sequence[str]) -> None:
-        """A micro-batch's summed loss, on the device, and its samples."""
 
 
 def transformer_config(args: argparse.Namespace) -> Any:
@@ -190,21 +178,6 @@ def is_sharded(args: argparse.Namespace) -> bool:
     return DATASETS[args.dataset_provider] == SHARDS
 
 
-def sample_encoder(args: argparse.Namespace, config: MimoConfig) -> SampleEncoder:
-    """What encodes samples of `--data-path`; ValueError without the folder or a tokenizer."""
-    if not args.data_path:
-        raise ValueError(f"--dataset-provider {args.dataset_provider} needs --data-path FOLDER")
-    root = Path(args.data_path[0])
-    if not root.exists():
-        raise ValueError(f"--data-path {root}: no such folder; prepare_data.py makes one")
-    path = tokenizer_path(args)
-    if path is None:
-        raise ValueError(
-            f"--data-path {root}: no tokenizer.model in it; name one with --tokenizer-model"
-        )
-    return SampleEncoder(config, load_tokenizer(path), args.seq_length)
-
-
 def _batches(
     args: argparse.Namespace,
     dataset: Dataset[Sample],
@@ -269,7 +242,10 @@ def first_batches(args: argparse.Namespace, config: MimoConfig, num_samples: int
 
 
 def forward_step(
-    observer: Observer, data_iterator: Iterator[Batch] | None, model: torch.nn.Module
+    observer: Observer,
+    ahead: EncodersAhead | None,
+    data_iterator: Iterator[Batch] | None,
+    model: torch.nn.Module,
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Reduced]]:
     """This stage's output for the next micro-batch, and the function that makes it a loss.
 
@@ -278,7 +254,11 @@ def forward_step(
     stage: StageMimoModel = unwrap_model(model)
     where = "iteration {iteration}" if model.training else "evaluation after iteration {iteration}"
     observer.enter(f"{where}, reading a batch")
-    batch = next_batch(observer, data_iterator, stage)
+    read, features = functools.partial(next_batch, observer, data_iterator, stage), None
+    if ahead and model.training and stage.pre_process:
+        batch, features = ahead.next(stage, read)
+    else:
+        batch = read()
     observer.enter(f"{where}, computing")
     try:
         output = model(
@@ -288,6 +268,7 @@ def forward_step(
             cu_seqlens=batch.cu_seqlens,
             placeholders=batch.placeholders,
             target_positions=batch.tensors.get("target_positions"),
+            features=features,
         )
     except MediaCountError as error:
         raise ValueError(error.explain(batch.items)) from None
@@ -311,7 +292,7 @@ def next_batch(
     read = None
     if data_iterator is not None and group.rank() == 0:
         read = next(data_iterator)
-        shard_targets(read)
+        shard_targets(read, mpu.get_context_parallel_group())
         locate(read, stage.special_token_ids)
     batch = broadcast_batch(read, group, device(), stage.needs)
     # Every virtual stage reads a packed batch for itself; the first one counts it.
@@ -320,37 +301,16 @@ def next_batch(
     return batch
 
 
-def shard_targets(batch: Batch) -> None:
-    """Keep this context-parallel rank's part of labels and loss mask, (B, S) -> (B, S / CP).
-
-    The last stage's outputs are shards of the sequence too.
-    """
-    group = mpu.get_context_parallel_group()
-    for name in ("labels", "loss_mask"):
-        batch.tensors[name] = shard_sequence(batch.tensors[name], 1, group, batch.cu_seqlens)
-
-
 def training_loss(observer: Observer, batch: Batch, losses: torch.Tensor) -> Reduced:
     """(1, n) losses of the targets -> their sum, the number of targets, metrics.
 
     Megatron divides the sum over all micro-batches and ranks by the number over all of them.
     """
-    _, mask = targets(batch)
-    total = (losses.float() * mask).sum()
+    assert batch.loss_mask is not None
+    total, count = (losses.float() * batch.loss_mask).sum(), batch.loss_mask.sum()
     # Whether it is finite is asked once an iteration: here the host would wait for it.
     observer.add_loss(total.detach(), batch.keys)
-    count = mask.sum()
     return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
-
-
-def targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels and loss mask (n,) of the target positions."""
-    positions = batch.tensors["target_positions"]
-    labels, mask = (
-        batch.tensors[name].t().flatten().index_select(0, positions)
-        for name in ("labels", "loss_mask")
-    )
-    return labels, mask
 
 
 def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -> Reduced:
@@ -358,13 +318,15 @@ def evaluation_loss(stage: StageMimoModel, batch: Batch, logits: torch.Tensor) -
 
     A sequence whose every target is the argmax is what greedy decoding would answer.
     """
-    labels, mask = targets(batch)
+    labels, mask = batch.labels, batch.loss_mask
+    assert labels is not None
+    assert mask is not None
     losses = stage.language_model.compute_language_model_loss(
-        labels[None], logits.transpose(0, 1).contiguous()
+        labels, logits.transpose(0, 1).contiguous()
     )
     total, count = (losses.float() * mask).sum(), mask.sum()
     # Of a sequence that is sharded along its length all parts must be right.
-    counted = torch.stack([(parallel_argmax(logits)[0] != labels) * mask, mask])
+    counted = torch.cat([(parallel_argmax(logits) != labels) * mask, mask])
     sequence = batch.tensors["target_positions"] % batch.batch_size
     per_sequence = mask.new_zeros(2, batch.batch_size).index_add(1, sequence, counted)
     dist.all_reduce(per_sequence, group=mpu.get_context_parallel_group())
