@@ -61,6 +61,9 @@ ENCODERS_FROZEN = ("--freeze", "images.encoder", "audios.encoder")
 TEXT_FIRST = ("--variant", "text-first")
 EMBEDDING_FROZEN = ("--variant", "embedding-frozen")
 LAYERS_FROZEN = ("--variant", "layers-frozen")
+LOSS_IN_PIECES = ("--variant", "loss-in-pieces")
+AHEAD = ("--run-encoders-ahead",)
+ROUNDED = ("--pad-to-multiple-of", "48")
 TIED = ("--model-provider", "tests.helpers.models:tied_embeddings")
 
 
@@ -197,6 +200,32 @@ LAYOUTS = (
         TP2 + DISTRIBUTED_OPTIMIZER + OVERLAP,
         PROJECTORS_ONLY,
     ),
+    Layout("encoders ahead, projectors only", 1, AHEAD, PROJECTORS_ONLY),
+    Layout("encoders ahead, images frozen: DP 2", 2, AHEAD, IMAGES_FROZEN),
+    Layout(
+        "encoders ahead, projectors only: TP 2 x PP 2, encoders TP 1",
+        4,
+        AHEAD + TP2 + PP2 + ENCODERS_TP1,
+        PROJECTORS_ONLY,
+    ),
+    Layout(
+        "encoders ahead, projectors only, packed: CP 2 x PP 2, 2 virtual stages",
+        4,
+        AHEAD + PACKED + CP2 + PP2 + VPP2,
+        PROJECTORS_ONLY,
+    ),
+    Layout(
+        "encoders ahead, text first: TP 2",
+        2,
+        AHEAD + TP2,
+        TEXT_FIRST + ENCODERS_FROZEN,
+    ),
+    Layout("lengths rounded", 1, ROUNDED),
+    Layout("lengths rounded: TP 2, sequence parallel", 2, ROUNDED + TP2 + SP),
+    Layout("lengths rounded, packed: CP 2", 2, ROUNDED + PACKED + CP2),
+    Layout("loss in pieces", 1, LOSS_IN_PIECES),
+    Layout("loss in pieces: TP 2 x PP 2, sequence parallel", 4, LOSS_IN_PIECES + TP2 + PP2 + SP),
+    Layout("loss in pieces, tied embeddings: CP 2 x PP 2", 4, LOSS_IN_PIECES + CP2 + PP2, (), TIED),
     Layout("text first: DP 2, overlap", 2, DISTRIBUTED_OPTIMIZER + OVERLAP, TEXT_FIRST),
     Layout("text first: DP 4", 4, ONE_EACH, TEXT_FIRST),
     Layout("text first: CP 2", 2, CP2, TEXT_FIRST),

@@ -28,6 +28,7 @@ from megatron.training import get_args, training
 
 from examples.mimo.checkpoint.loading import sharding_metadata
 from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.model import parts
 from examples.mimo.model.mimo import StageMimoModel
 from examples.mimo.train import main
 from examples.mimo.training import pretrain as providers
@@ -110,7 +111,13 @@ def _freeze_too(freeze: Callable[[StageMimoModel], None]) -> None:
     providers.freeze_parts = freeze_more
 
 
+def loss_in_pieces() -> None:
+    """Compute head and loss for about 20 positions at a time."""
+    parts.MAX_LOGITS = 20 * 512
+
+
 VARIANTS = {
+    "loss-in-pieces": loss_in_pieces,
     "text-first": text_first,
     "embedding-frozen": freeze_embedding,
     "layers-frozen": freeze_layers,
