@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from examples.mimo.data.batch import collate
+from examples.mimo.data.batch import collate, locate
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.data.datasets import MockDataset
+from examples.mimo.model import parts as parts_file
 from examples.mimo.model.parts import MediaCountError, freeze_parts, part_names, parts
 
 
@@ -101,6 +102,63 @@ def test_a_wrong_count_names_sample_file_and_both_numbers(tiny, model):
         "num_tokens",
     ):
         assert part in text
+
+
+def test_placeholders_without_media_are_refused(tiny, model):
+    batch = batch_of(tiny, {"images", "audios"})
+    del batch.tensors["audios.input_features"], batch.tensors["audios.num_frames"]
+    with torch.no_grad(), pytest.raises(MediaCountError, match=r"audios: .* returned 0 embeddings"):
+        losses_of(model, batch)
+
+
+def gradients_of(model, losses, weights):
+    model.zero_grad(set_to_none=True)
+    (losses * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("max_logits", [None, 3 * 512], ids=["whole", "in pieces"])
+def test_head_and_loss_on_the_targets_alone_are_the_same(tiny, model, monkeypatch, max_logits):
+    batch = batch_of(tiny, {"images"})
+    losses = model(batch.input_ids, batch.labels, batch.modality_inputs)
+    expected = gradients_of(model, losses, batch.loss_mask)
+    is_target = batch.loss_mask.bool()
+    if max_logits:
+        monkeypatch.setattr(parts_file, "MAX_LOGITS", max_logits)
+    sizes = []
+    head = model.language_model.output_layer
+    handle = head.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    locate(batch, model.special_token_ids)
+    result = model(
+        batch.input_ids,
+        batch.labels,
+        batch.modality_inputs,
+        placeholders=batch.placeholders,
+        target_positions=batch.tensors["target_positions"],
+    )
+    handle.remove()
+    assert sum(sizes) == is_target.sum() < is_target.numel()
+    assert max(sizes) <= 3 or not max_logits
+    assert result.sum().item() == pytest.approx(losses[is_target].sum().item(), rel=1e-6)
+    for name, gradient in gradients_of(model, result, batch.loss_mask).items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_no_layer_keeps_queries_keys_and_values_in_one(tiny, model):
+    """Attention keeps a copy of the values, not the tensor that all three are views of."""
+    config, kept = model.config, set()
+    heads = config.num_attention_heads + 2 * config.num_query_groups
+    batch = batch_of(tiny, ())
+    mixed = batch.input_ids.numel() * heads * config.kv_channels
+
+    def keep(tensor):
+        kept.add(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses_of(model, batch)
+    assert batch.input_ids.numel() * config.hidden_size in kept
+    assert mixed not in kept
 
 
 def test_encoders_run_in_the_order_of_the_config(tiny, model):

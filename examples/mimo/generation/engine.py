@@ -403,7 +403,7 @@ class Engine:
         result = torch.zeros(len(sequences), length, dtype=torch.float64, device=self.device)
         if hidden is not None:
             for index, sequence in enumerate(sequences):
-                ids = torch.tensor(sequence.request.sample.tokens.ids, device=self.device)
+                ids = sequence.token_ids(self.device)
                 result[index, 1:] = self.transformer.logprobs(hidden[index, :-1], ids[1:])
         self._broadcast(result)
         return [

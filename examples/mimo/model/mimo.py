@@ -265,8 +265,7 @@ class StageMimoModel(MimoModel):
             return encoder(hidden_states=features)
         if inputs and len(next(iter(inputs.values()))):
             return encoder(encoder_inputs={ENCODER: inputs})
-        dummy = self.dummy_inputs[name]  # on the device from the first use on
-        dummy |= {key: x.to(device()) for key, x in dummy.items() if not is_count(key)}
+        dummy = self.dummy_inputs[name]
         return encoder(encoder_inputs={ENCODER: dummy})[:0]  # empty, but in the graph
 
 
@@ -345,6 +344,7 @@ def modality_spec(
 
 
 def dummy_input(modality: ModalityConfig) -> Inputs:
-    """A single random input of a modality's encoder."""
+    """A single random input of a modality's encoder, where a batch has it."""
     item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
-    return {name: tensor[:1] for name, tensor in item.items()}
+    where = {name: "cpu" if is_count(name) else device() for name in item}
+    return {name: tensor[:1].to(where[name]) for name, tensor in item.items()}
