@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import time
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.utils import unwrap_model
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -55,10 +57,6 @@ LOST_RANK_MESSAGES = (
     "Timed out waiting",
     "remote process exited",
 )
-# What Megatron says of a gradient that is not finite, before it reaches the weights.
-NOT_FINITE = "in local grad norm"
-# Seconds in which the rank that knows the loss can name the samples.
-NAMES_SAMPLES_WITHIN = 10
 STARTING = "starting"
 SAVING = "saving a checkpoint"
 # What torch says when a process of a DataLoader is killed, as where /dev/shm is full.
@@ -132,7 +130,8 @@ class RunObserver:
     def check_losses(self) -> None:
         """ValueError, naming the samples, for a loss of this iteration that is not finite.
 
-        pretrain_gpt.py asks after each micro-batch, which makes the host wait, and knows no names.
+        Called when all gradients are there and none has reached the weights. pretrain_gpt.py asks
+        after each micro-batch, which makes the host wait, and knows no names.
         """
         losses, self.losses = self.losses, []
         values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
@@ -146,11 +145,22 @@ class RunObserver:
     def model_built(self, model_chunks: Sequence[torch.nn.Module]) -> None:
         """Print the header; every rank must call this, with its chunks of the model."""
         self.model_is_built = True
+        config = get_model_config(model_chunks[0])
+        finalize = config.finalize_model_grads_func or finalize_model_grads
+        config.finalize_model_grads_func = self._after_check(finalize)
         header = describe_run(
             self.args, self.config, [unwrap_model(chunk) for chunk in model_chunks]
         )
         if self.args.rank == 0:
             print(header, file=sys.stderr, flush=True)
+
+    def _after_check(self, finalize: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(finalize)
+        def checked(*args: Any, **kwargs: Any) -> None:
+            self.check_losses()
+            finalize(*args, **kwargs)
+
+        return checked
 
     def iteration_done(
         self, loss_dict: dict[str, torch.Tensor], lr: Any, iteration: int, grad_norm: Any
@@ -160,7 +170,6 @@ class RunObserver:
         ValueError when all ranks together could not read more than `--max-bad-samples`, or when
         ranks that work on the same samples did not read the same.
         """
-        self.check_losses()
         totals, keys, digest = self._take_totals()
         last = f"; the last: {self.bad_samples.last.reason}" if self.bad_samples.last else ""
         if not _is_alike(digest):
@@ -262,11 +271,6 @@ class RunObserver:
                 error.filename = f"--tensorboard-dir {self.args.tensorboard_dir}"
             line = command.one_line(error)
             return line and f"{line} in: {self.phase}; {self._kept()}"
-        if NOT_FINITE in str(error):
-            self.check_losses()
-            if not self._has_the_loss():
-                time.sleep(NAMES_SAMPLES_WITHIN)
-            return f"gradients are not finite in: {self.phase}; lower --lr; {self._kept()}"
         if READER_DIED in str(error):
             return (
                 f"a process that reads data ended in: {self.phase} ({str(error).splitlines()[0]}); "
