@@ -62,6 +62,7 @@ TEXT_FIRST = ("--variant", "text-first")
 EMBEDDING_FROZEN = ("--variant", "embedding-frozen")
 LAYERS_FROZEN = ("--variant", "layers-frozen")
 LOSS_IN_PIECES = ("--variant", "loss-in-pieces")
+SHORT_DESCRIPTIONS = ("--variant", "short-descriptions")
 AHEAD = ("--run-encoders-ahead",)
 ROUNDED = ("--pad-to-multiple-of", "48")
 TIED = ("--model-provider", "tests.helpers.models:tied_embeddings")
@@ -223,6 +224,7 @@ LAYOUTS = (
     Layout("lengths rounded", 1, ROUNDED),
     Layout("lengths rounded: TP 2, sequence parallel", 2, ROUNDED + TP2 + SP),
     Layout("lengths rounded, packed: CP 2", 2, ROUNDED + PACKED + CP2),
+    Layout("description in two messages: TP 2", 2, SHORT_DESCRIPTIONS + TP2),
     Layout("loss in pieces", 1, LOSS_IN_PIECES),
     Layout("loss in pieces: TP 2 x PP 2, sequence parallel", 4, LOSS_IN_PIECES + TP2 + PP2 + SP),
     Layout("loss in pieces, tied embeddings: CP 2 x PP 2", 4, LOSS_IN_PIECES + CP2 + PP2, (), TIED),

@@ -30,6 +30,7 @@ from examples.mimo.checkpoint.loading import sharding_metadata
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.model import parts
 from examples.mimo.model.mimo import StageMimoModel
+from examples.mimo.parallel import context
 from examples.mimo.train import main
 from examples.mimo.training import pretrain as providers
 from tests.helpers.mock_variants import TextFirst
@@ -116,7 +117,13 @@ def loss_in_pieces() -> None:
     parts.MAX_LOGITS = 20 * 512
 
 
+def short_descriptions() -> None:
+    """Send what describes a batch in two messages."""
+    context.DESCRIPTION_BYTES = 100
+
+
 VARIANTS = {
+    "short-descriptions": short_descriptions,
     "loss-in-pieces": loss_in_pieces,
     "text-first": text_first,
     "embedding-frozen": freeze_embedding,

@@ -36,6 +36,7 @@ ALWAYS = {
     "packed, CP 2 x PP 2, 2 virtual stages",
     "encoders ahead, projectors only: TP 2 x PP 2, encoders TP 1",
     "encoders ahead, projectors only, packed: CP 2 x PP 2, 2 virtual stages",
+    "description in two messages: TP 2",
     "lengths rounded: TP 2, sequence parallel",
     "loss in pieces: TP 2 x PP 2, sequence parallel",
     "text first: DP 2, overlap",

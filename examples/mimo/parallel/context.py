@@ -69,15 +69,16 @@ def _broadcast_description(message: Any, group: dist.ProcessGroup, device: torch
         return message
     content = pickle.dumps(message) if group.rank() == 0 else b""
     head = len(content).to_bytes(8, "little") + content[:DESCRIPTION_BYTES]
-    content = _broadcast_bytes(head.ljust(8 + DESCRIPTION_BYTES, b"\0"), group, device)
-    length, content = int.from_bytes(content[:8], "little"), content[8:]
-    if length > DESCRIPTION_BYTES:
-        tail = pickle.dumps(message)[DESCRIPTION_BYTES:] if group.rank() == 0 else None
-        content += _broadcast_bytes(tail or bytes(length - DESCRIPTION_BYTES), group, device)
-    return message if group.rank() == 0 else pickle.loads(content[:length])
+    received = _broadcast_bytes(head.ljust(8 + DESCRIPTION_BYTES, b"\0"), group, device)
+    length = int.from_bytes(received[:8], "little")
+    if (rest := length - DESCRIPTION_BYTES) > 0:
+        tail = content[DESCRIPTION_BYTES:] or bytes(rest)
+        received += _broadcast_bytes(tail, group, device)
+    return message if group.rank() == 0 else pickle.loads(received[8 : 8 + length])
 
 
 def _broadcast_bytes(content: bytes, group: dist.ProcessGroup, device: torch.device) -> bytes:
+    """`content` of the first rank, on all; that of the others is as long."""
     flat = upload(torch.frombuffer(bytearray(content), dtype=torch.uint8), device)
     dist.broadcast(flat, group_src=0, group=group)
     return content if group.rank() == 0 else flat.cpu().numpy().tobytes()
