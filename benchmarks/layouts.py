@@ -6,6 +6,7 @@ tests/helpers/layouts.py holds the layouts and the comparison; the tests run som
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from tests.helpers.layouts import (
 
 def main() -> None:
     """Measure all layouts, print and write the table; status 1 if one is out of bounds."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the page is about CPUs
     parser = argparse.ArgumentParser(description="Every layout against one process.")
     parser.add_argument("--output", type=Path, help="write the table to this Markdown file")
     parser.add_argument("--only", default="", help="only layouts whose name holds this")

@@ -25,7 +25,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
@@ -39,7 +38,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.model.encoder import split_over
 from examples.mimo.model.layers import block_submodules, device
-from examples.mimo.model.parts import ENCODER, part_prefix
+from examples.mimo.model.parts import ENCODER, keep_out_of_checkpoint, part_prefix
 from examples.mimo.parallel.context import encode_shares, shard_sequence
 
 if TYPE_CHECKING:
@@ -151,13 +150,11 @@ class StageMimoModel(MimoModel):
         if self.encoder_replicas:
             inside = f"{prefix}modality_submodules."
             self.encoder_replicas.mark({k: v for k, v in state.items() if inside in k})
-        if self.hides_fresh_parts:
-            hidden = tuple(prefix + part_prefix(part) for part in self.fresh_parts)
-            state = {
-                key: LocalNonpersistentObject(value.data) if key.startswith(hidden) else value
-                for key, value in state.items()
-            }
-        return state
+        fresh = self.fresh_parts if self.hides_fresh_parts else ()
+        hidden = tuple(prefix + part_prefix(part) for part in fresh)
+        # Saved and resumed, the scales of an FP8 run are in extra states, empty until it computes.
+        resumes_fp8 = bool(self.config.fp8) and not self.hides_fresh_parts
+        return keep_out_of_checkpoint(state, hidden, empty_states=not resumes_fp8)
 
     @contextlib.contextmanager
     def hide_loss_modules(self) -> Iterator[None]:
