@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the page is about CPUs
+
 from tests.helpers import layouts
 from tests.helpers.layouts import (
     BF16_BOUND,
@@ -24,7 +26,6 @@ from tests.helpers.layouts import (
 
 def main() -> None:
     """Measure all layouts, print and write the table; status 1 if one is out of bounds."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the page is about CPUs
     parser = argparse.ArgumentParser(description="Every layout against one process.")
     parser.add_argument("--output", type=Path, help="write the table to this Markdown file")
     parser.add_argument("--only", default="", help="only layouts whose name holds this")

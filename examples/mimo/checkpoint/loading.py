@@ -262,8 +262,9 @@ def load_weights(
                 f"{checkpoint.named}: the checkpoint {problem} {len(keys)} tensors, such "
                 f"as {sorted(keys)[0]}; it is not {checkpoint.config.name}'s"
             )
-    missing, unexpected = model.load_state_dict(state["model"], strict=not prefixes)
-    if any(not key.startswith(prefixes) for key in missing) or unexpected:
+    missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    missing = [k for k in missing if not k.startswith(prefixes) and EXTRA_STATE not in k]
+    if missing or unexpected:
         raise ValueError(
             f"{checkpoint.named}: the weights are not exactly those of "
             f"{checkpoint.config.name}: missing {missing}, unexpected {unexpected}"

@@ -362,7 +362,8 @@ def _check_gpus() -> None:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     needed = max(int(processes), int(rank) + 1)
-    single = gpus == 1 and bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    single = gpus == 1 and bool(visible) and "," not in visible
     if not gpus or needed <= gpus or (single and rank == "0"):
         return
     if single and rank == "1":
