@@ -52,6 +52,10 @@ weights: $(VENV)/weights
 pretrained-demo: $(VENV)/weights
 	PATH="$(abspath $(BIN)):$$PATH" bash demos/animals/run.sh
 
+# Tests and these pages compare ranks and numbers on CPUs; without this they would take the GPUs of
+# a machine that has some, and need as many as ranks. Tests that want a GPU are run by gpu-check.
+test test-clients layouts balance: export CUDA_VISIBLE_DEVICES :=
+
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -rs --durations=10
 

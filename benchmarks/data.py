@@ -19,7 +19,7 @@ from typing import Any
 
 from examples.mimo.cli import command
 
-command.prepare_environment()
+command.prepare_environment(uses_gpus=False)  # the page compares CPUs
 
 from examples.mimo import compat
 

@@ -360,6 +360,7 @@ def table(figures: dict[str, Any], before: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and write the page."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the page is about CPUs
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", type=Path, required=True)
     parser.add_argument("--script", type=Path, default=SCRIPT, help="serve.py of another version")

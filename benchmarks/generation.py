@@ -20,7 +20,7 @@ from typing import Any
 
 from examples.mimo.cli import command
 
-command.prepare_environment()
+command.prepare_environment(uses_gpus=False)  # the page compares CPUs
 command.single_process_unless_launched()
 
 from examples.mimo import compat

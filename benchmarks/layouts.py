@@ -6,10 +6,13 @@ tests/helpers/layouts.py holds the layouts and the comparison; the tests run som
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the page is about CPUs
 
 from tests.helpers import layouts
 from tests.helpers.layouts import (

@@ -1,12 +1,14 @@
 """Fixtures of all tests: the host layer, a small data folder, a process group of one."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from examples.mimo.cli import command
 
-command.prepare_environment()
+# On a machine with GPUs too, all tests but those run with `-m gpu` are about CPUs.
+command.prepare_environment(uses_gpus="gpu" in sys.argv)
 
 from examples.mimo import compat
 

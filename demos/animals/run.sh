@@ -8,6 +8,9 @@ export OMP_NUM_THREADS=1
 demo=${DEMO_DIR:-pretrained-demo}
 data=$demo/data folders=$demo/folders start=$demo/start checkpoint=$demo/checkpoint
 
+source demos/gpus.sh
+processes_have_gpus 2
+
 step() { printf '\n== %s\n' "$*"; }
 
 step "Data: Tux Paint's animals"

@@ -7,6 +7,9 @@ export OMP_NUM_THREADS=1
 demo=${DEMO_DIR:-demo}
 data=$demo/data align=$demo/align checkpoint=$demo/checkpoint
 
+source demos/gpus.sh
+processes_have_gpus 2
+
 step() { printf '\n== %s\n' "$*"; }
 
 step "Data: handwritten digits and spoken questions"

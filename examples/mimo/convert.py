@@ -25,7 +25,7 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     if args.command == "to-hf" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    command.prepare_environment()
+    command.prepare_environment(uses_gpus=False)  # files go in, and files come out
     command.single_process_unless_launched()
     from examples.mimo import compat
 

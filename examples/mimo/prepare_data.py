@@ -36,7 +36,7 @@ TOKENIZER = "tokenizer.model"
 def main() -> None:
     """Parses the command line and runs the subcommand."""
     args = _parser().parse_args()
-    command.prepare_environment()
+    command.prepare_environment(uses_gpus=False)
     args.prepare(args)
 
 

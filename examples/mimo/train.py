@@ -13,7 +13,7 @@ import os
 import sys
 
 from examples.mimo.cli import command
-from examples.mimo.cli.flags import help_parser, print_without_training
+from examples.mimo.cli.flags import help_parser, is_dry_run, print_without_training
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         # Before anything is imported that takes seconds.
         help_parser().print_help()
         return
-    command.prepare_environment()
+    command.prepare_environment(uses_gpus=not is_dry_run(argv))
     command.single_process_unless_launched()
     from examples.mimo import compat
 

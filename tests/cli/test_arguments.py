@@ -1,3 +1,4 @@
+import argparse
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from examples.mimo.cli.flags import DATASET_PROVIDERS, NEEDS, SHARDED, help_pars
 from examples.mimo.cli.overrides import whisper_assignments, with_fields
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from examples.mimo.training import pretrain
+from examples.mimo.training.layout import padding_multiple
 from tests.helpers import ranks
 from tests.helpers.commands import PP2, ROOT, TP2
 
@@ -211,6 +213,14 @@ def test_longer_sequences_need_no_second_flag(parse):
             "of 4",
         ),
         (2, (*TP2, "--tp-comm-overlap"), "--tp-comm-overlap needs Transformer Engine"),
+        (1, ("--fp8-format", "hybrid"), "--fp8-format needs Transformer Engine's layers"),
+        (1, ("--fp4-format=e2m1",), "--fp4-format needs Transformer Engine's layers"),
+        (1, ("--cuda-graph-impl", "local"), "--cuda-graph-impl does not work here: a graph needs"),
+        (1, ("--cuda-graph-impl=full_iteration",), "--cuda-graph-impl does not work here"),
+        (1, ("--enable-cuda-graph",), "--enable-cuda-graph does not work here"),
+        (1, ("--external-cuda-graph",), "--external-cuda-graph does not work here"),
+        (1, ("--transformer-impl", "transformer_engine"), "drop the flag to use local layers"),
+        (1, ("--transformer-impl=inference_optimized",), "is of Megatron's own inference"),
         (3, ("--context-parallel-size", "2"), "x --context-parallel-size 2 = 2; start a multiple"),
         (1, ("--set", "images.encoder.depth=1"), "no field 'depth'; choose one of"),
         (1, ("--set", "video.encoder.num_layers=1"), "with a modality of images, audios"),
@@ -323,9 +333,29 @@ def test_flags_that_do_something_are_taken(parse, flags):
     assert args.train_split == ("a" if "a" in flags else "train")
 
 
+@pytest.mark.parametrize(
+    ("flags", "multiple"),
+    [
+        ({}, 8),
+        ({"fp8": "hybrid"}, 64),
+        ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, 128),
+        ({"fp4": "e2m1"}, 128),
+        ({"fp8": "hybrid", "context_parallel_size": 1}, 32),
+        ({"tensor_model_parallel_size": 3, "fp8": "hybrid"}, 96),
+    ],
+)
+def test_every_rank_has_whole_blocks_of_numbers_in_fp8(flags, multiple):
+    """TP 2 and CP 2 cut a sequence in four; blocks are of 16 numbers, or 32."""
+    layout = {"tensor_model_parallel_size": 2, "context_parallel_size": 2}
+    formats = {"fp8": None, "fp8_recipe": "delayed", "fp4": None, "fp4_recipe": "nvfp4"}
+    assert padding_multiple(argparse.Namespace(**{**layout, **formats, **flags})) == multiple
+
+
 def test_every_flag_with_a_need_is_a_flag():
     known = {option for action in help_parser()._actions for option in action.option_strings}
-    megatrons = {"--data-path", "--tokenizer-model"}
+    megatrons = {"--data-path", "--tokenizer-model", "--fp8-format", "--fp4-format"}
+    megatrons |= {"--tp-comm-overlap", "--cuda-graph-impl"}
+    megatrons |= {"--enable-cuda-graph", "--external-cuda-graph"}
     assert {flag for need in NEEDS for flag in need.flags} <= known | megatrons
 
 

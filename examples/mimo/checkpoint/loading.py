@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import layers as linear_layers
 from megatron.core.transformer import TransformerConfig
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,6 +32,9 @@ from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
 
 SEED = 1234
+# Apex's extension, which Megatron's own linear layers need to add gradients to those before; a
+# model has some beside Transformer Engine's layers: the projectors and the head.
+HAS_FUSED_GRADIENTS = linear_layers._grad_accum_fusion_available
 # Of an encoder's sequence: 16 GiB in fp32.
 MAX_POSITIONS = 2**32
 TIMEOUT = timedelta(minutes=10)
@@ -39,6 +43,7 @@ TIMEOUT = timedelta(minutes=10)
 NOT_THE_MODEL = ("optimizer", "chained", "rerun_state_machine_state")
 # Non-colocated encoders put their name in front.
 RANDOM_STATE = "rng_state"
+EXTRA_STATE = "._extra_state"
 
 # Sizes that tensor parallelism divides, in the configs of all parts.
 DIVIDED_FIELDS = (
@@ -157,13 +162,19 @@ def start_parallel(tp: int, pp: int) -> None:
 
 
 def language_transformer_config(
-    language: LanguageConfig, tp: int, pp: int, params_dtype: torch.dtype
+    language: LanguageConfig,
+    tp: int,
+    pp: int,
+    params_dtype: torch.dtype,
+    local_layers: bool = False,
 ) -> TransformerConfig:
     """The TransformerConfig that training derives from Megatron's arguments for this model.
 
-    Only fields that say how to train differ; a test names them.
+    Only fields that say how to train differ; a test names them. `local_layers` are used without
+    Transformer Engine, and beside it.
     """
-    on_cuda, has_engine = torch.cuda.is_available(), has_transformer_engine()
+    on_cuda = torch.cuda.is_available()
+    has_engine = has_transformer_engine() and not local_layers
     config = TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -192,7 +203,7 @@ def language_transformer_config(
         transformer_impl="transformer_engine" if has_engine else "local",
         persist_layer_norm=has_engine,
         masked_softmax_fusion=has_engine,
-        gradient_accumulation_fusion=has_engine,
+        gradient_accumulation_fusion=has_engine and HAS_FUSED_GRADIENTS,
         apply_rope_fusion=has_engine,
         bias_activation_fusion=on_cuda,
         bias_dropout_fusion=on_cuda,
@@ -237,10 +248,13 @@ def load_weights(
         )
     except (*CHECKPOINT_ERRORS, Exception) as error:  # damaged pickles raise what they like
         raise ValueError(f"{checkpoint.named}: the weights do not load ({reason(error)})") from None
+    # Extra states hold what FP8 needs in training, and older checkpoints hold empty ones.
     unknown = {
         key
         for key in unused
-        if not key.startswith((*NOT_THE_MODEL, *prefixes)) and not key.endswith(RANDOM_STATE)
+        if not key.startswith((*NOT_THE_MODEL, *prefixes))
+        and not key.endswith(RANDOM_STATE)
+        and EXTRA_STATE not in key
     }
     for problem, keys in (("lacks", absent), ("holds, unknown to the model,", unknown)):
         if keys:
@@ -248,8 +262,9 @@ def load_weights(
                 f"{checkpoint.named}: the checkpoint {problem} {len(keys)} tensors, such "
                 f"as {sorted(keys)[0]}; it is not {checkpoint.config.name}'s"
             )
-    missing, unexpected = model.load_state_dict(state["model"], strict=not prefixes)
-    if any(not key.startswith(prefixes) for key in missing) or unexpected:
+    missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    missing = [k for k in missing if not k.startswith(prefixes) and EXTRA_STATE not in k]
+    if missing or unexpected:
         raise ValueError(
             f"{checkpoint.named}: the weights are not exactly those of "
             f"{checkpoint.config.name}: missing {missing}, unexpected {unexpected}"

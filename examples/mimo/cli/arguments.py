@@ -26,6 +26,7 @@ from megatron.training.argument_utils import (
 )
 
 from examples.mimo.checkpoint.description import FILE_NAME, open_checkpoint
+from examples.mimo.checkpoint.loading import HAS_FUSED_GRADIENTS
 from examples.mimo.cli.command import Parser, refuse
 from examples.mimo.cli.flags import (
     NEEDS,
@@ -188,7 +189,7 @@ def parse_with_preset(preset: MimoConfig, argv: Sequence[str]) -> argparse.Names
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         setattr(parser, "error", functools.partial(refuse, parser))
         add_own_flags(parser)
-        defaults = preset_defaults(preset)
+        defaults = preset_defaults(preset, uses_local_layers(argv))
         unknown = set(defaults) - {action.dest for action in parser._actions}
         assert not unknown, f"Megatron has no arguments {unknown}"
         if "--packing-buffer-size" in flags_on(argv):
@@ -257,7 +258,7 @@ def refuse_idle_flags(args: argparse.Namespace, config: Any, argv: Sequence[str]
     for need in NEEDS:
         for flag in need.flags:
             if flag in typed and not need.met(args, config):
-                raise ValueError(f"{flag} would do nothing here: {need.remedy}")
+                raise ValueError(f"{flag} {need.consequence}: {need.remedy}")
     if len(args.data_path or ()) > 1:
         raise ValueError(
             f"--data-path {' '.join(args.data_path)}: one folder, or one mixture of folders, is "
@@ -301,8 +302,21 @@ def _complete_data_flags(args: argparse.Namespace) -> None:
     args.pack_sequences = True
 
 
-def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
-    """Argument defaults: the model's sizes, and what this machine lacks."""
+def uses_local_layers(argv: Sequence[str]) -> bool:
+    """Whether the run's layers are Megatron's own; ValueError for others where there are none."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--transformer-impl")
+    typed = parser.parse_known_args(argv)[0].transformer_impl
+    if typed == "transformer_engine" and not has_transformer_engine():
+        raise ValueError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed, does not "
+            "import, or sees no GPU; drop the flag to use local layers"
+        )
+    return typed == "local" or not has_transformer_engine()
+
+
+def preset_defaults(preset: MimoConfig, local_layers: bool) -> dict[str, Any]:
+    """Argument defaults: the model's sizes, and what local layers and this machine lack."""
     defaults = dict(MODEL_DEFAULTS)
     for field, argument in LANGUAGE_ARGUMENTS.items():
         defaults[argument] = getattr(preset.language, field)
@@ -310,7 +324,8 @@ def preset_defaults(preset: MimoConfig) -> dict[str, Any]:
     defaults["use_rope_scaling"] = preset.language.rope_scaling_factor is not None
     defaults["rope_scaling_factor"] = preset.language.rope_scaling_factor or 8.0
     defaults["untie_embeddings_and_output_weights"] = not preset.language.tie_embeddings
-    if not has_transformer_engine():
+    defaults["gradient_accumulation_fusion"] = HAS_FUSED_GRADIENTS
+    if local_layers:
         defaults |= WITHOUT_TRANSFORMER_ENGINE
     if not torch.cuda.is_available():
         defaults |= WITHOUT_CUDA
@@ -411,3 +426,16 @@ def megatron_refusals() -> Iterator[None]:
         line = traceback.extract_tb(error.__traceback__)[-1].line
         kind = "" if isinstance(error, AssertionError) else f" ({type(error).__name__}: {error})"
         raise ValueError(f"Megatron refuses these flags: {line}{kind}") from None
+
+
+def print_megatron_help() -> None:
+    """List every flag of Megatron's."""
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False)
+    megatron_arguments.add_megatron_arguments(parser)
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            # Some of Megatron's texts hold a bare per cent sign.
+            action.help = str(action.help).replace("%", "%%")
+    parser.print_help()

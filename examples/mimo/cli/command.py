@@ -300,10 +300,16 @@ def report_every_rank() -> None:
     _every_rank_reports = True
 
 
-def prepare_environment() -> None:
-    """Set what libraries read when they are imported, and keep their warnings off the terminal."""
+def prepare_environment(uses_gpus: bool = True) -> None:
+    """Set what libraries read when they are imported, and keep their warnings off the terminal.
+
+    Without `uses_gpus` this process, and those that it starts, see none. Call it before torch is
+    imported.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not uses_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore")
     for library in ("torch", "torch.utils.cpp_extension", "megatron", "absl"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -339,6 +345,35 @@ def _check_launch() -> None:
         raise ValueError(f"RANK {rank} of WORLD_SIZE {size}: ranks go from 0 to {size - 1}")
     if missing := [n for n in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]:
         raise ValueError(f"RANK is set, but {missing[0]} is not; start with torchrun")
+    _check_gpus()
+
+
+def _check_gpus() -> None:
+    """ValueError where a machine has GPUs, but fewer than the processes that were started on it.
+
+    A process takes the GPU of its local rank. A launcher may show each process a GPU of its own
+    (torchrun --virtual-local-rank); then every local rank is 0.
+    """
+    rank = os.environ.get("LOCAL_RANK", "0")
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not rank.isdecimal() or not processes.isdecimal() or (rank == "0" and processes == "1"):
+        return
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    needed = max(int(processes), int(rank) + 1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    single = gpus == 1 and bool(visible) and "," not in visible
+    if not gpus or needed <= gpus or (single and rank == "0"):
+        return
+    if single and rank == "1":
+        # Rank 0 cannot tell, so it does not report.
+        report_every_rank()
+    raise ValueError(
+        f"{needed} processes on this machine, but {gpus} visible GPU{'s' * (gpus > 1)}; start "
+        f"{gpus} with torchrun --nproc-per-node {gpus}, show more in CUDA_VISIBLE_DEVICES, or set "
+        "CUDA_VISIBLE_DEVICES= to run on CPUs"
+    )
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ REFUSED_FLAGS = {
 ONLY_VALUES = {
     "dataloader_type": (("external",), "the order of samples is --seed's"),
     "position_embedding_type": (("rope",), "the language model uses rotary positions"),
+    "transformer_impl": (("local", "transformer_engine"), "it is of Megatron's own inference"),
     "tokenizer_type": (
         ("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
         "the tokenizer comes with the data or from --tokenizer-model",
@@ -158,6 +159,7 @@ class Need:
     flags: tuple[str, ...]
     met: Callable[[argparse.Namespace, Any], bool]
     remedy: str
+    consequence: str = "would do nothing here"
 
 
 # In the order in which a run is told, the most general need first.
@@ -211,6 +213,36 @@ NEEDS = (
         ("--balance-stages",),
         lambda args, config: args.pipeline_model_parallel_size > 1,
         "there is one stage; add --pipeline-model-parallel-size 2 or more",
+    ),
+    Need(
+        ("--fp8-format", "--fp4-format", "--tp-comm-overlap"),
+        lambda args, config: args.transformer_impl == "transformer_engine",
+        "this run's are local; install it, or drop --transformer-impl local",
+        "needs Transformer Engine's layers",
+    ),
+    # Its buffers have the shape of a micro-batch of --seq-length; validation is never packed.
+    Need(
+        ("--tp-comm-overlap",),
+        lambda args, config: (
+            args.packing_buffer_size is not None
+            and (args.total_seq_length or args.seq_length) == args.seq_length
+            and not args.eval_iters
+        ),
+        "it needs sequences of one length, and a batch is as long as its longest sample; pack them "
+        "with --packing-buffer-size, to --seq-length, and without --eval-iters",
+        "does not work here",
+    ),
+    # Nor do packed sequences repeat: a graph would replay the bounds of the first one's samples.
+    Need(
+        ("--cuda-graph-impl", "--enable-cuda-graph", "--external-cuda-graph"),
+        lambda args, config: (
+            args.cuda_graph_impl == "none"
+            and not args.enable_cuda_graph
+            and not args.external_cuda_graph
+        ),
+        "a graph needs shapes that repeat, and micro-batches differ in length, or in the bounds of "
+        "their packed samples; drop the flag",
+        "does not work here",
     ),
 )
 
@@ -415,12 +447,19 @@ def help_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def is_dry_run(argv: Sequence[str]) -> bool:
+    """Whether a run is planned only: that needs no GPU, and has none to be alike everywhere."""
+    return "--dry-run" in flags_on(argv)
+
+
 def print_without_training(argv: Sequence[str]) -> bool:
     """Answer `--help-megatron` or `--dry-run`; False when `argv` asks for a training run."""
     if "--help-megatron" in argv:
-        _print_megatron_help()
+        from examples.mimo.cli.arguments import print_megatron_help
+
+        print_megatron_help()
         return True
-    if any(argument.split("=")[0] == "--dry-run" for argument in argv):
+    if is_dry_run(argv):
         from examples.mimo.planner.dry_run import plan
 
         with stdout_to(os.devnull):
@@ -428,17 +467,3 @@ def print_without_training(argv: Sequence[str]) -> bool:
         print(report)
         return True
     return False
-
-
-def _print_megatron_help() -> None:
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False)
-    add_megatron_arguments(parser)
-    for action in parser._actions:
-        try:
-            parser._get_formatter()._expand_help(action)
-        except (ValueError, TypeError, KeyError):
-            # Some of Megatron's texts hold a bare per cent sign.
-            action.help = str(action.help).replace("%", "%%")
-    parser.print_help()

@@ -8,7 +8,10 @@ module or class of theirs.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,10 +50,13 @@ def install() -> list[Replacement]:
     - Megatron starts without asserting CUDA and does not warm up CUDA kernels;
     - `TORCHDYNAMO_DISABLE` is set, and threads other than this one compute without helpers.
 
+    A Transformer Engine that is installed and does not import is hidden from Megatron.
+
     A second call changes nothing more. Returns the entries now in place.
     """
     import torch
 
+    _hide_broken_transformer_engine()
     entries = []
     if not torch.cuda.is_available():
         from examples.mimo.compat import cpu
@@ -65,6 +71,30 @@ def install() -> list[Replacement]:
 
     entries += _put_in_place(megatron.unpickler_replacements())
     return entries + _put_in_place(megatron.wheel_replacements())
+
+
+def _hide_broken_transformer_engine() -> None:
+    """Have every import of a Transformer Engine that does not work say that there is none.
+
+    Megatron looks for it in many places. Some are content with the package, and fail at what it
+    lacks: without its torch part, or without the driver's library, Megatron could not be imported.
+    """
+    name = "transformer_engine"
+    if sys.modules.get(name) or importlib.util.find_spec(name) is None:
+        return
+    try:
+        importlib.import_module(f"{name}.pytorch")
+    except Exception as error:
+        for loaded in [key for key in sys.modules if key.partition(".")[0] == name]:
+            del sys.modules[loaded]
+        sys.modules[name] = None  # type: ignore[assignment]  # what Python knows as absent
+        if os.environ.get("RANK", "0") == "0":
+            reason = " ".join(str(error).split())
+            logging.getLogger(__name__).warning(
+                "  Transformer Engine is installed, but does not import (%s: %s); layers are local",
+                type(error).__name__,
+                reason,
+            )
 
 
 def install_for_training(observer: Any, saves_checkpoints: bool) -> None:

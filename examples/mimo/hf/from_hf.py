@@ -46,7 +46,7 @@ from examples.mimo.hf.weights import (
     unchosen,
 )
 from examples.mimo.model.mimo import language_spec
-from examples.mimo.model.parts import part_config_of, part_names, part_prefix
+from examples.mimo.model.parts import is_empty_state, part_config_of, part_names, part_prefix
 
 # What a user is told while a conversion runs, a line at a time.
 Progress = Callable[[str], None]
@@ -170,8 +170,11 @@ def sharded_state(
     """What Megatron saves of a part: its tensors by key, and the objects beside them.
 
     On `device` "meta" the tensors have shapes and no memory; on "cpu" they are initialised.
+    Layers are local ones, which have the names of Transformer Engine's and need no GPU.
     """
-    transformer_config = language_transformer_config(config.language, 1, 1, torch.float32)
+    transformer_config = language_transformer_config(
+        config.language, 1, 1, torch.float32, local_layers=True
+    )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device(device):
         module = build_part(config, part, transformer_config, groups)
@@ -183,7 +186,7 @@ def sharded_state(
     for value in nested_values(state):
         if isinstance(value, ShardedTensor):
             tensors.setdefault(value.key, []).append(value)
-        elif isinstance(value, ShardedObject):
+        elif isinstance(value, ShardedObject) and not is_empty_state(value.key, value):
             objects.append(value)
     return tensors, objects
 

@@ -8,12 +8,12 @@ Megatron's local ones refuse sequence parallelism, packed sequences and context 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
@@ -187,8 +187,8 @@ class SdpaCoreAttention(MegatronModule):
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Whether Megatron could import Transformer Engine, and there is a GPU, which it needs."""
+    return HAVE_TE and torch.cuda.is_available()
 
 
 def block_submodules(
@@ -198,16 +198,15 @@ def block_submodules(
     qk_layernorm: bool = False,
     layer_scale: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The spec of a stack of layers; `mask` is causal for a decoder, no_mask for an encoder."""
-    if transformer_impl == "transformer_engine":
+    """The spec of a stack of layers; `mask` is causal for a decoder, no_mask for an encoder.
+
+    Transformer Engine's linear layers have no LayerScale: with it the layers are local.
+    """
+    if transformer_impl == "transformer_engine" and not layer_scale:
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         layer.submodules.self_attention.params["attn_mask_type"] = mask  # Megatron's spec is causal
-        if layer_scale:
-            raise ValueError(
-                "an encoder with LayerScale runs on local layers; pass --transformer-impl local"
-            )
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
     row_parallel = with_layer_scale(RowParallelLinear) if layer_scale else RowParallelLinear
     layer = _local_layer_spec(mask, Norm if qk_layernorm else IdentityOp, row_parallel)

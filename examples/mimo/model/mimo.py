@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -44,6 +43,7 @@ from examples.mimo.model.parts import (
     LanguageModel,
     check_count,
     head_and_loss,
+    keep_out_of_checkpoint,
     part_prefix,
 )
 from examples.mimo.parallel.context import (
@@ -140,13 +140,11 @@ class StageMimoModel(MimoModel):
         if self.encoder_replicas:
             inside = f"{prefix}modality_submodules."
             self.encoder_replicas.mark({k: v for k, v in state.items() if inside in k})
-        if self.hides_fresh_parts:
-            hidden = tuple(prefix + part_prefix(part) for part in self.fresh_parts)
-            state = {
-                key: LocalNonpersistentObject(value.data) if key.startswith(hidden) else value
-                for key, value in state.items()
-            }
-        return state
+        fresh = self.fresh_parts if self.hides_fresh_parts else ()
+        hidden = tuple(prefix + part_prefix(part) for part in fresh)
+        # Saved and resumed, the scales of an FP8 run are in extra states, empty until it computes.
+        resumes_fp8 = bool(self.config.fp8) and not self.hides_fresh_parts
+        return keep_out_of_checkpoint(state, hidden, empty_states=not resumes_fp8)
 
     @contextlib.contextmanager
     def hide_loss_modules(self) -> Iterator[None]:

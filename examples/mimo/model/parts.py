@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -77,6 +78,33 @@ def freeze_parts(model: StageMimoModel, names: Iterable[str]) -> None:
     for name in names:
         if name in held:
             held[name].requires_grad_(False)
+
+
+def is_empty_state(key: str, value: Any) -> bool:
+    """Whether an entry of a sharded state is a layer's extra state, and holds nothing.
+
+    Megatron's linear layers have one, and of norms only Transformer Engine's: a checkpoint without
+    these entries fits both implementations. Only FP8 has scales to put there.
+    """
+    if not (isinstance(value, ShardedObject) and "_extra_state" in key):
+        return False
+    data = value.data
+    return data is None or (isinstance(data, torch.Tensor) and not data.numel())
+
+
+def keep_out_of_checkpoint(
+    state: dict[str, Any], prefixes: tuple[str, ...], empty_states: bool
+) -> dict[str, Any]:
+    """A sharded state whose entries under `prefixes` are neither saved nor loaded.
+
+    Nor are empty extra states, unless `empty_states` is False. The model keeps what it has there.
+    """
+    return {
+        key: LocalNonpersistentObject(value.data)
+        if key.startswith(prefixes) or (empty_states and is_empty_state(key, value))
+        else value
+        for key, value in state.items()
+    }
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.fp4_utils import get_fp4_align_size
+from megatron.core.fp8_utils import get_fp8_align_size
 
 from examples.mimo.checkpoint.loading import tensor_parallel_sizes
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import Sample
-from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.parallel import noncolocated
 from examples.mimo.parallel.placement import LANGUAGE, Placement, here, take_share
 
@@ -154,8 +155,6 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
             f"--num-layers {args.num_layers} is not divisible by --pipeline-model-parallel-size "
             f"{pp}; choose a divisor, --balance-stages or --decoder-first-pipeline-num-layers"
         )
-    if args.tp_comm_overlap and not has_transformer_engine():
-        raise ValueError("--tp-comm-overlap needs Transformer Engine, which is not installed")
     if args.sequence_parallel and args.seq_length % tp:
         raise ValueError(
             f"--seq-length {args.seq_length} is not divisible by --tensor-model-parallel-size "
@@ -263,9 +262,16 @@ def cp_multiple(args: argparse.Namespace) -> int:
 
 
 def padding_multiple(args: argparse.Namespace) -> int:
-    """What padded lengths are a multiple of; sequence parallelism divides a CP rank's share."""
-    parallel = args.tensor_model_parallel_size * cp_multiple(args)
-    return math.lcm(parallel, args.pad_to_multiple_of)
+    """What padded lengths are a multiple of; sequence parallelism divides a CP rank's share.
+
+    In FP8 and FP4 a rank's share is of whole blocks of numbers that are scaled together.
+    """
+    block = 1
+    if args.fp8 or args.fp4:
+        size = get_fp8_align_size(args.fp8_recipe)
+        block = size if args.fp8 else get_fp4_align_size(args.fp4_recipe)
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    return math.lcm(tp * cp_multiple(args), tp * cp * block, args.pad_to_multiple_of)
 
 
 def rank_groups(args: argparse.Namespace) -> list[RankGroup]:
