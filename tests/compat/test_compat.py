@@ -9,7 +9,7 @@ import torch
 from megatron.training import checkpointing
 
 from examples.mimo import compat
-from examples.mimo.compat.megatron import GroupStepAdam, TrackerFiles
+from examples.mimo.compat.megatron import TrackerFiles
 from tests.helpers import ranks
 from tests.helpers.commands import ROOT
 
@@ -140,27 +140,6 @@ def test_a_device_context_still_holds():
         made = [torch.arange(3), torch.empty(2), torch.ones(2), torch.tensor([1.0])]
     assert all(tensor.is_meta for tensor in made)
     assert not torch.empty(2).is_meta
-
-
-def test_adam_is_torchs_adamw():
-    def train(build):
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(5, 3))
-        optimizer = build([weight])
-        for _ in range(7):
-            optimizer.zero_grad()
-            (weight * torch.randn(5, 3)).pow(2).sum().backward()
-            optimizer.step()
-        return weight.detach()
-
-    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    for build, own in (
-        (torch.optim.AdamW, {"adam_w_mode": True}),
-        (torch.optim.Adam, {"adam_w_mode": False}),
-    ):
-        expected = train(lambda p, build=build: build(p, **settings))
-        ours = train(lambda p, own=own: GroupStepAdam(p, **settings, **own))
-        assert (ours - expected).abs().max() < 1e-6
 
 
 def test_the_cpu_host_layer_is_small():

@@ -72,10 +72,10 @@ def install_for_training(observer: Any, saves_checkpoints: bool) -> None:
 
     Call it before the process group starts: saving forks a helper while there are no threads.
     """
-    from examples.mimo.compat import megatron
+    from examples.mimo.compat import megatron, optimizer
 
     _put_in_place(megatron.observer_hooks(observer))
-    _put_in_place(megatron.adam_replacements())
+    _put_in_place(optimizer.optimizer_replacements())
     _put_in_place(megatron.integrity_replacements())
     if saves_checkpoints:
         _put_in_place(megatron.dataloader_replacements())
@@ -106,14 +106,14 @@ def install_for_noncolocated(
 def replacements() -> dict[str, list[Replacement]]:
     """Every entry that this machine needs, by the commands that put it in place."""
     entries = install()
-    from examples.mimo.compat import megatron
+    from examples.mimo.compat import megatron, optimizer
     from examples.mimo.parallel.noncolocated import parallel_state_globals
 
     return {
         "every command and Mimo.load": entries,
         "train.py": [
             *megatron.observer_hooks(None),
-            *megatron.adam_replacements(),
+            *optimizer.optimizer_replacements(),
             *megatron.dataloader_replacements(),
             *megatron.integrity_replacements(),
             *megatron.results_queue_replacement(None),
