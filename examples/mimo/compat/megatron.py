@@ -1,9 +1,9 @@
 """Replacements in Megatron: those of every machine, and those for training.
 
-`wheel_replacements` and `unpickler_replacements` are for every command. The others are for
-training: hooks that let an observer follow `pretrain()`, which has no callbacks; the queue of
-checkpoint writers; the tracker of checkpoints; the position in the data of virtual stages; and what
-non-colocated encoders need.
+`wheel_replacements`, `unpickler_replacements` and `compiled_replacements` are for every command.
+The others are for training: hooks that let an observer follow `pretrain()`, which has no callbacks;
+the queue of checkpoint writers; the tracker of checkpoints; the position in the data of virtual
+stages; and what non-colocated encoders need.
 
 A checkpoint cannot run code. A pickle says which functions to call, so unpickling a stranger's file
 runs what the stranger chose, and torch and Megatron unpickle three parts of a checkpoint:
@@ -40,6 +40,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import default_planner, filesystem, metadata
@@ -72,6 +73,14 @@ def wheel_replacements() -> list[Replacement]:
         return []
     reason = "initialize.py: _compile_dependencies runs make, and the wheel has no Makefile"
     return [Replacement(dataset_utils, "compile_helpers", lambda: None, reason)]
+
+
+def compiled_replacements() -> list[Replacement]:
+    """Rotary positions compiled into one kernel; for machines with CUDA and a compiler."""
+    name = "_apply_rotary_pos_emb_bshd"
+    compiled = torch.compile(getattr(rope_utils, name), dynamic=True)
+    reason = "rope_utils.py: ten kernels pass over all queries and keys of a layer, and it has two"
+    return [Replacement(rope_utils, name, compiled, reason)]
 
 
 def observer_hooks(observer: Any) -> list[Replacement]:
