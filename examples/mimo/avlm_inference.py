@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from examples.mimo.cli import command
-from examples.mimo.cli.inference_flags import (
+from examples.mimo.cli.overrides import (
     add_modality_flags,
     check_flags,
     inference_parser,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from examples.mimo.cli import command
-from examples.mimo.cli.inference_flags import add_integrity_flag
+from examples.mimo.cli.overrides import add_integrity_flag
 
 if TYPE_CHECKING:
     from examples.mimo.configs.schema import MimoConfig

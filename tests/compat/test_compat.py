@@ -9,7 +9,7 @@ import torch
 from megatron.training import checkpointing
 
 from examples.mimo import compat
-from examples.mimo.compat.megatron import GroupStepAdam, TrackerFiles
+from examples.mimo.compat.megatron import TrackerFiles
 from tests.helpers import ranks
 from tests.helpers.commands import ROOT
 
@@ -105,7 +105,8 @@ def test_the_table_is_printed_with_what_training_replaces():
 
 def test_nothing_of_torch_changes_where_cuda_is_available():
     code = (
-        "import torch; torch.cuda.is_available = lambda: True;"
+        "import os, torch; torch.cuda.is_available = lambda: True;"
+        "os.environ.pop('TORCHDYNAMO_DISABLE', None);"  # of this process, which has no GPU
         "before = {n: getattr(torch.cuda, n) for n in dir(torch.cuda)};"
         "factories = {n: getattr(torch, n) for n in ('empty', 'zeros', 'tensor')};"
         "tensor = torch.Tensor.cuda, torch.Tensor.type, torch.distributed.barrier;"
@@ -120,6 +121,8 @@ def test_nothing_of_torch_changes_where_cuda_is_available():
     )
     attributes = run_code(code)
     assert "compile_helpers" in attributes
+    compiles = compat.missing_for_compiling() is None
+    assert ("_apply_rotary_pos_emb_bshd" in attributes) == compiles
     assert "current_device" not in attributes
 
 
@@ -140,27 +143,6 @@ def test_a_device_context_still_holds():
         made = [torch.arange(3), torch.empty(2), torch.ones(2), torch.tensor([1.0])]
     assert all(tensor.is_meta for tensor in made)
     assert not torch.empty(2).is_meta
-
-
-def test_adam_is_torchs_adamw():
-    def train(build):
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(5, 3))
-        optimizer = build([weight])
-        for _ in range(7):
-            optimizer.zero_grad()
-            (weight * torch.randn(5, 3)).pow(2).sum().backward()
-            optimizer.step()
-        return weight.detach()
-
-    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    for build, own in (
-        (torch.optim.AdamW, {"adam_w_mode": True}),
-        (torch.optim.Adam, {"adam_w_mode": False}),
-    ):
-        expected = train(lambda p, build=build: build(p, **settings))
-        ours = train(lambda p, own=own: GroupStepAdam(p, **settings, **own))
-        assert (ours - expected).abs().max() < 1e-6
 
 
 def test_the_cpu_host_layer_is_small():

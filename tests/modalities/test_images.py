@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from examples.mimo.cli.inference_flags import (
+from examples.mimo.cli.overrides import (
     add_modality_flags,
     inference_parser,
+    with_fields,
     with_modality_flags,
 )
-from examples.mimo.cli.overrides import with_fields
 from examples.mimo.configs import get_model_config
 from examples.mimo.modalities.files import Blob, read_image, to_rgb
 

@@ -33,7 +33,17 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     # Megatron overlaps communication with computation by the order of kernel launches.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # cuDNN's attention plans anew for every shape, which takes longer than it computes; torch then
+    # takes its flash kernels first.
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+    # Else a CUDA graph with NCCL's kernels may read memory that moved: see ALLOCATOR.
+    "NCCL_GRAPH_REGISTER": "0",
 }
+# Micro-batches differ in shape, so freed blocks of one seldom fit the next; segments that grow do.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+ALLOCATOR_NAMES = {*ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"}
+# NCCL registers buffers of its own, which such segments cannot hold.
+WITHOUT_ALLOCATOR = "--use-nccl-ub"
 
 # Seconds: on a busy machine one rank may import the same code many seconds later than another.
 RANK_ZERO_REPORTS_WITHIN = 20
@@ -310,6 +320,8 @@ def prepare_environment(uses_gpus: bool = True) -> None:
         os.environ.setdefault(name, value)
     if not uses_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not ALLOCATOR_NAMES & os.environ.keys() and WITHOUT_ALLOCATOR not in sys.argv:
+        os.environ.update(ALLOCATOR)
     warnings.filterwarnings("ignore")
     for library in ("torch", "torch.utils.cpp_extension", "megatron", "absl"):
         logging.getLogger(library).setLevel(logging.ERROR)

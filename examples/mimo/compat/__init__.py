@@ -11,9 +11,17 @@ import functools
 import importlib.util
 import logging
 import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from examples.mimo.cli.command import log_line
+
+# torch reads it when something is to be compiled, which Megatron does while it is imported.
+DISABLE_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
 class Replacement(NamedTuple):
@@ -37,9 +45,10 @@ class Replacement(NamedTuple):
 def install() -> list[Replacement]:
     """Make Megatron run on this machine; every command calls this before it imports Megatron.
 
-    With CUDA, four functions change: three that unpickle checkpoints, which know the classes that
-    checkpoints need and no others, and the one that runs `make` in Megatron's source tree, which a
-    wheel lacks. Without CUDA, the importing process changes for good:
+    With CUDA, five functions change: three that unpickle checkpoints, which know the classes that
+    checkpoints need and no others; the one that runs `make` in Megatron's source tree, which a
+    wheel lacks; and rotary positions, which are compiled. Where torch's compiler cannot work,
+    `TORCHDYNAMO_DISABLE` is set instead. Without CUDA, the importing process changes for good:
 
     - `Tensor.cuda` and `Module.cuda` return the tensor or module as it is, and factories such as
       `torch.zeros` take `device="cuda"` and `pin_memory=True` to mean plain CPU memory;
@@ -61,13 +70,18 @@ def install() -> list[Replacement]:
     if not torch.cuda.is_available():
         from examples.mimo.compat import cpu
 
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        os.environ.setdefault(DISABLE_COMPILER, "1")
         cpu.compute_in_this_thread_only()
         os.register_at_fork(after_in_child=cpu.compute_in_this_thread_only)
         # Megatron takes some of these by name when it is imported, so torch comes first.
         entries += _put_in_place(cpu.torch_replacements())
         entries += _put_in_place(cpu.megatron_replacements())
+    elif missing := missing_for_compiling():
+        disable_compiler(missing)
     from examples.mimo.compat import megatron
+
+    if torch.cuda.is_available() and os.environ.get(DISABLE_COMPILER) != "1":
+        entries += _put_in_place(megatron.compiled_replacements())
 
     entries += _put_in_place(megatron.unpickler_replacements())
     return entries + _put_in_place(megatron.wheel_replacements())
@@ -97,15 +111,42 @@ def _hide_broken_transformer_engine() -> None:
             )
 
 
+def missing_for_compiling() -> str | None:
+    """What torch's compiler needs and this machine lacks; None where it has all.
+
+    For every kernel Triton builds a launcher, by $CC, gcc or clang, which includes Python.h.
+    """
+    compiler = os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([compiler] if compiler else ["gcc", "clang"])):
+        return f"{compiler} ($CC)" if compiler else "a C compiler (gcc or clang, or $CC)"
+    scheme = sysconfig.get_default_scheme()
+    # As Triton has it: the other is Debian's, for what `pip install` adds.
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    return None if header.is_file() else str(header)
+
+
+def disable_compiler(missing: str) -> None:
+    """Let Megatron's fused functions run uncompiled; rank 0 says so, unless the user chose that."""
+    if DISABLE_COMPILER in os.environ:
+        return
+    os.environ[DISABLE_COMPILER] = "1"
+    if os.environ.get("RANK", "0") == "0":
+        log_line(
+            f"  {missing} is missing, so nothing is compiled and the GPU computes more slowly; "
+            "install it"
+        )
+
+
 def install_for_training(observer: Any, saves_checkpoints: bool) -> None:
     """Let `observer` follow `pretrain()`, and give Megatron what checkpoints need to load and save.
 
     Call it before the process group starts: saving forks a helper while there are no threads.
     """
-    from examples.mimo.compat import megatron
+    from examples.mimo.compat import megatron, optimizer
 
     _put_in_place(megatron.observer_hooks(observer))
-    _put_in_place(megatron.adam_replacements())
+    _put_in_place(optimizer.optimizer_replacements())
     _put_in_place(megatron.integrity_replacements())
     if saves_checkpoints:
         _put_in_place(megatron.dataloader_replacements())
@@ -136,14 +177,14 @@ def install_for_noncolocated(
 def replacements() -> dict[str, list[Replacement]]:
     """Every entry that this machine needs, by the commands that put it in place."""
     entries = install()
-    from examples.mimo.compat import megatron
+    from examples.mimo.compat import megatron, optimizer
     from examples.mimo.parallel.noncolocated import parallel_state_globals
 
     return {
         "every command and Mimo.load": entries,
         "train.py": [
             *megatron.observer_hooks(None),
-            *megatron.adam_replacements(),
+            *optimizer.optimizer_replacements(),
             *megatron.dataloader_replacements(),
             *megatron.integrity_replacements(),
             *megatron.results_queue_replacement(None),

@@ -1,9 +1,9 @@
 """Replacements in Megatron: those of every machine, and those for training.
 
-`wheel_replacements` and `unpickler_replacements` are for every command. The others are for
-training: hooks that let an observer follow `pretrain()`, which has no callbacks; an Adam whose
-checkpoints reload; the queue of checkpoint writers; the tracker of checkpoints; the position in the
-data of virtual stages; and what non-colocated encoders need.
+`wheel_replacements`, `unpickler_replacements` and `compiled_replacements` are for every command.
+The others are for training: hooks that let an observer follow `pretrain()`, which has no callbacks;
+the queue of checkpoint writers; the tracker of checkpoints; the position in the data of virtual
+stages; and what non-colocated encoders need.
 
 A checkpoint cannot run code. A pickle says which functions to call, so unpickling a stranger's file
 runs what the stranger chose, and torch and Megatron unpickle three parts of a checkpoint:
@@ -36,11 +36,11 @@ from typing import Any, NoReturn
 
 import megatron.core.datasets.utils as dataset_utils
 import torch
-from megatron.core import dist_checkpointing, optimizer, parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import default_planner, filesystem, metadata
@@ -73,6 +73,14 @@ def wheel_replacements() -> list[Replacement]:
         return []
     reason = "initialize.py: _compile_dependencies runs make, and the wheel has no Makefile"
     return [Replacement(dataset_utils, "compile_helpers", lambda: None, reason)]
+
+
+def compiled_replacements() -> list[Replacement]:
+    """Rotary positions compiled into one kernel; for machines with CUDA and a compiler."""
+    name = "_apply_rotary_pos_emb_bshd"
+    compiled = torch.compile(getattr(rope_utils, name), dynamic=True)
+    reason = "rope_utils.py: ten kernels pass over all queries and keys of a layer, and it has two"
+    return [Replacement(rope_utils, name, compiled, reason)]
 
 
 def observer_hooks(observer: Any) -> list[Replacement]:
@@ -132,20 +140,6 @@ def _observed(
         return result
 
     return observed
-
-
-def adam_replacements() -> list[Replacement]:
-    """Our Adam where Megatron would fall back to torch's: without Apex and Transformer Engine."""
-    if not optimizer.USING_PYTORCH_OPTIMIZER and optimizer.Adam is not GroupStepAdam:
-        return []
-    which = "optimizer/__init__.py: picks torch's AdamW, whose distributed checkpoints do not load"
-    state = "distrib_optimizer.py: load_state_dict knows the step of Apex's and TE's Adam only"
-    return [
-        Replacement(optimizer, "Adam", GroupStepAdam, which),
-        Replacement(optimizer, "USING_PYTORCH_OPTIMIZER", False, which),
-        Replacement(distrib_optimizer, "HAVE_APEX_OR_TE", True, state),
-        Replacement(distrib_optimizer, "USING_APEX_OPTIMIZER", True, state),
-    ]
 
 
 def integrity_replacements() -> list[Replacement]:
@@ -244,64 +238,6 @@ def noncolocated_replacements(
         Replacement(training, "get_megatron_optimizer", build, one_norm),
         *(Replacement(parallel_state, name, value, one_model) for name, value in state.items()),
     ]
-
-
-class GroupStepAdam(torch.optim.Optimizer):
-    """Adam (arXiv:1412.6980), or AdamW (arXiv:1711.05101) when `adam_w_mode`.
-
-    Keeps one step count per parameter group, as Apex and Transformer Engine do. Megatron's
-    distributed optimizer saves and reloads that form in every layout; with torch's own AdamW,
-    whose step is a tensor per parameter, its checkpoints do not reload.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        capturable: bool = False,
-    ) -> None:
-        if capturable:
-            raise ValueError("--optimizer-cuda-graph needs Apex or Transformer Engine")
-        self.adam_w_mode = adam_w_mode
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        assert closure is None, "Megatron never passes a closure"
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                group["step"] = int(group.get("step", 0)) + 1
-                self._update(params, group)
-
-    def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
-        for param in params:
-            if not self.state[param]:
-                self.state[param]["exp_avg"] = torch.zeros_like(param)
-                self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
-        grads = [p.grad.to(p.dtype) for p in params if p.grad is not None]
-        first = [self.state[p]["exp_avg"] for p in params]
-        second = [self.state[p]["exp_avg_sq"] for p in params]
-        beta1, beta2 = group["betas"]
-        decay, lr, step = group["weight_decay"], group["lr"], group["step"]
-        if decay and self.adam_w_mode:
-            torch._foreach_mul_(params, 1 - lr * decay)
-        elif decay:
-            grads = list(torch._foreach_add(grads, params, alpha=decay))
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, first, denominator, -lr / (1 - beta1**step))
 
 
 class UnsafePickleError(ValueError):

@@ -16,7 +16,7 @@ from examples.mimo.model.layers import block_submodules
 from examples.mimo.model.parts import Norm
 
 # Fields that say how to compute, not what: an encoder shares them with the language model.
-# Pipeline, sequence- and context-parallel fields and fusions stay at their defaults.
+# Pipeline, sequence- and context-parallel fields and other fusions stay at their defaults.
 SHARED_FIELDS = (
     "tensor_model_parallel_size",
     "params_dtype",
@@ -27,6 +27,7 @@ SHARED_FIELDS = (
     "perform_initialization",
     "gradient_accumulation_fusion",
     "transformer_impl",
+    "bias_dropout_fusion",
     "recompute_granularity",
     "recompute_method",
     "recompute_modules",
