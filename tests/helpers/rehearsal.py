@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
 from collections import Counter
@@ -89,7 +90,10 @@ def place(tensor: torch.Tensor) -> str:
     """Where a tensor is: "cuda", "cpu", "pinned" or "meta"."""
     if real_device(tensor).type == "meta":
         return "meta"
-    return getattr(tensor.untyped_storage(), "place", "cpu")
+    try:
+        return getattr(tensor.untyped_storage(), "place", "cpu")
+    except (RuntimeError, NotImplementedError):  # several shards, each of which has its own
+        return "cpu"
 
 
 def put(tensor: torch.Tensor, where: str) -> torch.Tensor:
@@ -131,7 +135,7 @@ class Places(TorchDispatchMode):
             _note_copy(source, target, blocks)
         elif "cuda" in places:
             _check_operands(name, tensors, places)
-        if record.graph is not None and target == "cpu" and name != "aten::detach":
+        if record.graph is not None and target == "cpu" and name != "aten::lift_fresh":
             raise RuntimeError(f"capture: {name} makes a tensor of the host at {_caller()}")
         result = func(*args, **kwargs)
         if target in ("cuda", "pinned"):
@@ -198,7 +202,9 @@ def _check_operands(name: str, tensors: list[torch.Tensor], places: list[str]) -
             f"Expected all tensors to be on the same device: {name} got {on_host} of the host "
             f"beside those of cuda:0, at {_caller()}"
         )
-    if record.graph is not None and any(where in ("cpu", "pinned") for where in places):
+    # A Python number in an assignment comes as a tensor, and its value is what is captured.
+    numbers = name in ("aten::fill_", *INDEXING) and not on_host
+    if record.graph is not None and not numbers and {"cpu", "pinned"} & set(places):
         raise RuntimeError(f"capture: {name} reads a tensor of the host at {_caller()}")
     if name in WAITS:
         record.wait(WAITS[name])
@@ -312,12 +318,13 @@ class Graph:
 
     def replay(self) -> None:
         """Run them, and put what they make where the captured results are."""
-        for func, args, kwargs, captured in self.operations:
-            result = func(*args, **kwargs)
-            for new, old in zip(tree_leaves(result), tree_leaves(captured), strict=True):
-                is_tensor = isinstance(new, torch.Tensor)
-                if is_tensor and new.untyped_storage()._cdata != old.untyped_storage()._cdata:
-                    old.copy_(new)
+        with _disable_current_modes():
+            for func, args, kwargs, captured in self.operations:
+                result = func(*args, **kwargs)
+                for new, old in zip(tree_leaves(result), tree_leaves(captured), strict=True):
+                    is_tensor = isinstance(new, torch.Tensor)
+                    if is_tensor and new.untyped_storage()._cdata != old.untyped_storage()._cdata:
+                        old.copy_(new)
 
     def reset(self) -> None:
         """Forget them."""
@@ -377,16 +384,16 @@ def _is_visible(*args: Any) -> bool:
 def _over_gloo(start: Callable[..., Any]) -> Callable[..., Any]:
     """A function that starts a process group: over gloo, and those meant for it are remembered."""
 
+    signature = inspect.signature(start)
+
     @functools.wraps(start)
     def start_group(*args: Any, **kwargs: Any) -> Any:
-        backends = [x for x in (*args, kwargs.get("backend")) if isinstance(x, str)]
-        on_host = "gloo" in backends
-        args = tuple("gloo" if x == "nccl" else x for x in args)
-        if kwargs.get("backend") is not None or start.__name__ == "init_process_group":
-            kwargs["backend"] = "gloo"
-        kwargs.pop("device_id", None)
-        group = start(*args, **kwargs)
-        if on_host:
+        bound = signature.bind(*args, **{**kwargs, "device_id": None})
+        backend = bound.arguments.get("backend")
+        if backend == "nccl" or (backend is None and start.__name__ == "init_process_group"):
+            bound.arguments["backend"] = "gloo"
+        group = start(*bound.args, **bound.kwargs)
+        if backend == "gloo" and not isinstance(group, int):  # which says: not a member
             gloo_groups.add((group or dist.group.WORLD).group_name)
         return group
 
