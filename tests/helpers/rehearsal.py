@@ -68,7 +68,8 @@ class Record:
 
 
 record = Record()
-gloo_groups: set[str] = set()
+# The backend that each group was made for; all work over gloo.
+backends: dict[str, str] = {}
 
 
 def _caller() -> str:
@@ -221,10 +222,10 @@ def _check_collective(name: str, tensors: list[torch.Tensor], args: tuple) -> No
     objects = [x for x in tree_leaves(args) if isinstance(x, torch.ScriptObject)]
     groups = [x for x in objects if "ProcessGroup" in str(x._type())]
     names = {dist.ProcessGroup.unbox(group).group_name for group in groups}
-    backend = "gloo" if names & gloo_groups else "nccl"
+    backend = next((backends.get(group, "nccl") for group in names), "nccl")
     record.collectives[name, backend] += 1
-    wrong = {place(tensor) for tensor in tensors} - {"cpu" if backend == "gloo" else "cuda"}
-    if wrong and name != "c10d::barrier":
+    wrong = {place(tensor) for tensor in tensors} - {{"nccl": "cuda"}.get(backend, "cpu")}
+    if wrong and name != "c10d::barrier" and backend != "fake":
         raise RuntimeError(f"{name}: a {backend} group got {wrong} tensors at {_caller()}")
 
 
@@ -390,18 +391,20 @@ def _over_gloo(start: Callable[..., Any]) -> Callable[..., Any]:
     def start_group(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **{**kwargs, "device_id": None})
         backend = bound.arguments.get("backend")
-        if backend == "nccl" or (backend is None and start.__name__ == "init_process_group"):
+        if backend is None:
+            backend = _backend() if dist.is_initialized() else "nccl"
+        if backend == "nccl":
             bound.arguments["backend"] = "gloo"
         group = start(*bound.args, **bound.kwargs)
-        if backend == "gloo" and not isinstance(group, int):  # which says: not a member
-            gloo_groups.add((group or dist.group.WORLD).group_name)
+        if not isinstance(group, int):  # which says: not a member
+            backends[(group or dist.group.WORLD).group_name] = backend
         return group
 
     return start_group
 
 
 def _backend(group: Any = None) -> str:
-    return "gloo" if (group or dist.group.WORLD).group_name in gloo_groups else "nccl"
+    return backends.get((group or dist.group.WORLD).group_name, "nccl")
 
 
 def _barrier(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -491,10 +494,18 @@ def install() -> None:
             "barrier": _barrier(owner.barrier),
         }
     changes[dist.distributed_c10d] |= {
-        "_get_object_coll_device": lambda group=None: {"gloo": "cpu", "nccl": "cuda"}[
-            _backend(group)
-        ]
+        "_get_object_coll_device": lambda group=None: (
+            "cuda" if _backend(group) == "nccl" else "cpu"
+        )
     }
+    # gloo copies some results when they are waited for; NCCL writes them where they belong.
+    wait = dist.Work.wait
+
+    def wait_unwatched(self: Any, *args: Any) -> Any:
+        with _disable_current_modes():
+            return wait(self, *args)
+
+    changes[dist.Work] = {"wait": wait_unwatched}
     import torch.nn.attention.varlen as varlen
 
     changes[varlen] = {"varlen_attn": varlen_attn}

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from examples.mimo import compat
 from tests.helpers import rehearsal
 from tests.helpers.commands import PP2, TP2
@@ -49,6 +51,7 @@ NEW_TOKENS = 6
 # A rank that hangs is ended after so many seconds.
 PATIENCE_SECONDS = 240
 CHECKPOINT = "checkpoint"
+OVERRIDE = ("--override-opt_param-scheduler",)
 DISTRIBUTED = ("--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce")
 
 
@@ -81,7 +84,7 @@ def train_and_save(folder: Path) -> None:
 
 def resume(folder: Path) -> None:
     """One iteration more, from that checkpoint."""
-    train((*DISTRIBUTED, "--load", str(folder / CHECKPOINT), "--train-iters", "3"))
+    train((*DISTRIBUTED, "--load", str(folder / CHECKPOINT), "--train-iters", "3", *OVERRIDE))
 
 
 def answer(folder: Path) -> Any:
@@ -136,6 +139,69 @@ def decode(engine: Any, kind: str, requests: Any, **options: Any) -> list[list[i
         outputs = engine.step()
 
 
+def refusals(folder: Path) -> dict[str, Any]:
+    """What the rehearsed device says to mistakes, and how often the host waits for what is right.
+
+    An answer is the text of an error, or the number of waits.
+    """
+    x, host = torch.arange(4.0, device="cuda"), torch.arange(4.0)
+    mask, graph = x > 1, torch.cuda.CUDAGraph()
+
+    def captured(function: Callable[[], Any]) -> Callable[[], None]:
+        def call() -> None:
+            with torch.cuda.graph(graph):
+                function()
+
+        return call
+
+    cases: dict[str, Callable[[], Any]] = {
+        "two places": lambda: x + host,
+        "stacked with a number of the host": lambda: torch.stack([x[0], torch.tensor(1.0)]),
+        "numpy": x.numpy,
+        "nccl, host": lambda: torch.distributed.all_reduce(host),
+        "gloo, device": lambda: torch.distributed.all_reduce(x, group=over_gloo),
+        "captured wait": captured(x.tolist),
+        "captured tensor of the host": captured(lambda: torch.zeros(3)),
+        "captured copy": captured(lambda: x.copy_(host)),
+        "meta": lambda: torch.zeros(2, device="meta").cuda(),
+        "number": lambda: float(x[0]),
+        "list": x.tolist,
+        "test": lambda: bool(x.isfinite().all()),
+        "mask": lambda: x[mask],
+        "assigned to a mask": lambda: x.__setitem__(mask, 3.0),
+        "list as index": lambda: x[[0, 2]],
+        "scalar of the host": lambda: x * torch.tensor(2.0),
+        "pageable": lambda: host.to("cuda", non_blocking=True),
+        "pinned": lambda: host.pin_memory().to("cuda", non_blocking=True),
+        "pinned, blocking": lambda: host.pin_memory().cuda(),
+        "from a list": lambda: torch.tensor([1, 2], device="cuda"),
+        "from a list, pinned": lambda: torch.tensor([1], pin_memory=True).cuda(non_blocking=True),
+        "numbers in a list": lambda: torch.tensor([[x[0], x[1]]]),
+        "nccl, device": lambda: torch.distributed.all_reduce(x),
+    }
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    over_gloo = torch.distributed.new_group(backend="gloo")
+    answers: dict[str, Any] = {}
+    for name, case in cases.items():
+        before = rehearsal.record.waits.total()
+        try:
+            case()
+            answers[name] = rehearsal.record.waits.total() - before
+        except (RuntimeError, TypeError) as error:
+            answers[name] = str(error)
+    result = torch.zeros(4, device="cuda")
+    with torch.cuda.graph(graph):
+        result.add_(x * 2)
+    result.zero_()
+    x.fill_(5)
+    graph.replay()
+    answers["replayed"] = result.tolist()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    answers["hidden"] = torch.cuda.is_available()
+    return answers
+
+
 def convert(folder: Path) -> None:
     """The checkpoint to Hugging Face folders and back, by two commands in one process."""
     from examples.mimo import convert as command
@@ -157,6 +223,7 @@ def plan(folder: Path) -> None:
 
 # In this order: the later ones of one process read what `saved` wrote.
 PATHS = {
+    "refusals": Rehearsed(run=refusals),
     "padded": Rehearsed(run=lambda folder: train((), GROWING)),
     "packed": Rehearsed(PACKED),
     "saved": Rehearsed(run=train_and_save),
@@ -205,7 +272,8 @@ def note_parts() -> None:
         return call
 
     schedules.forward_step = micro_batch("forward", schedules.forward_step)
-    schedules.backward_step = micro_batch("backward", schedules.backward_step)
+    for name in ("backward_step", "backward_step_multimodule"):
+        setattr(schedules, name, micro_batch("backward", getattr(schedules, name)))
     training.train_step = within("iteration", training.train_step)
     training.evaluate = within("evaluation", training.evaluate)
     training.save_checkpoint_and_time = within("save", training.save_checkpoint_and_time)
@@ -268,32 +336,6 @@ def run(name: str, folder: Path) -> list[dict[str, Any]]:
             for other in left:
                 os.kill(other, signal.SIGKILL)
     return reports
-
-
-@dataclass
-class Waits:
-    """How often a rank waited: inside each micro-batch, and in an iteration besides."""
-
-    micro_batches: dict[str, int]
-    iterations: dict[str, int]
-    places: Counter[tuple[str, str]]
-    places_of_iterations: Counter[tuple[str, str]]
-
-
-def waits(report: dict[str, Any]) -> Waits:
-    """The waits of a training rank after its first iteration, which fills caches."""
-    result = Waits(Counter(), Counter(), Counter(), Counter())
-    for part, reason, place, count in report["waits"]:
-        numbers = re.fullmatch(r"iteration (\d+)(, micro-batch \d+)?", part)
-        if numbers is None or numbers[1] == "1":
-            continue
-        if numbers[2]:
-            result.micro_batches[part] += count
-            result.places[reason, place] += count
-        else:
-            result.iterations[part] += count
-            result.places_of_iterations[reason, place] += count
-    return result
 
 
 def warm_up() -> None:
