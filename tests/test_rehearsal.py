@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from tests.helpers.commands import python_path
 from tests.helpers.ranks import ROOT
 from tests.helpers.rehearsed import NEW_TOKENS, PATHS
 
@@ -37,7 +38,7 @@ def reports(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "tests.helpers.rehearsal", "--json", str(file)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=600,

@@ -106,7 +106,8 @@ def put(tensor: torch.Tensor, where: str) -> torch.Tensor:
 
 def real_device(tensor: torch.Tensor) -> torch.device:
     """The device that torch itself knows."""
-    return torch._C.TensorBase.device.__get__(tensor)
+    with torch._C.DisableTorchFunctionSubclass():  # of a tensor in shards
+        return torch._C.TensorBase.device.__get__(tensor)
 
 
 def is_cuda(device: Any) -> bool:
@@ -494,9 +495,7 @@ def install() -> None:
             "barrier": _barrier(owner.barrier),
         }
     changes[dist.distributed_c10d] |= {
-        "_get_object_coll_device": lambda group=None: (
-            "cuda" if _backend(group) == "nccl" else "cpu"
-        )
+        "_get_object_coll_device": lambda group=None: "cuda" if _backend(group) == "nccl" else "cpu"
     }
     # gloo copies some results when they are waited for; NCCL writes them where they belong.
     wait = dist.Work.wait
@@ -506,9 +505,16 @@ def install() -> None:
             return wait(self, *args)
 
     changes[dist.Work] = {"wait": wait_unwatched}
-    import torch.nn.attention.varlen as varlen
+    from torch.nn.attention import bias, varlen
+
+    lower_right = bias.causal_lower_right
+
+    def causal_lower_right(*size: int) -> torch.Tensor:
+        with _disable_current_modes():  # a tensor without data, which a mode cannot make
+            return lower_right(*size)
 
     changes[varlen] = {"varlen_attn": varlen_attn}
+    changes[bias] = {"causal_lower_right": causal_lower_right}
     for owner, attributes in changes.items():
         for name, value in attributes.items():
             setattr(owner, name, value)

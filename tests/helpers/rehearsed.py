@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import signal
 import sys
 import tempfile
@@ -359,8 +360,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.helpers.rehearsal")
     parser.add_argument("paths", nargs="*", metavar="PATH", help=", ".join(PATHS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports to FILE")
+    parser.add_argument(
+        "--run", nargs=argparse.REMAINDER, metavar="ARG", help="run -m MODULE, or a script"
+    )
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    if options.run:
+        run_program(options.run)
+        return
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # `make test` hides real ones
     warm_up()
     reports = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -375,6 +383,19 @@ def main() -> None:
     print(f"\n{sum(os.times()[:4]):.0f} s in all processes")
     if options.json:
         options.json.write_text(json.dumps(reports))
+
+
+def run_program(argv: list[str]) -> None:
+    """`-m MODULE` or a script with arguments, as Python runs it, on the rehearsed device."""
+    # What tests start runs there too (commands.py).
+    os.environ["TEST_PYTHON"] = f"{sys.executable} -m tests.helpers.rehearsal --run"
+    rehearsal.install()
+    sys.argv = argv
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def describe(report: dict[str, Any]) -> str:
