@@ -236,14 +236,14 @@ class Results:
         return next((row["device"] for row in self.rows if "device" in row), "an unknown device")
 
     def add(self, case: Case, row: dict[str, Any]) -> None:
-        """Print a row, and write all of them."""
+        """Write all rows, then print this one: who reads it finds it on disk."""
         self.failed |= "error" in row or row.get("passed") is False
         seconds = time.monotonic() - self.begun
         self.rows.append({"case": case.name, "goal": case.goal, "at_seconds": seconds} | row)
-        print(f"{seconds:5.0f} s  {case.name}: {self.line(row)}", flush=True)
         document = {"peaks": peaks(self.device), "H100": H100, "rows": self.rows}
         write_whole(self.output.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
         write_whole(self.output, self.page())
+        print(f"{seconds:5.0f} s  {case.name}: {self.line(row)}", flush=True)
 
     def line(self, row: dict[str, Any]) -> str:
         """A row in words."""

@@ -11,10 +11,11 @@ import torch
 
 from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
+from examples.mimo.cli import command
 from examples.mimo.data.batch import to_device
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.generation.engine import Engine, SequenceRequest
-from tests.gpu import on_cpu as on_cpu_too
+from tests.gpu import comparison
 from tests.helpers.commands import python_path, run_command
 from tests.helpers.ranks import ROOT
 
@@ -69,13 +70,14 @@ def start(tmp_path_factory):
     save = ("--train-iters", "2", "--save", str(folder), "--save-interval", "2", "--no-save-optim")
     done = run_command("train.py", *RUN, "--bf16", *save)
     assert done.returncode == 0, done.stderr
-    return "--load", str(folder), "--finetune", "--no-load-optim"
+    return "--load", str(folder), "--finetune"
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_a_saved_model_answers_in_bf16(start, cuda_graphs):
     _, folder, *_ = start
     opened = open_checkpoint(Path(folder))
+    command.single_process_unless_launched()
     model = load_model(opened)
     assert all(p.is_cuda and p.dtype == torch.bfloat16 for p in model.parameters())
     engine = Engine(model, opened.config, end_ids=(), cuda_graphs=cuda_graphs)
@@ -88,12 +90,12 @@ def test_a_saved_model_answers_in_bf16(start, cuda_graphs):
 
 
 @torch.no_grad()
-def test_cuda_graphs_compute_what_the_layers_do(tiny, build_model):
+def test_cuda_graphs_compute_what_the_layers_do(tiny):
     from examples.mimo.generation.reuse import DecodingGraphs
     from examples.mimo.generation.transformer import CachedTransformer
 
     torch.manual_seed(0)
-    model = build_model(tiny).eval().cuda()
+    model = comparison.build(tiny).eval().cuda()
     transformer = CachedTransformer(model)
     graphs = DecodingGraphs(transformer)
     caches = [transformer.new_cache() for _ in range(2)]
@@ -114,7 +116,7 @@ def test_cuda_graphs_compute_what_the_layers_do(tiny, build_model):
 def test_a_models_losses_on_cuda_equal_the_cpus(tiny, tmp_path):
     file = tmp_path / "cpu.pt"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.on_cpu", str(file)],
+        [sys.executable, "-m", "tests.gpu.comparison", str(file)],
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path()},
         capture_output=True,
@@ -124,11 +126,11 @@ def test_a_models_losses_on_cuda_equal_the_cpus(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     on_cpu = torch.load(file)
     torch.backends.cudnn.allow_tf32 = False  # for convolutions it is on, and rounds to 10 bits
-    model = on_cpu_too.build(tiny).cuda()
+    model = comparison.build(tiny).cuda()
     kept = model.load_state_dict(on_cpu["weights"], strict=False)
     assert not kept.unexpected_keys
     assert all("_extra_state" in key for key in kept.missing_keys)
-    batch = to_device(on_cpu_too.batch_of(tiny), torch.device("cuda"))
+    batch = to_device(comparison.batch_of(tiny), torch.device("cuda"))
     with torch.no_grad():
         result = model(batch.input_ids, batch.labels, batch.modality_inputs)
     assert result.is_cuda

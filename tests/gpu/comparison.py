@@ -1,4 +1,4 @@
-"""python -m tests.gpu.on_cpu FILE: a model's weights, a batch and its losses, computed on CPUs.
+"""python -m tests.gpu.comparison FILE: a model's weights, a batch and its losses, computed on CPUs.
 
 A process without a device: some tensors of Megatron's modules are no buffers, and `Module.cpu()`
 leaves them on the GPU.
@@ -19,18 +19,15 @@ LAYERS = ("--transformer-impl", "local")
 
 def build(config):
     """`config`'s model in fp32 on one process, on the GPU if there is one."""
-    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from examples.mimo.checkpoint.loading import start_parallel
     from examples.mimo.cli.arguments import parse_with_preset
     from examples.mimo.model.mimo import build_mimo_model
     from examples.mimo.training.pretrain import transformer_config
 
-    if not parallel_state.model_parallel_is_initialized():
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    command.single_process_unless_launched()
+    start_parallel(1, 1)  # over NCCL where there is a GPU
     args = parse_with_preset(config, LAYERS)
     args.params_dtype = torch.float32
     groups = ProcessGroupCollection.use_mpu_process_groups()
