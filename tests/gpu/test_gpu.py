@@ -1,13 +1,23 @@
-"""What only a CUDA device can show; `make gpu-check` runs these first."""
+"""What only a CUDA device can show; `make gpu-check` runs these."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from examples.mimo.data.batch import collate, to_device
+from examples.mimo.checkpoint.description import open_checkpoint
+from examples.mimo.checkpoint.loading import load_model
+from examples.mimo.cli import command
+from examples.mimo.data.batch import to_device
 from examples.mimo.data.datasets import MockDataset
-from tests.helpers.commands import run_command
+from examples.mimo.generation.engine import Engine, SequenceRequest
+from tests.gpu import comparison
+from tests.helpers.commands import python_path, run_command
+from tests.helpers.ranks import ROOT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,27 +55,47 @@ def test_bf16_follows_fp32(tmp_path):
         ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ],
 )
-def test_layouts_over_nccl_follow_one_device(tmp_path, flags):
+def test_layouts_over_nccl_follow_one_device(tmp_path, flags, start):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    one = losses(tmp_path / "one", "--bf16")
-    assert losses(tmp_path / "two", "--bf16", *flags, processes=2) == pytest.approx(one, rel=2e-2)
+    one = losses(tmp_path / "one", "--bf16", *start)
+    two = losses(tmp_path / "two", "--bf16", *start, *flags, processes=2)
+    assert two == pytest.approx(one, rel=2e-2)
 
 
-def test_a_saved_model_answers_in_bf16(tmp_path):
-    done = run_command("train.py", *RUN, "--bf16", "--save", str(tmp_path), "--save-interval", "5")
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Flags that start from one checkpoint: each layout draws random weights of its own."""
+    folder = tmp_path_factory.mktemp("start")
+    save = ("--train-iters", "2", "--save", str(folder), "--save-interval", "2", "--no-save-optim")
+    done = run_command("train.py", *RUN, "--bf16", *save)
     assert done.returncode == 0, done.stderr
-    generated = run_benchmark("--generate", str(tmp_path))
-    assert json.loads(generated.stdout.splitlines()[-1])["tokens_per_second"] > 0
+    return "--load", str(folder), "--finetune"
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_saved_model_answers_in_bf16(start, cuda_graphs):
+    _, folder, *_ = start
+    opened = open_checkpoint(Path(folder))
+    command.single_process_unless_launched()
+    model = load_model(opened)
+    assert all(p.is_cuda and p.dtype == torch.bfloat16 for p in model.parameters())
+    engine = Engine(model, opened.config, end_ids=(), cuda_graphs=cuda_graphs)
+    samples = MockDataset(opened.config, 96, 3, seed=3)
+    outputs = engine.start([SequenceRequest(i, samples[i], 6, logprobs=True) for i in range(3)])
+    while engine.sequences:
+        outputs += engine.step()
+    assert [o.finish for o in outputs] == [None] * 15 + ["length"] * 3
+    assert all(0 <= o.token < opened.config.language.vocab_size for o in outputs)
 
 
 @torch.no_grad()
-def test_cuda_graphs_compute_what_the_layers_do(tiny, build_model):
+def test_cuda_graphs_compute_what_the_layers_do(tiny):
     from examples.mimo.generation.reuse import DecodingGraphs
     from examples.mimo.generation.transformer import CachedTransformer
 
     torch.manual_seed(0)
-    model = build_model(tiny).eval().cuda()
+    model = comparison.build(tiny).eval().cuda()
     transformer = CachedTransformer(model)
     graphs = DecodingGraphs(transformer)
     caches = [transformer.new_cache() for _ in range(2)]
@@ -81,18 +111,27 @@ def test_cuda_graphs_compute_what_the_layers_do(tiny, build_model):
         # Larger tensors, so that the next step is captured anew.
         for cache in caches:
             cache.reserve(3, cache.length + 128)
-    model.cpu()
 
 
-def run_benchmark(*flags):
-    return run_command("../../benchmarks/gpu_check.py", *flags)
-
-
-def test_a_models_losses_on_cuda_equal_the_cpus(tiny, build_model):
-    model = build_model(tiny).cuda()
-    batch = collate([MockDataset(tiny, 128, 4, seed=0)[i] for i in range(4)])
-    there = to_device(batch, torch.device("cuda"))
+def test_a_models_losses_on_cuda_equal_the_cpus(tiny, tmp_path):
+    file = tmp_path / "cpu.pt"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.comparison", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    on_cpu = torch.load(file)
+    torch.backends.cudnn.allow_tf32 = False  # for convolutions it is on, and rounds to 10 bits
+    model = comparison.build(tiny).cuda()
+    kept = model.load_state_dict(on_cpu["weights"], strict=False)
+    assert not kept.unexpected_keys
+    assert all("_extra_state" in key for key in kept.missing_keys)
+    batch = to_device(comparison.batch_of(tiny), torch.device("cuda"))
     with torch.no_grad():
-        result = model(there.input_ids, there.labels, there.modality_inputs).cpu()
-        expected = model.cpu()(batch.input_ids, batch.labels, batch.modality_inputs)
-    assert (result - expected).abs().max() < 1e-4
+        result = model(batch.input_ids, batch.labels, batch.modality_inputs)
+    assert result.is_cuda
+    assert (result.cpu() - on_cpu["losses"]).abs().max() < 1e-4

@@ -16,22 +16,25 @@ QUESTION = "Digit eight. Which digit is this?"
 
 
 def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
-    """A command of the package as a user types it, under torchrun when `processes` is given.
-
-    PYTHONPATH leads to the models that tests define themselves.
-    """
-    launch = [sys.executable]
+    """A command of the package as a user types it, under torchrun when `processes` is given."""
+    # A rehearsed device is in place only where its own launcher puts it (rehearsal.py).
+    launch = os.environ.get("TEST_PYTHON", sys.executable).split()
     if processes:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         launch += [str(processes)]
     return subprocess.run(
         [*launch, str(ROOT / "examples/mimo" / script), *flags],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=600,
     )
+
+
+def python_path() -> str:
+    """The root, where tests define models of their own, and what this process was shown."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def run_train(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.planner.flops import (
@@ -14,21 +14,27 @@ from examples.mimo.planner.flops import (
 )
 
 
-def language_flops(language: LanguageConfig, batch_size: int, seq_length: int) -> Flops:
-    """The language model over `batch_size` sequences, head included."""
-    layers = language_layer_flops(language, seq_length) * language.num_layers
-    return (layers + head_flops(language, seq_length)) * batch_size
+def language_flops(language: LanguageConfig, sequences: Sequence[int]) -> Flops:
+    """The language model over sequences of these lengths, the head over all their positions."""
+    total = Flops(0)
+    for length in sequences:
+        layers = language_layer_flops(language, length) * language.num_layers
+        total += layers + head_flops(language, length)
+    return total
 
 
 def training_flops(
     config: MimoConfig,
-    batch_size: int,
-    seq_length: int,
+    sequences: Sequence[int],
     items: Mapping[str, int],
     media_tokens: Mapping[str, int],
     frozen: Collection[str] = (),
 ) -> int:
-    """Forward and backward passes over a batch that holds `items` of each modality."""
+    """Forward and backward passes over a batch that holds `items` of each modality.
+
+    With the samples' own lengths as `sequences` it counts real tokens only; with the padded length
+    for each sample, or the spans of a packed sequence, all that is computed.
+    """
     total = 0
     reached = False
     for name, modality in config.modalities.items():
@@ -42,5 +48,5 @@ def training_flops(
         total += projector.trained(projector_trains, passes_on=encoder_trains)
         reached |= encoder_trains or projector_trains
     trains = "language" not in frozen
-    language = language_flops(config.language, batch_size, seq_length)
+    language = language_flops(config.language, sequences)
     return total + language.trained(trains, passes_on=reached or trains)

@@ -33,14 +33,14 @@ def test_the_count_is_what_runs(tiny, build_model, frozen):
         name: int((batch.input_ids == m.token_id).sum()) for name, m in tiny.modalities.items()
     }
     items = {name: len(files) for name, files in batch.items.items()}
-    counted = training_flops(tiny, 4, batch.seq_length, items, media_tokens, frozen)
+    counted = training_flops(tiny, [batch.seq_length] * 4, items, media_tokens, frozen)
     # The first layer of a trained encoder takes no gradient of its inputs.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_attention_grows_with_the_square(tiny):
     def cost(length):
-        return training_flops(tiny, 1, length, {}, {})
+        return training_flops(tiny, [length], {}, {})
 
     assert cost(256) > 2 * cost(128)
 
