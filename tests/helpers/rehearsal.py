@@ -514,6 +514,16 @@ def install() -> None:
             return lower_right(*size)
 
     changes[varlen] = {"varlen_attn": varlen_attn}
+    import torch.nn.attention.bias as bias
+
+    # A tensor of a class of its own cannot be made while operations are watched.
+    make_bias = bias.causal_lower_right
+
+    def make_bias_unwatched(*size: int) -> torch.Tensor:
+        with _disable_current_modes():
+            return make_bias(*size)
+
+    changes[bias] = {"causal_lower_right": make_bias_unwatched}
     changes[bias] = {"causal_lower_right": causal_lower_right}
     for owner, attributes in changes.items():
         for name, value in attributes.items():
