@@ -100,21 +100,21 @@ RANGES = (
             *("microbatch_group_size_per_vp_stage", "num_distributed_optimizer_instances"),
             *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"),
             *("ffn_hidden_size", "kv_channels", "vocab_size", "padded_vocab_size"),
-            *("pad_to_multiple_of",),
-            *("seq_length", "encoder_seq_length", "max_position_embeddings", "total_seq_length"),
-            *("rotary_base", "rotary_seq_len_interpolation_factor", "recompute_num_layers"),
-            *("micro_batch_size", "global_batch_size", "eval_micro_batch_size"),
-            *("eval_global_batch_size", "packing_buffer_size", "encoder_data_parallel_size"),
-            *("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples"),
-            *("lr_wsd_decay_iters", "lr_wsd_decay_samples", "mlp_chunks_for_training"),
-            *("log_interval", "eval_interval", "save_interval", "non_persistent_save_interval"),
-            *("save_retain_interval", "tensorboard_log_interval", "tensorboard_queue_size"),
-            *("exit_interval", "exit_duration_in_mins", "distributed_timeout_minutes"),
-            *("check_weight_hash_across_dp_replicas_interval", "train_sync_interval"),
-            *("ddp_bucket_size", "ddp_num_buckets", "dist_ckpt_workers", "replication_factor"),
-            *("hysteresis", "muon_num_ns_steps", "log_memory_interval", "save_params_interval"),
-            *("save_wgrads_interval", "save_dgrads_interval", "save_activations_interval"),
-            *("save_tokens_per_expert_interval", "gpu_sniff_test_interval"),
+            *("pad_to_multiple_of", "seq_length", "encoder_seq_length", "max_position_embeddings"),
+            *("total_seq_length", "rotary_base", "rotary_seq_len_interpolation_factor"),
+            *("recompute_num_layers", "micro_batch_size", "global_batch_size"),
+            *("eval_micro_batch_size", "eval_global_batch_size", "packing_buffer_size"),
+            *("encoder_data_parallel_size", "train_iters", "train_samples", "lr_decay_iters"),
+            *("lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+            *("mlp_chunks_for_training", "log_interval", "eval_interval", "save_interval"),
+            *("non_persistent_save_interval", "save_retain_interval", "tensorboard_log_interval"),
+            *("tensorboard_queue_size", "exit_interval", "exit_duration_in_mins"),
+            *("distributed_timeout_minutes", "check_weight_hash_across_dp_replicas_interval"),
+            *("train_sync_interval", "ddp_bucket_size", "ddp_num_buckets", "dist_ckpt_workers"),
+            *("replication_factor", "hysteresis", "muon_num_ns_steps", "log_memory_interval"),
+            *("save_params_interval", "save_wgrads_interval", "save_dgrads_interval"),
+            *("save_activations_interval", "save_tokens_per_expert_interval"),
+            *("gpu_sniff_test_interval",),
         ),
     ),
     Range(
@@ -201,13 +201,10 @@ NEEDS = (
     ),
     Need(
         ("--run-encoders-ahead",),
-        lambda args, config: any(part.endswith(".encoder") for part in args.freeze),
-        "no encoder is frozen; add --freeze MODALITY.encoder",
-    ),
-    Need(
-        ("--run-encoders-ahead",),
-        lambda args, config: not args.encoder_ranks,
-        "non-colocated encoders run ahead as it is; drop the flag",
+        lambda args, config: (
+            not args.encoder_ranks and any(part.endswith(".encoder") for part in args.freeze)
+        ),
+        "it is for encoders that are frozen (--freeze MODALITY.encoder) and colocated",
     ),
     Need(
         ("--balance-stages",),
@@ -237,8 +234,7 @@ NEEDS = (
         ("--cuda-graph-impl", "--enable-cuda-graph", "--external-cuda-graph"),
         lambda args, config: (
             args.cuda_graph_impl == "none"
-            and not args.enable_cuda_graph
-            and not args.external_cuda_graph
+            and not (args.enable_cuda_graph or args.external_cuda_graph)
         ),
         "a graph needs shapes that repeat, and micro-batches differ in length, or in the bounds of "
         "their packed samples; drop the flag",
@@ -311,8 +307,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=int,
         default=128,
         metavar="N",
-        help="round the length of a batch up to a multiple of N, so that shapes repeat and a GPU "
-        "plans few of them (default: 128 with CUDA, 1 without)",
+        help="round lengths of batches up, so that shapes repeat (default: 128 with CUDA, else 1)",
     )
     group.add_argument(
         "--shuffle-buffer-size",
@@ -339,8 +334,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--run-encoders-ahead",
         action="store_true",
-        help="run frozen encoders one micro-batch ahead, on a CUDA stream of their own, beside the "
-        "language model",
+        help="run frozen encoders a micro-batch ahead, on a CUDA stream of their own",
     )
     group.add_argument(
         "--fresh",

@@ -85,7 +85,7 @@ class EncodersAhead:
     """
 
     def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
+        self.stream: torch.cuda.Stream | None = None  # until this rank has its device
         # What has begun, and how many micro-batches of this iteration are still to be read.
         self.begun: tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event] | None = None
         self.left = 0
@@ -109,6 +109,7 @@ class EncodersAhead:
     def _begin(
         self, stage: StageMimoModel, batch: Batch
     ) -> tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event]:
+        self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             features = frozen_features(stage, batch.modality_inputs)
