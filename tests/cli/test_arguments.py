@@ -342,13 +342,16 @@ def test_flags_that_do_something_are_taken(parse, flags):
         ({"fp4": "e2m1"}, 128),
         ({"fp8": "hybrid", "context_parallel_size": 1}, 32),
         ({"tensor_model_parallel_size": 3, "fp8": "hybrid"}, 96),
+        ({"pad_to_multiple_of": 12}, 24),
+        ({"fp8": "hybrid", "pad_to_multiple_of": 128}, 128),
     ],
 )
 def test_every_rank_has_whole_blocks_of_numbers_in_fp8(flags, multiple):
     """TP 2 and CP 2 cut a sequence in four; blocks are of 16 numbers, or 32."""
     layout = {"tensor_model_parallel_size": 2, "context_parallel_size": 2}
     formats = {"fp8": None, "fp8_recipe": "delayed", "fp4": None, "fp4_recipe": "nvfp4"}
-    assert padding_multiple(argparse.Namespace(**{**layout, **formats, **flags})) == multiple
+    others = {**formats, "pad_to_multiple_of": 1}
+    assert padding_multiple(argparse.Namespace(**{**layout, **others, **flags})) == multiple
 
 
 def test_every_flag_with_a_need_is_a_flag():
