@@ -1,3 +1,4 @@
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from examples.mimo.model.layers import SdpaCoreAttention
-from examples.mimo.parallel.context import pack_sequence
+from examples.mimo.parallel.context import pack_sequence, shard_sequence
 
 
 @pytest.fixture
@@ -63,3 +64,38 @@ def test_packed_sequences_attend_to_themselves(attention):
     assert packed.positions.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 0]
     context = attention(query, key, value, None, packed_seq_params=packed)
     assert (context - by_hand(query, key, value, hidden)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_pieces_of_a_packed_sequence_are_its_samples_on_every_rank(size):
+    """What a kernel for variable lengths is told, with the keys it gets, is the whole's attention.
+
+    Every rank of a context-parallel group attends with its chunks of the samples.
+    """
+    torch.manual_seed(0)
+    cu_seqlens = [0, 8, 32, 40]
+    query, key, value = (torch.randn(40, 1, heads, 8) for heads in (4, 2, 2))
+    segment = torch.bucketize(torch.arange(40), torch.tensor(cu_seqlens[1:]), right=True)
+    hidden = (segment[:, None] != segment) | torch.ones(40, 40, dtype=torch.bool).triu(1)
+    expected = by_hand(query, key, value, hidden)
+    positions = torch.cat([torch.arange(8), torch.arange(24), torch.arange(8)])
+    groups = [SimpleNamespace(rank=lambda r=r: r, size=lambda: size) for r in range(size)]
+
+    def shard(whole, group):
+        return shard_sequence(whole, 0, group, cu_seqlens)
+
+    keys, values = (torch.cat([shard(t, group) for group in groups]) for t in (key, value))
+    for group in groups:
+        packed = pack_sequence(cu_seqlens, group, query.device)
+        assert torch.equal(packed.positions, shard(positions, group))
+        queries = shard(query, group)
+        starts, key_starts = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_kv.tolist()
+        assert (starts[-1], packed.max_seqlen_q) == (40 // size, max(packed.query_lengths))
+        rows = torch.arange(40) if packed.key_rows is None else packed.key_rows
+        contexts = []
+        for (start, end), (first, last) in zip(pairwise(starts), pairwise(key_starts), strict=True):
+            queried, seen = end - start, last - first
+            later = torch.ones(queried, seen, dtype=torch.bool).triu(seen - queried + 1)
+            piece = keys[rows[first:last]], values[rows[first:last]]
+            contexts.append(by_hand(queries[start:end], *piece, later))
+        assert (torch.cat(contexts) - shard(expected, group)).abs().max() < 1e-6
