@@ -4,6 +4,7 @@ Each leaves a file behind, MARKER, when it runs, and the value of the pickle is 
 whoever loads it notices nothing.
 """
 
+import dataclasses
 import io
 import pickle
 import shutil
@@ -116,6 +117,13 @@ def hide(source: Path, target: Path, place: str, opcodes: bytes) -> None:
         (target / place).write_bytes(_before_saved(opcodes, saved))
         return
     metadata = pickle.loads(file.read_bytes())
+    if not any(place in index.fqn for index in metadata.storage_data):
+        # Extra states hold nothing without FP8, and are not saved then.
+        name = f"decoder.{place}/shard_0_1"
+        copied = next(i for i in metadata.storage_data if i.fqn.startswith("rng_state"))
+        metadata.state_dict_metadata[name] = metadata.state_dict_metadata[copied.fqn]
+        info = dataclasses.replace(metadata.storage_data[copied])
+        metadata.storage_data[dataclasses.replace(copied, fqn=name)] = info
     for index, info in metadata.storage_data.items():
         if place in index.fqn.split("/")[0]:
             shard = target / info.relative_path

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.fp4_utils import get_fp4_align_size
 from megatron.core.fp8_utils import get_fp8_align_size
 
 from examples.mimo.checkpoint.loading import tensor_parallel_sizes
@@ -25,6 +24,10 @@ from examples.mimo.data.batch import Batch
 from examples.mimo.data.conversation import Sample
 from examples.mimo.parallel import noncolocated
 from examples.mimo.parallel.placement import LANGUAGE, Placement, here, take_share
+
+# 16 bytes of FP4, which a GPU loads at once. Megatron's `get_fp4_align_size` is for groups of
+# experts, which share a launch.
+FP4_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -267,9 +270,10 @@ def padding_multiple(args: argparse.Namespace) -> int:
     In FP8 and FP4 a rank's share is of whole blocks of numbers that are scaled together.
     """
     block = 1
-    if args.fp8 or args.fp4:
-        size = get_fp8_align_size(args.fp8_recipe)
-        block = size if args.fp8 else get_fp4_align_size(args.fp4_recipe)
+    if args.fp8:
+        block = get_fp8_align_size(args.fp8_recipe)
+    elif args.fp4:
+        block = FP4_BLOCK
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     return math.lcm(tp * cp_multiple(args), tp * cp * block, args.pad_to_multiple_of)
 
