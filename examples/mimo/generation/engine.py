@@ -23,6 +23,7 @@ from examples.mimo.generation.reuse import (
     PromptUnits,
     Unit,
     prompt_units,
+    reserve_on_all_ranks,
     shared_length,
     usable_length,
 )
@@ -121,9 +122,8 @@ NOTHING_REUSED = ReusedPrefix()
 class Engine:
     """Generates tokens for many sequences at once; `forbidden` tokens are never chosen.
 
-    Any of `end_ids` ends its sequence.
-    `prefix_cache` finished sequences are kept, for prompts that start alike. With `cuda_graphs`
-    tokens are decoded by CUDA graphs.
+    Any of `end_ids` ends its sequence. `prefix_cache` finished sequences are kept, for prompts that
+    start alike. With `cuda_graphs` tokens are decoded by CUDA graphs.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Engine:
         if not self.sequences and is_too_small:
             # Nothing to keep: the old tensors go before the new ones come.
             self.cache = self.transformer.new_cache()
-        self.cache.reserve(len(sequences), length)
+        reserve_on_all_ranks(self.cache, len(sequences), length)
 
     def _next_prefill(
         self, waiting: list[ActiveSequence]
