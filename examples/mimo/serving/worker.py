@@ -236,8 +236,9 @@ class Worker:
         try:
             pieces = function()
         except Exception as exception:
-            log.exception("the model failed")
             error = _in_one_line(exception)
+            # Where the memory ended says nothing about the fault.
+            log.error("the model failed: %s", error, exc_info=NO_MEMORY not in error)
         try:
             error = self._first_error(error)
         except RuntimeError as lost:
