@@ -67,19 +67,20 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     splits, records = on_rank_zero(lambda: (splits, records))
     scores: dict[str, Any] = {"checkpoint": str(checkpoint.weights), "scores": {}}
     first = splits[0]
+    score = functools.partial(_score, answerer, args.data, args.batch_size)
     for split in splits:
-        scores["scores"][split] = _score(answerer, records[split], args.data, split)
+        scores["scores"][split] = score(records[split], split)
     for name, modality in answerer.config.modalities.items():
         title = f"{first}, {modality.singular} blanked"
         with_media = [r for r in records[first] if _has_media(r, name, answerer.config)]
         if with_media:
-            scores["scores"][title] = _score(answerer, with_media, args.data, title, blank=[name])
+            scores["scores"][title] = score(with_media, title, blank=[name])
     example = records[first][0]
     # Python reads NaN, which is no JSON to anybody else.
     example = json.loads(json.dumps(example), parse_constant=str)
     scores["example"] = {**example, "answer": scores["scores"][first].pop("first_answer")}
-    for score in scores["scores"].values():
-        score.pop("first_answer", None)
+    for result in scores["scores"].values():
+        result.pop("first_answer", None)
     return scores
 
 
@@ -98,8 +99,9 @@ def heldout_splits(data: Path) -> list[str]:
 
 def _score(
     answerer: Mimo,
-    records: list[dict[str, Any]],
     root: Path,
+    batch_size: int,
+    records: list[dict[str, Any]],
     title: str,
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def _score(
         for record, (turns, _) in zip(records, pairs, strict=True)
     ]
     clock = ProgressBar(title, len(records))
-    answers = answerer.answer(samples, Options(max_new_tokens=32), progress=clock)
+    answers = answerer.answer(samples, Options(max_new_tokens=32), batch_size, progress=clock)
     hits = [
         is_right(record, expected, answer.text)
         for record, (_, expected), answer in zip(records, pairs, answers, strict=True)
@@ -209,6 +211,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=int, metavar="N", help="only the first N of each split")
     parser.add_argument("--output", type=Path, help="default CKPT/eval.json")
+    parser.add_argument(
+        "--batch-size",
+        type=command.at_least(1),
+        default=64,
+        metavar="N",
+        help="answers at once, default 64; fewer where memory is short",
+    )
     parser.add_argument(
         "--tp", type=command.at_least(1), default=1, help="tensor-parallel size, under torchrun"
     )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from examples.mimo.cli import command
 from tests.helpers.commands import ROOT
@@ -233,6 +234,24 @@ def test_children_end_with_a_command_however_it_ends(number):
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), "x: No such file"),
         (RuntimeError("[enforce fail] rv != -1. Too many open files"), "Too many open files; rai"),
         (RuntimeError("can't start new thread"), "can't start new thread; raise the number of"),
+        (MemoryError(), "out of memory; free memory, or use"),
+        (MemoryError("Unable to allocate 3.00 GiB"), "Unable to allocate 3.00 GiB; free memory"),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+                "79.10 GiB of which 1.20 GiB is free. Including more. See more."
+            ),
+            "CUDA out of memory; Tried to allocate 2.00 GiB; GPU 0 has a total capacity of "
+            "79.10 GiB of which 1.20 GiB is free; free memory, or",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate 40 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes; free",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "CUDA error: out of memory; free"),
         (OSError("without a number"), None),
         (RuntimeError("a bug"), None),
         (KeyError("a bug"), None),

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from megatron.core.transformer import TransformerConfig
 
 from examples.mimo import compat
 from examples.mimo.cli import command
+from examples.mimo.model.encoder import encoder_transformer_config
 from tests.helpers.commands import ROOT
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -114,6 +116,15 @@ def test_without_a_compiler_nothing_is_compiled_and_one_line_says_so(tmp_path):
     lines = [line for line in err.splitlines() if "missing" in line]
     assert len(lines) == 1
     assert "a C compiler (gcc or clang, or $CC) is missing" in lines[0]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_encoders_fuse_what_the_language_model_does(build_model, fused):
+    language = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, bias_dropout_fusion=fused
+    )
+    sizes = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    assert encoder_transformer_config(language, **sizes).bias_dropout_fusion is fused
 
 
 ROTARY = """

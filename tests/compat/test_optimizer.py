@@ -13,6 +13,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_s
 from megatron.training.utils import common_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from examples.mimo.cli.arguments import parse_arguments
 from examples.mimo.compat.optimizer import (
     GroupStepAdam,
     copy_tensors,
@@ -314,3 +315,10 @@ def test_nothing_is_replaced_where_apex_or_transformer_engine_is(monkeypatch):
     monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(megatron_optimizer, "Adam", type("FusedAdam", (), {}))
     assert optimizer_replacements() == []
+
+
+def test_offloading_this_optimizer_is_refused(build_model):
+    """Megatron's hybrid optimizer sets back the step of a group that has one, after a resume."""
+    flags = ("--bf16", "--use-distributed-optimizer", "--use-precision-aware-optimizer")
+    with pytest.raises(ValueError, match="--optimizer-cpu-offload needs Transformer Engine, whose"):
+        parse_arguments([*flags, "--optimizer-cpu-offload"])

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import re
 import select
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,16 @@ import soundfile
 import torch
 from PIL import Image
 
+from examples.mimo.checkpoint.description import open_checkpoint
+from examples.mimo.generation import Mimo, api
 from examples.mimo.generation.sampling import Options
+from examples.mimo.generation.scheduler import Scheduler
 from examples.mimo.generation.transformer import KeyValueCache
 from examples.mimo.modalities.files import Blob
 from examples.mimo.serving.app import Budget, BudgetSpentError
 from examples.mimo.serving.openai import Chat, decoded_size
 from examples.mimo.serving.worker import CacheTooSmallError, Worker
+from tests.helpers import ranks
 from tests.helpers.served import KEY, Served, answer_of, says, until
 
 pytest.importorskip("starlette")
@@ -198,6 +203,130 @@ def test_a_cache_gives_back_what_it_does_not_need():
     assert cache.keys[0, :, 0, 0, :128].tolist() == [[float(slot)] * 128 for slot in range(3)]
     cache.reserve(4, 300)
     assert (cache.batch_size, cache.length) == (4, 512)
+
+
+# 1,024 tokens of the tiny model in half of it; a quarter is for the prefix cache, and half of the
+# rest for growing: three slots of 128 tokens.
+LITTLE = 2 * 1024 * 2048
+QUESTIONS = [f"Digit {word}. Which digit is this?" for word in ("one", "two", "three", "four")] * 2
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    monkeypatch.setattr(api, "free_bytes", lambda device: LITTLE)
+
+
+@pytest.fixture
+def slots(monkeypatch):
+    """The tokens that the cache's slots held, before and after each time that they changed."""
+    seen, reserve = [], KeyValueCache.reserve
+
+    def reserve_and_see(self, *size):
+        before = self.batch_size * self.length
+        reserve(self, *size)
+        seen.append((before, self.batch_size * self.length))
+
+    monkeypatch.setattr(KeyValueCache, "reserve", reserve_and_see)
+    return seen
+
+
+def test_answers_wait_until_the_free_memory_holds_them(checkpoint, build_model, monkeypatch, slots):
+    """In Python, and so in evaluate.py; on several ranks the one with the least decides."""
+    expected = Mimo(open_checkpoint(checkpoint)).generate(QUESTIONS)
+    assert max(after for _, after in slots) == 8 * 128
+    slots.clear()
+    monkeypatch.setattr(api, "free_bytes", lambda device: LITTLE)
+    model = Mimo(open_checkpoint(checkpoint))
+    assert model.generate(QUESTIONS) == expected
+    assert max(after for _, after in slots) == 3 * 128
+    # What a cache is copied from and to fits, too, beside the prefixes.
+    assert max(before + after for before, after in slots) <= 1024 - 1024 // 4
+    assert model.generate(QUESTIONS[:2], batch_size=1) == expected[:2]
+
+
+def test_an_answer_that_the_free_memory_cannot_hold_is_refused(
+    checkpoint, build_model, monkeypatch, little_memory
+):
+    """Each with both numbers; those beside it are answered."""
+    model = Mimo(open_checkpoint(checkpoint))
+    longer = Scheduler(model.engine, model.tokenizer, 4096)
+    monkeypatch.setattr(model, "scheduler", lambda: longer)
+    message = r"sample prompt: the prompt and its answer may take 512 tokens of .* but 384 fit"
+    with pytest.raises(ValueError, match=message):
+        model.generate("hi", max_new_tokens=400)
+    with pytest.raises(ValueError, match=message):
+        list(model.stream("hi", max_new_tokens=400))
+    samples = [model.encode({"key": str(n), "conversations": says()["messages"]}) for n in range(2)]
+    long, short = samples[0], samples[1]
+    long.tokens.ids.extend(long.tokens.ids[-1:] * 400)
+    answers = dict(model.iter_answers(iter([(0, long), (1, short)]), Options(max_new_tokens=4)))
+    assert "but 384 fit" in answers[0].error
+    assert answers[1].error is None
+    assert len(answers[1].tokens) > 0
+
+
+def test_too_little_memory_for_any_answer_is_one_line(checkpoint, build_model, monkeypatch):
+    monkeypatch.setattr(api, "free_bytes", lambda device: 100_000)
+    with pytest.raises(ValueError, match=r"room for \d+ tokens, in 50,000 bytes, but at least 128"):
+        Mimo(open_checkpoint(checkpoint))
+
+
+def test_files_of_questions_are_answered_within_the_free_memory(
+    command, little_memory, slots, tmp_path
+):
+    lines = [{"prompt": question} for question in QUESTIONS]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    command("--input", str(source), "--output", str(target))
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert sorted(answer["line"] for answer in answers) == list(range(1, 9))
+    assert all(answer["answer"] for answer in answers)
+    assert max(after for _, after in slots) == 3 * 128
+
+
+def test_a_rank_without_memory_is_one_line_that_says_what_to_lower(checkpoint, tmp_path):
+    """The last rank alone lacks it; the other does not wait for it in the next collective."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f"{json.dumps({'prompt': question})}\n" for question in QUESTIONS))
+    flags = ("--tp", "2", "--input", str(source), "--output", str(tmp_path / "out"))
+    script = "tests/helpers/small_gpu.py"
+    done = ranks.run(script, "avlm_inference", "--ckpt", str(checkpoint), *flags, processes=2)
+    assert done.returncode == 2, done.stderr
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+    assert re.match(r"avlm_inference.py( \[rank 1\])?: error: out of memory: no room", done.stderr)
+    assert "lower --batch-size or --max-new-tokens" in done.stderr
+
+
+def test_a_cache_that_cannot_grow_keeps_what_it_has(checkpoint, build_model, monkeypatch):
+    """The prompts that it would have grown for get the error, and the others go on."""
+    model = Mimo(open_checkpoint(checkpoint))
+    expected = model.generate(QUESTIONS[:2])
+    samples = [
+        model.encode({"key": text, "conversations": [{"role": "user", "content": text}]})
+        for text in QUESTIONS[:3]
+    ]
+    scheduler, options, answers = model.scheduler(), Options(), {}
+
+    def keep(pieces):
+        answers.update({piece.number: piece.answer for piece in pieces if piece.answer})
+
+    keep(scheduler.start([(n, samples[n], options) for n in range(2)]))
+    keep(scheduler.step())
+    with monkeypatch.context() as patch:
+
+        def fail(self, slots, length):
+            self.keys = self.keys.new_zeros(0)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        patch.setattr(KeyValueCache, "reserve", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="no room for 3 slots of"):
+            scheduler.start([(2, samples[2], options)])
+    scheduler.abort([2])
+    while len(scheduler):
+        keep(scheduler.step())
+    assert [answers[n].text for n in range(2)] == expected
+    keep(scheduler.start([(2, samples[2], options)]))
+    scheduler.cancel_all()
 
 
 @pytest.mark.parametrize("line", ["Transfer-Encoding: chunked", "transfer-encoding: Chunked"])

@@ -1,11 +1,15 @@
 """The forward pass for answering computes what Megatron's modules compute."""
 
+import contextlib
 import dataclasses
+import weakref
 from itertools import pairwise
 
 import pytest
 import torch
 
+from examples.mimo.cli import command
+from examples.mimo.generation.reuse import DecodingGraphs, DecodingStep, capture_on_cuda
 from examples.mimo.generation.transformer import CachedTransformer, layer_weights
 
 BATCH, LENGTH = 3, 90
@@ -105,3 +109,104 @@ def test_a_parameter_that_nobody_knows_is_refused(case):
     with pytest.raises(ValueError, match="does not know the parameter gamma of a language layer"):
         layer_weights(layer, 1e-5)
     del layer.gamma
+
+
+@torch.no_grad()
+def test_the_host_waits_for_no_copy_of_positions(case, monkeypatch):
+    """They come from pinned memory, whose copy to the device it need not see finished."""
+    transformer, embedded, _ = case
+    cache = new_cache(transformer, BATCH, LENGTH)
+    step = DecodingStep(transformer, cache, BATCH)
+    tensor, to, pinned, moved = torch.tensor, torch.Tensor.to, [], []
+
+    def made(*args, **kwargs):
+        pinned.append(kwargs.get("pin_memory", False))
+        return tensor(*args, **kwargs)
+
+    def sent(self, *args, **kwargs):
+        moved.append(kwargs.get("non_blocking", False))
+        return to(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", made)
+        patch.setattr(torch.Tensor, "to", sent)
+        step.fill(embedded[:, :1], [3, 1, 2])
+        transformer.forward(embedded[:, :1], cache, 0, [3, 1, 2])
+    assert step.positions.tolist() == [[3], [1], [2]]
+    assert pinned == [True, True]
+    # What else is moved is on the device already: the rotary table.
+    assert moved[:2] == [True, True]
+
+
+def test_a_capture_survives_what_other_threads_call(case, monkeypatch):
+    """As Megatron's own captures: NCCL and a server have threads that call CUDA."""
+    transformer, embedded, _ = case
+    modes = []
+
+    class Graph:
+        def replay(self):
+            pass
+
+    @contextlib.contextmanager
+    def graph(graph, **settings):
+        modes.append(settings.get("capture_error_mode"))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    cache = new_cache(transformer, BATCH, LENGTH)
+    step = DecodingStep(transformer, cache, BATCH)
+    with torch.no_grad():
+        step.fill(embedded[:, :1], [0] * BATCH)
+        capture_on_cuda(step)
+    assert modes == ["thread_local"]
+
+
+class Recorded:
+    """Stands for a graph; in a reference cycle, as what a server holds is."""
+
+    def __init__(self, step):
+        self.step, self.itself = step, self
+
+    def __call__(self):
+        return self.step.run()
+
+
+@torch.no_grad()
+def test_graphs_go_before_the_process_group_does(case, monkeypatch):
+    """NCCL waits for a graph that holds its kernels, and the process would not end."""
+    transformer, embedded, _ = case
+    recorded, alive = [], []
+
+    def capture(step):
+        replay = Recorded(step)
+        recorded.append(weakref.ref(replay))
+        return replay
+
+    def destroy():
+        alive.append([graph() is not None for graph in recorded])
+
+    graphs, gone = DecodingGraphs(transformer, capture), DecodingGraphs(transformer, capture)
+    cache = new_cache(transformer, BATCH, LENGTH)
+    for size in (3, 2, 3):
+        graphs.forward(embedded[:size, :1], cache, [0] * size)
+    assert [graph() is not None for graph in recorded] == [True, True]
+    del gone
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy)
+    command.leave_process_group()
+    assert alive == [[False, False]]
+
+
+@torch.no_grad()
+def test_a_cache_that_is_replaced_or_grows_is_freed_although_graphs_remember_it(case):
+    transformer, embedded, _ = case
+    graphs = DecodingGraphs(transformer, Recorded)
+    cache = new_cache(transformer, BATCH, LENGTH)
+    expected = graphs.forward(embedded[:, :1], cache, [0] * BATCH).clone()
+    keys, values = weakref.ref(cache.keys), weakref.ref(cache.values)
+    cache.reserve(BATCH + 1, 300)
+    assert keys() is values() is None
+    assert torch.allclose(graphs.forward(embedded[:, :1], cache, [0] * BATCH), expected, atol=1e-6)
+    keys = weakref.ref(cache.keys)
+    cache = new_cache(transformer, BATCH, LENGTH)
+    assert keys() is None

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from examples.mimo.checkpoint.description import open_checkpoint
@@ -16,7 +17,7 @@ from examples.mimo.generation.scheduler import Answer, Piece
 from examples.mimo.serving.app import Limits, Server
 from examples.mimo.serving.worker import QueueFullError, Worker, WorkerFailedError
 from tests.helpers.commands import QUESTION
-from tests.helpers.failing_serve import ALONE, LATE, START
+from tests.helpers.failing_serve import ALONE, LATE, SLOTS, START
 from tests.helpers.served import Served, answer_of, says, until, user
 
 
@@ -132,7 +133,7 @@ def test_a_prompt_that_cannot_start_fails_alone(worker):
     worker.scheduler.gate.release(100)
     heard = submitted(worker, [2, "start", 3])
     thread = at_work(worker)
-    reason = "MemoryError: no room for this prompt"
+    reason = "no memory: MemoryError: no room for this prompt"
     assert outcomes(heard) == ["answered", reason, "answered"]
     assert worker.scheduler.started == [[0, 1, 2], [0], [1], [2]]
     assert outcomes(submitted(worker, [1])) == ["answered"]
@@ -315,6 +316,30 @@ def test_a_request_that_fails_leaves_nothing_behind(client, model, media, monkey
     assert "mimo_running 0.0" in metrics
 
 
+def test_out_of_memory_costs_the_requests_that_need_it(client, model, monkeypatch):
+    """And frees what they held, so that those after them have room."""
+    emptied, running = [], model.engine.sequences
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(running)))
+    reply = ask(client, user(QUESTION))[1]
+    expected, length = answer_of(reply), reply["usage"]["prompt_tokens"]
+    forward = model.engine.transformer.forward
+
+    def forward_with_little_memory(hidden, cache, first_slot, starts):
+        if hidden.shape[1] > 1 and hidden.shape[1] + max(starts) > length:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(hidden, cache, first_slot, starts)
+
+    monkeypatch.setattr(model.engine.transformer, "forward", forward_with_little_memory)
+    bodies = [user(QUESTION), user(f"{QUESTION} {QUESTION}")] * 4
+    with ThreadPoolExecutor(8) as clients:
+        replies = list(clients.map(lambda body: ask(client, body), bodies))
+    assert [status for status, _ in replies] == [200, 500] * 4
+    assert {answer_of(reply) for status, reply in replies if status == 200} == {expected}
+    assert len(emptied) >= 4
+    assert not running
+    assert client.get("/health").status_code == 200
+
+
 def test_a_stream_that_fails_ends_with_an_error(client, model, monkeypatch):
     whole = answer_of(ask(client, user(QUESTION))[1])
     break_after(monkeypatch, model, 4, RuntimeError("no"))
@@ -424,6 +449,13 @@ def test_ranks_fail_together_or_end_together(checkpoint, served):
         assert server.ask(says(max_tokens=fault))[0] == 500
         status, reply = server.ask({"messages": [user(QUESTION)]})
         assert (status, answer_of(reply)) == (200, expected)
+    # One rank alone has no memory as prompts start: the others give up and go on with it. At this
+    # temperature answers are long, so that all are generated at once.
+    many = says(n=16, temperature=5, max_tokens=60)
+    assert server.ask(many)[0] == 500
+    status, reply = server.ask({"messages": [user(QUESTION)]})
+    assert (status, answer_of(reply)) == (200, expected)
+    assert len(server.ask({**many, "n": SLOTS})[1]["choices"]) == SLOTS
     answers_beside_faults(server, served, 30, 4)
     *_, error = server.stream(says(max_tokens=LATE))
     assert error["error"]["type"] == "server_error"

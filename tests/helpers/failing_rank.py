@@ -1,8 +1,8 @@
 """`train.py` on mock data, of which rank 1 cannot read all.
 
 `failing_rank.py ERROR [flags of train.py]`: from the fifth sample on, rank 1 meets ERROR, the name
-of an exception. `other`: it gets another sample instead, of the same sizes, as if the right one
-could not be read.
+of an exception of Python or torch. `other`: it gets another sample instead, of the same sizes, as
+if the right one could not be read.
 """
 
 import builtins
@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 import time
+
+import torch
 
 from examples.mimo import compat
 from examples.mimo.cli import command
@@ -30,7 +32,7 @@ def read_on_rank_1(self, index):
         return read(self, index)
     if error == "other":
         return dataclasses.replace(read(self, index), key="another")
-    raise getattr(builtins, error)("the disk is gone")
+    raise (getattr(builtins, error, None) or getattr(torch, error))("the disk is gone")
 
 
 if __name__ == "__main__":

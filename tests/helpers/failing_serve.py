@@ -1,7 +1,8 @@
 """serve.py whose model fails when it is asked for so many tokens; run under torchrun.
 
 START: on every rank, as a prompt starts. LATE: on the last rank alone, after a step that all ranks
-made. ALONE: on rank 1 alone, before a step that the others then wait in.
+made. ALONE: on rank 1 alone, before a step that the others then wait in. And the last rank has no
+memory for more than SLOTS answers at once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 
 START, LATE, ALONE = 101, 102, 103
+SLOTS = 10
 # What ranks wait for one that does not come.
 AGREE_SECONDS = 3.0
 
@@ -27,11 +29,14 @@ def main() -> None:
 
     def serve_with_faults(*inputs):
         # Imported only now, as Megatron must find what serve.py has installed.
+        import torch
+
         from examples.mimo.generation.engine import Engine
+        from examples.mimo.generation.transformer import KeyValueCache
         from examples.mimo.serving import worker
 
         worker.AGREE_SECONDS = AGREE_SECONDS
-        start, step = Engine.start, Engine.step
+        start, step, reserve = Engine.start, Engine.step, KeyValueCache.reserve
 
         def start_with_faults(self, requests):
             outputs = start(self, requests)
@@ -44,7 +49,13 @@ def main() -> None:
             fail(self, LATE, last)
             return outputs
 
+        def reserve_on_a_small_gpu(self, slots, length):
+            if slots > SLOTS and rank == last:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            reserve(self, slots, length)
+
         Engine.start, Engine.step = start_with_faults, step_with_faults
+        KeyValueCache.reserve = reserve_on_a_small_gpu
         run(*inputs)
 
     serve.serve = serve_with_faults

@@ -76,6 +76,19 @@ def test_any_error_of_one_rank_ends_the_others_at_once(error, layout):
     assert [line[15] for line in said] == ["0"], done.stderr
 
 
+@pytest.mark.parametrize("error", ["OutOfMemoryError", "MemoryError"])
+def test_a_rank_without_memory_is_one_line_that_says_what_to_lower(error):
+    flags = (error, "--train-iters", "100", *ONE_EACH)
+    done = ranks.run(FAILING_RANK, *flags, processes=2)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("train.py [rank 1]: error: ")
+    assert "lower --micro-batch-size, add --recompute-granularity full" in said[0]
+    assert re.search(WHERE, said[0])
+
+
 @pytest.mark.parametrize("layout", OTHER_SAMPLES)
 def test_ranks_that_read_other_samples_than_they_must_end_the_run(layout):
     processes, flags = OTHER_SAMPLES[layout]

@@ -264,6 +264,11 @@ def refuse_idle_flags(args: argparse.Namespace, config: Any, argv: Sequence[str]
             f"--data-path {' '.join(args.data_path)}: one folder, or one mixture of folders, is "
             "read; write a mixture to train on several"
         )
+    if args.optimizer_cpu_offload and not has_transformer_engine():
+        raise ValueError(
+            "--optimizer-cpu-offload needs Transformer Engine, whose Adam it resumes; "
+            "install it, or split the optimizer's state over ranks with --use-distributed-optimizer"
+        )
     if args.wandb_project:
         _check_wandb(args)
 

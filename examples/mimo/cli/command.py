@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,6 +58,21 @@ LIMITS = {
     os.strerror(errno.ENOSPC): "see the folders that are written, and /tmp and /dev/shm",
     os.strerror(errno.ENOMEM): "free memory, or use smaller batches",
 }
+# What to lower where a command has no memory left, on a GPU or in the machine.
+SPLIT = "or split the model over more ranks with --tp and --pp"
+OUT_OF_MEMORY = {
+    "train.py": "lower --micro-batch-size, add --recompute-granularity full --recompute-method "
+    "uniform --recompute-num-layers 1, or raise --tensor-model-parallel-size; --dry-run estimates "
+    "what a run holds",
+    "avlm_inference.py": f"lower --batch-size or --max-new-tokens, {SPLIT}",
+    "evaluate.py": f"lower --batch-size, {SPLIT}",
+    "serve.py": f"lower --max-cache-gigabytes or --max-batch, {SPLIT}",
+}
+# How libraries say it, beside `torch.OutOfMemoryError`: the driver, cuBLAS, NCCL, torch on CPUs.
+OUT_OF_MEMORY_WORDS = (
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "failure 2 'out of memory'"),
+    *("failure 'out of memory'", "DefaultCPUAllocator: can't allocate memory"),
+)
 # In a folder that a run writes to; see `hold_folder`.
 LOCK_FILE = ".in_use"
 # Of <sys/prctl.h>.
@@ -70,15 +86,20 @@ class RunError(ValueError):
     """
 
 
+_command = ""
+
+
 def run(command: str, main: Callable[[], None]) -> None:
     """Call `main`; a ValueError ends the process with one line on stderr and exit status 2.
 
-    So do errors of the system, such as a full disk. Any other error has a traceback; it ends a rank
-    at once too, and torchrun the others. No process that `main` forks outlives this one.
+    So do errors of the system, such as a full disk or memory. Any other error has a traceback; it
+    ends a rank at once too, and torchrun the others. No process that `main` forks outlives it.
 
     Under torchrun every rank meets a wrong input alike, so rank 0 reports for all, and the others
     wait for torchrun to end them; once ranks differ (`report_every_rank`), each reports its own.
     """
+    global _command
+    _command = command
     try:
         end_children_with_this_process()
         check_source_tree()
@@ -100,7 +121,7 @@ def run(command: str, main: Callable[[], None]) -> None:
         _exit_now(1)
 
 
-def one_line(error: Exception) -> str | None:
+def one_line(error: BaseException) -> str | None:
     """What a user is told of an error that the input or the system caused; None for any other."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and isinstance(
@@ -118,10 +139,32 @@ def one_line(error: Exception) -> str | None:
     # Without a number it is no error of the system.
     if isinstance(error, OSError) and error.errno is not None and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if is_out_of_memory(error):
+        remedy = OUT_OF_MEMORY.get(_command, LIMITS[os.strerror(errno.ENOMEM)])
+        return f"{_lack_of_memory(error)}; {remedy}"
     for limit, remedy in LIMITS.items():
         if isinstance(error, (OSError, RuntimeError)) and limit in str(error):
             return f"{limit}; {remedy}"
     return error.strerror if isinstance(error, OSError) and error.errno is not None else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the machine has no memory left for what was to be allocated."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in OUT_OF_MEMORY_WORDS)
+
+
+def _lack_of_memory(error: BaseException) -> str:
+    """What was to be allocated and what is free, of the many sentences that torch writes."""
+    text = " ".join(str(error).split()).removesuffix(".") or "out of memory"
+    sentences = re.split(r"\. (?=[A-Z])", text)
+    first = next((n for n, sentence in enumerate(sentences) if "memory" in sentence.lower()), 0)
+    numbers = re.compile("Tried to allocate|GPU [0-9]+ has a total")
+    return "; ".join(
+        [sentences[first], *(s for s in sentences[first + 1 : first + 4] if numbers.match(s))]
+    )
 
 
 def _report(command: str, line: str, error: Exception) -> NoReturn:
@@ -130,12 +173,13 @@ def _report(command: str, line: str, error: Exception) -> NoReturn:
     rank = rank if rank.isdecimal() else "0"
     single = os.environ.get("WORLD_SIZE", "1") == "1"
     _say_nothing_more()
-    if rank != "0" and not (_every_rank_reports and line):
+    # Of the run, wherever it is met: a rank without memory may be the only one.
+    of_the_run = int((isinstance(error, RunError) or is_out_of_memory(error)) and bool(line))
+    if rank != "0" and not of_the_run and not (_every_rank_reports and line):
         # torchrun ends all ranks as soon as one exits: before rank 0 has reported, if this
         # rank is faster. A rank that outlives the wait met an error that rank 0 did not.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(RANK_ZERO_REPORTS_WITHIN)
-    of_the_run = int(isinstance(error, RunError) and bool(line))
     is_told = count_reports(of_the_run) > of_the_run
     if line and not is_told:
         names_rank = rank != "0" or (_every_rank_reports and not single)
@@ -196,10 +240,21 @@ def _exit_now(status: int) -> NoReturn:
     os._exit(status)
 
 
+_before_leaving: list[weakref.WeakMethod[Callable[[], None]]] = []
+
+
+def before_leaving(method: Callable[[], None]) -> None:
+    """Call a method before the process group is closed, if its object still lives then."""
+    _before_leaving.append(weakref.WeakMethod(method))
+
+
 def leave_process_group() -> None:
     """Close the process group: gloo's threads may abort a process that ends while they run."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
+        for reference in _before_leaving:
+            if (method := reference()) is not None:
+                method()
         torch.distributed.destroy_process_group()
 
 

@@ -244,7 +244,14 @@ class RunObserver:
         """Turn errors that the input, the system or another rank caused into a line of its own."""
         try:
             yield
-        except (ImportError, AssertionError, RuntimeError, OSError, *CHECKPOINT_ERRORS) as error:
+        except (
+            ImportError,
+            AssertionError,
+            MemoryError,
+            RuntimeError,
+            OSError,
+            *CHECKPOINT_ERRORS,
+        ) as error:
             lost = self.lost_rank(error) if isinstance(error, RuntimeError) else None
             if lost is None and self._is_saving(error):
                 self._give_up_saving(error)
@@ -252,7 +259,8 @@ class RunObserver:
             if explanation is None:
                 raise
             # A full disk, say, ends every rank, and one says so.
-            kind = RunError if isinstance(error, OSError) else ValueError
+            is_shared = isinstance(error, OSError) or command.is_out_of_memory(error)
+            kind = RunError if is_shared else ValueError
             raise kind(explanation) from None
 
     def _explain(self, error: BaseException) -> str | None:
@@ -264,6 +272,8 @@ class RunObserver:
         if isinstance(error, AssertionError):
             mismatch = schedule_mismatch(error)
             return mismatch and f"--load {self.args.load}: {mismatch}"
+        if command.is_out_of_memory(error):
+            return f"{command.one_line(error)}; in: {self.phase}; {self._kept()}"
         if isinstance(error, OSError):
             # TensorBoard writes in a thread, and its errors name no file.
             frames = traceback.extract_tb(error.__traceback__)

@@ -87,6 +87,7 @@ class Mimo:
         self.engine = Engine(
             self.model, self.config, self.tokenizer.end_ids, forbidden, prefix_cache, cuda_graphs
         )
+        self.limit_cache()
 
     @overload
     def generate(
@@ -145,10 +146,11 @@ class Mimo:
     def limit_cache(self, max_bytes: int | None = None) -> int:
         """Bound the key/value cache; returns how many tokens its slots hold, alike on all ranks.
 
-        By default it takes half of the memory that is free. A quarter of it, or less, is for the
-        prefix cache; of the rest half is kept for copying the slots when they grow.
+        By default, as after loading, it takes half of the memory that is free. A quarter of it, or
+        less, is for the prefix cache; of the rest half is kept for copying the slots when they
+        grow.
         """
-        from examples.mimo.generation.transformer import LENGTH_STEP, free_bytes
+        from examples.mimo.generation.transformer import LENGTH_STEP
 
         transformer, prefixes = self.engine.transformer, self.engine.prefix_cache.size
         max_bytes = free_bytes(transformer.device) // 2 if max_bytes is None else max_bytes
@@ -161,8 +163,9 @@ class Mimo:
         tokens = (total - share) // 2 // LENGTH_STEP * LENGTH_STEP
         if not tokens:
             raise ValueError(
-                f"the key/value cache has room for {(total - share) // 2:,} tokens, but at least "
-                f"{LENGTH_STEP} are needed; give it more memory"
+                f"the key/value cache has room for {(total - share) // 2:,} tokens, in "
+                f"{max_bytes:,} bytes, but at least {LENGTH_STEP} are needed; give it more memory, "
+                "or split the model with --tp and --pp"
             )
         transformer.max_cache_tokens = tokens
         self.engine.cache = transformer.new_cache()
@@ -219,10 +222,15 @@ class Mimo:
     ) -> Iterator[tuple[int, Answer]]:
         """Answers as they are done, with the numbers that their samples came with.
 
-        At most `batch_size` sequences run at once. They start in the order of their length, over a
-        look-ahead of a few batches, so that prompts of one length are prefilled together. Sampled
-        answers have the seed plus their number, so they do not depend on the batch size.
+        At most `batch_size` sequences run at once, fewer where the key/value cache holds no more;
+        a sample that never fits it is answered with an error. They start in the order of their
+        length, over a look-ahead of a few batches, so that prompts of one length are prefilled
+        together. Sampled answers have the seed plus their number, so they do not depend on the
+        batch size.
         """
+        from examples.mimo.generation.engine import LENGTH
+        from examples.mimo.generation.scheduler import Answer
+
         scheduler = self.scheduler()
         waiting: list[tuple[int, Sample]] = []
         try:
@@ -231,11 +239,17 @@ class Mimo:
                     numbered_sample = next(samples, None)
                     if numbered_sample is None:
                         break
-                    waiting.append(numbered_sample)
+                    if error := scheduler.cache_error(numbered_sample[1], options):
+                        yield numbered_sample[0], Answer("", [], LENGTH, error=error)
+                    else:
+                        waiting.append(numbered_sample)
                 pieces: list[Piece] = []
+                free = 0
                 if waiting and 2 * len(scheduler) <= batch_size:
                     waiting.sort(key=lambda pair: len(pair[1].tokens.ids))
-                    free = batch_size - len(scheduler)
+                    first = waiting[: batch_size - len(scheduler)]
+                    free = scheduler.count_that_fit([(sample, options) for _, sample in first])
+                if free:
                     batch, waiting = waiting[:free], waiting[free:]
                     pieces = scheduler.start(
                         [(n, sample, options.with_seed_offset(n)) for n, sample in batch]
@@ -250,9 +264,11 @@ class Mimo:
     def stream_answer(self, sample: Sample, options: Options = DEFAULT_OPTIONS) -> Iterator[Piece]:
         """Pieces of one answer as they are generated; the last one has the whole answer.
 
-        ValueError when the model cannot go on.
+        ValueError when the model cannot go on, or the key/value cache is too small.
         """
         scheduler = self.scheduler()
+        if error := scheduler.cache_error(sample, options):
+            raise ValueError(f"sample {sample.key}: {error}")
         try:
             pieces = scheduler.start([(0, sample, options)])
             while pieces:
@@ -296,6 +312,17 @@ class Mimo:
                 raise ValueError("nothing to answer: give a prompt or a file")
             prompt = prompt_content(prompt, sources)
         return {"key": key, "conversations": [{"role": "user", "content": prompt}], **sources}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free for a rank, on its GPU or of its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for line in Path("/proc/meminfo").read_text().splitlines() if os.name == "posix" else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 // ranks
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
 
 
 def _is_parts(prompt: object) -> bool:

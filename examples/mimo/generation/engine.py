@@ -23,6 +23,7 @@ from examples.mimo.generation.reuse import (
     PromptUnits,
     Unit,
     prompt_units,
+    reserve_on_all_ranks,
     shared_length,
     usable_length,
 )
@@ -198,7 +199,7 @@ class Engine:
         if not self.sequences and is_too_small:
             # Nothing to keep: the old tensors go before the new ones come.
             self.cache = self.transformer.new_cache()
-        self.cache.reserve(len(sequences), length)
+        reserve_on_all_ranks(self.cache, len(sequences), length)
 
     def _next_prefill(
         self, waiting: list[ActiveSequence]

@@ -6,17 +6,26 @@ one per operation.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
+from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import EncoderInputs, Sample
-from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache, Positions
+from examples.mimo.generation.transformer import (
+    CachedTransformer,
+    KeyValueCache,
+    Positions,
+    on_device,
+)
 
 # What one position holds: a text token's id, or (digest of the item, index of the token in it).
 Unit = int | tuple[str, int]
@@ -117,6 +126,32 @@ class PrefixCache:
         return best_length, self.sequences[best_number][1]
 
 
+def reserve_on_all_ranks(cache: KeyValueCache, slots: int, length: int) -> None:
+    """`cache.reserve` on every rank, or torch.OutOfMemoryError on every rank if one lacks memory.
+
+    Else that rank alone would give up, and the others would wait for it in their next collective.
+    """
+    if not cache.changes(slots, length):
+        return
+    before, lacks_memory, numbers = (cache.keys, cache.values), False, ""
+    try:
+        cache.reserve(slots, length)
+    except (MemoryError, RuntimeError) as error:
+        if not (lacks_memory := command.is_out_of_memory(error)):
+            raise
+        numbers = f". {error}"
+    if dist.get_world_size() > 1:
+        anywhere = torch.tensor(int(lacks_memory), device=cache.keys.device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        lacks_memory = bool(anywhere)
+    if lacks_memory:
+        cache.keys, cache.values = before
+        raise torch.OutOfMemoryError(
+            f"out of memory: no room for {slots} slots of {length:,} tokens in the key/value cache"
+            f"{numbers}"
+        )
+
+
 def _digest(name: str, inputs: EncoderInputs) -> str:
     digest = hashlib.blake2b(name.encode(), digest_size=16)
     for key in sorted(inputs):
@@ -136,7 +171,9 @@ class DecodingStep:
     def __init__(
         self, transformer: CachedTransformer, cache: KeyValueCache, batch_size: int
     ) -> None:
-        self.transformer, self.cache = transformer, cache
+        self.transformer = transformer
+        # A cache that the engine replaces by another is freed, although a graph remembers it.
+        self.cache: KeyValueCache = weakref.proxy(cache)
         hidden_size, device = transformer.config.hidden_size, transformer.device
         self.hidden = torch.zeros(
             batch_size, 1, hidden_size, device=device, dtype=transformer.dtype
@@ -148,7 +185,7 @@ class DecodingStep:
     def fill(self, hidden: torch.Tensor, starts: Sequence[int]) -> None:
         """Set (B, 1, H), and the number of tokens that each slot holds already."""
         self.hidden.copy_(hidden)
-        self.positions.copy_(torch.tensor(starts)[:, None])
+        self.positions.copy_(on_device(starts, self.transformer.device)[:, None])
 
     def run(self) -> torch.Tensor:
         """Run the layers -> (B, 1, H)."""
@@ -168,7 +205,8 @@ def capture_on_cuda(step: DecodingStep) -> Replay:
             step.run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, as those of NCCL and of a server, may call CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         hidden = step.run()
 
     def replay() -> torch.Tensor:
@@ -181,8 +219,10 @@ def capture_on_cuda(step: DecodingStep) -> Replay:
 class DecodingGraphs:
     """One graph per batch size, captured when it is first needed.
 
-    Graphs are dropped when the cache's tensors are replaced. `capture` turns a filled step into a
-    function that runs it again; tests pass one that needs no CUDA.
+    Graphs are dropped when the cache's tensors are replaced, and captured anew for the batch sizes
+    that still come. NCCL does not close a group while a graph holds its kernels, so they go before
+    the process group does. `capture` turns a filled step into a function that runs it again; tests
+    pass one that needs no CUDA.
     """
 
     def __init__(
@@ -192,7 +232,15 @@ class DecodingGraphs:
     ) -> None:
         self.transformer, self.capture = transformer, capture
         self.graphs: dict[int, tuple[DecodingStep, Replay]] = {}
-        self.keys: torch.Tensor | None = None
+        # Not the tensor itself, whose memory a cache that grows gives back.
+        self.keys: weakref.ref[torch.Tensor] | None = None
+        command.before_leaving(self.drop)
+
+    def drop(self) -> None:
+        """Free all graphs, whatever reference cycles they are in."""
+        self.graphs.clear()
+        self.keys = None
+        gc.collect()
 
     def forward(
         self, hidden: torch.Tensor, cache: KeyValueCache, starts: Sequence[int]
@@ -201,9 +249,9 @@ class DecodingGraphs:
 
         Shapes: (B, 1, H) -> (B, 1, H).
         """
-        if self.keys is not cache.keys:
+        if self.keys is None or self.keys() is not cache.keys:
             self.graphs.clear()
-            self.keys = cache.keys
+            self.keys = weakref.ref(cache.keys)
         batch_size = len(starts)
         if batch_size not in self.graphs:
             step = DecodingStep(self.transformer, cache, batch_size)

@@ -17,6 +17,7 @@ from examples.mimo.generation.engine import (
     TokenOutput,
 )
 from examples.mimo.generation.sampling import Options
+from examples.mimo.generation.transformer import round_length
 
 # What a tokenizer decodes the first bytes of an incomplete character to.
 REPLACEMENT_CHARACTER = "\ufffd"
@@ -151,8 +152,35 @@ class _OpenAnswer:
 
     stream: TextStream
     options: Options
+    # The length of its slot.
+    cache_tokens: int
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float | None] | None = None
+
+
+def cache_tokens(sample: Sample, options: Options, seq_length: int) -> int:
+    """The tokens of the slot that a prompt and its answer may come to need."""
+    return round_length(min(len(sample.tokens.ids) + options.max_new_tokens, seq_length))
+
+
+def cache_too_small(num_tokens: int, max_tokens: int) -> str:
+    """The error of an answer that never fits."""
+    return (
+        f"the prompt and its answer may take {num_tokens:,} tokens of the key/value cache, but "
+        f"{max_tokens:,} fit; ask for a shorter answer"
+    )
+
+
+def count_slots(used: int, longest: int, sizes: Sequence[int], max_tokens: float) -> int:
+    """How many slots of `sizes`, from the first, a cache of `max_tokens` holds beside `used` ones.
+
+    Each has the length of the longest, which is `longest` among those that are used.
+    """
+    for count, size in enumerate(sizes):
+        longest = max(longest, size)
+        if (used + count + 1) * longest > max_tokens:
+            return count
+    return len(sizes)
 
 
 class Scheduler:
@@ -165,6 +193,24 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self.open)
 
+    @property
+    def max_cache_tokens(self) -> float:
+        """The most tokens that all slots of the key/value cache hold together."""
+        return self.engine.transformer.max_cache_tokens
+
+    def cache_error(self, sample: Sample, options: Options) -> str | None:
+        """Why a prompt and its answer never fit the key/value cache; None if they do."""
+        num_tokens = cache_tokens(sample, options, self.seq_length)
+        if num_tokens <= self.max_cache_tokens:
+            return None
+        return cache_too_small(num_tokens, int(self.max_cache_tokens))
+
+    def count_that_fit(self, requests: Sequence[tuple[Sample, Options]]) -> int:
+        """How many of `requests`, from the first, fit the cache beside what is being generated."""
+        longest = max((answer.cache_tokens for answer in self.open.values()), default=0)
+        sizes = [cache_tokens(*request, self.seq_length) for request in requests]
+        return count_slots(len(self.open), longest, sizes, self.max_cache_tokens)
+
     def start(self, requests: Sequence[tuple[int, Sample, Options]]) -> list[Piece]:
         """Prefill prompts; those of one length go through the model together."""
         sequences, pieces = [], []
@@ -173,7 +219,9 @@ class Scheduler:
             if budget < 1:
                 pieces.append(Piece(number, "", Answer("", [], LENGTH)))
                 continue
-            self.open[number] = _OpenAnswer(TextStream(self.tokenizer, options.stops), options)
+            stream = TextStream(self.tokenizer, options.stops)
+            size = cache_tokens(sample, options, self.seq_length)
+            self.open[number] = _OpenAnswer(stream, options, size)
             logprobs = options.logprobs, options.prompt_logprobs, options.top_logprobs
             sequences.append(SequenceRequest(number, sample, budget, options.sampling, *logprobs))
         return pieces + [self._piece(output) for output in self.engine.start(sequences)]

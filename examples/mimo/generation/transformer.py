@@ -8,10 +8,8 @@ keys are cached after rotation.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,20 +106,14 @@ def _transposed(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().t()
 
 
+def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(N,) whole numbers; from pinned memory, so that the host does not wait for the copy."""
+    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)
+
+
 def round_length(length: int) -> int:
     """The tokens that a slot of a cache has for a sequence of `length`."""
     return -(-length // LENGTH_STEP) * LENGTH_STEP
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free for a rank, on its GPU or of its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for line in Path("/proc/meminfo").read_text().splitlines() if os.name == "posix" else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 // ranks
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
 
 
 class KeyValueCache:
@@ -152,10 +144,7 @@ class KeyValueCache:
         Where that, with the slots and the length there are, came to more than `max_tokens`, what
         is not needed any more is given back.
         """
-        needed = slots, round_length(length)
-        slots, length = max(slots, self.batch_size), max(needed[1], self.length)
-        if slots * length > self.max_tokens:
-            slots, length = needed
+        slots, length = self._size(slots, length)
         if (slots, length) == (self.batch_size, self.length):
             return
         layers, old_slots, groups, head_dim, old_length = self.keys.shape
@@ -165,6 +154,15 @@ class KeyValueCache:
         keys[:, kept[0], ..., kept[1]] = self.keys[:, kept[0], ..., kept[1]]
         values[:, kept[0], :, kept[1]] = self.values[:, kept[0], :, kept[1]]
         self.keys, self.values = keys, values
+
+    def changes(self, slots: int, length: int) -> bool:
+        """Whether `reserve` would take other tensors."""
+        return self._size(slots, length) != (self.batch_size, self.length)
+
+    def _size(self, slots: int, length: int) -> tuple[int, int]:
+        needed = slots, round_length(length)
+        size = max(slots, self.batch_size), max(needed[1], self.length)
+        return size if size[0] * size[1] <= self.max_tokens else needed
 
     def copy_slot(self, slot: int, length: int) -> KeyValueCache:
         """The first `length` tokens of a slot, as a cache of one slot."""
@@ -230,7 +228,7 @@ class CachedTransformer:
         batch_size, new_tokens, _ = hidden.shape
         same_start = min(starts) == max(starts)
         assert same_start or new_tokens == 1, "prompts of different lengths are prefilled apart"
-        index = torch.tensor(starts, device=self.device)[:, None]
+        index = on_device(starts, self.device)[:, None]
         index = index + torch.arange(new_tokens, device=self.device)
         positions = Positions(
             self,

@@ -7,7 +7,8 @@ An exception in it costs the answers that it may have spoiled, and no others:
   being generated is begun again, one after the other, and what its client has already is not sent
   again;
 - in a callback, its own answer;
-- logits that are not finite, their own answer.
+- logits that are not finite, their own answer;
+- a lack of memory, the answer that cannot start beside the others, which go on.
 
 A short probe shows whether the model still computes. If not, `failure` says why, and nothing more
 is taken. Several ranks agree about every step, so an error that all ranks meet, or one that
@@ -19,6 +20,7 @@ rank ends its process, which ends theirs.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 import threading
@@ -32,11 +34,16 @@ import torch
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from examples.mimo.cli import command
 from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.api import Mimo, on_rank_zero
 from examples.mimo.generation.sampling import Options
-from examples.mimo.generation.scheduler import Piece
-from examples.mimo.generation.transformer import round_length
+from examples.mimo.generation.scheduler import (
+    Piece,
+    cache_tokens,
+    cache_too_small,
+    count_slots,
+)
 
 if TYPE_CHECKING:
     from examples.mimo.serving.app import Budget
@@ -48,6 +55,8 @@ AGREE_SECONDS = 15.0
 MAX_ERROR_LENGTH = 300
 HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 REPEATED = "repeated"
+# What errors begin with that a lack of memory causes, on whichever rank.
+NO_MEMORY = "no memory"
 log = logging.getLogger(__name__)
 
 
@@ -141,13 +150,9 @@ class Worker:
         """
         num_tokens = 0
         if self.cache_tokens is not None:
-            num_tokens = len(sample.tokens.ids) + options.max_new_tokens
-            num_tokens = round_length(min(num_tokens, self.scheduler.seq_length))
+            num_tokens = cache_tokens(sample, options, self.scheduler.seq_length)
             if num_tokens > self.cache_tokens:
-                raise CacheTooSmallError(
-                    f"the prompt and its answer may take {num_tokens:,} tokens of the key/value "
-                    f"cache, but {self.cache_tokens:,} fit; ask for a shorter answer"
-                )
+                raise CacheTooSmallError(cache_too_small(num_tokens, self.cache_tokens))
         with self.condition:
             if self.failure is not None:
                 raise WorkerFailedError(self.failure)
@@ -231,8 +236,9 @@ class Worker:
         try:
             pieces = function()
         except Exception as exception:
-            log.exception("the model failed")
             error = _in_one_line(exception)
+            # Where the memory ended says nothing about the fault.
+            log.error("the model failed: %s", error, exc_info=NO_MEMORY not in error)
         try:
             error = self._first_error(error)
         except RuntimeError as lost:
@@ -262,7 +268,7 @@ class Worker:
         One that was alone gets the error; of several each is tried again.
         """
         were_several = len(self.scheduler) > 1
-        problem = self._attempt(lambda: self._recover(numbers))
+        problem = self._attempt(lambda: self._recover(numbers, NO_MEMORY in error))
         if problem is not None:
             self._fail(problem if problem == error else f"{error}; then {problem}")
             return
@@ -277,15 +283,19 @@ class Worker:
             self._deliver(Piece(number, "", error=error))
 
     def _abort(self, numbers: Sequence[int] | None) -> list[Piece]:
+        """Drop answers, with the memory that they and the error's frames hold."""
         self.scheduler.abort(numbers)
+        gc.collect()
+        torch.cuda.empty_cache()
         return []
 
-    def _recover(self, numbers: Sequence[int] | None) -> list[Piece]:
-        """Drop answers, and see whether the model still computes."""
-        self.scheduler.abort(numbers)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return self.scheduler.probe()
+    def _recover(self, numbers: Sequence[int] | None, lacked_memory: bool) -> list[Piece]:
+        """Drop answers, and see whether the model still computes.
+
+        Beside others that fill the memory there may be no room to see; their next step shows it.
+        """
+        self._abort(numbers)
+        return [] if lacked_memory and len(self.scheduler) else self.scheduler.probe()
 
     def _fail(self, reason: str) -> None:
         """Take no more requests, and answer all that are open with an error."""
@@ -324,13 +334,11 @@ class Worker:
 
         Each of its slots has the length of the longest.
         """
+        if self.cache_tokens is None:
+            return min(free, len(self.waiting))
         longest = max((r.num_tokens for r in self.generating.values()), default=0)
-        for count, request in enumerate(self.waiting[:free]):
-            longest = max(longest, request.num_tokens)
-            num_slots = len(self.generating) + count + 1
-            if self.cache_tokens is not None and num_slots * longest > self.cache_tokens:
-                return count
-        return min(free, len(self.waiting))
+        sizes = [request.num_tokens for request in self.waiting[:free]]
+        return count_slots(len(self.generating), longest, sizes, self.cache_tokens)
 
     @property
     def _is_generating(self) -> bool:
@@ -377,7 +385,8 @@ class Worker:
 
 
 def _in_one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR_LENGTH]
+    kind = f"{NO_MEMORY}: " if command.is_out_of_memory(error) else ""
+    return " ".join(f"{kind}{type(error).__name__}: {error}".split())[:MAX_ERROR_LENGTH]
 
 
 class Metrics:
