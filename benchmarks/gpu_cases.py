@@ -22,18 +22,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Behind the import name the name to install; only what an image with torch may lack.
+# Import name -> name to install, of what an image with torch may lack.
 NEEDED = {
     "megatron.core": "megatron-core",
     "soundfile": "soundfile",
     "torchaudio": "torchaudio",
-    "transformers": "transformers",
-    "safetensors": "safetensors",
-    "sentencepiece": "sentencepiece",
-    "google.protobuf": "protobuf",
     "PIL": "pillow",
     "psutil": "psutil",
-    "tensorboard": "tensorboard",
     "pytest": "pytest",
 }
 # Printed where nothing of this module's own goes.

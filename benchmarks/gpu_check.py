@@ -165,7 +165,9 @@ def rows_of(case: Case, limit: float, rehearse: bool) -> Iterator[dict[str, Any]
     command = [sys.executable, *CHILD]
     if rehearse:
         command[1:1] = ["-m", "tests.helpers.rehearsal", "--run"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    folders = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    # A child runs in the root, whatever folder this process was started from.
+    path = os.pathsep.join([str(ROOT), *map(os.path.abspath, folders)])
     start = time.monotonic()
     child = subprocess.Popen(
         [*command, json.dumps(case.options)],
