@@ -50,7 +50,7 @@ from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.parts import check_freeze, part_names
 from examples.mimo.planner.pipeline import even_split, layout_flag
-from examples.mimo.training.inputs import check_schedule, starting_point
+from examples.mimo.training.inputs import check_schedule, check_shapes, starting_point
 from examples.mimo.training.layout import (
     check_encoder_layout,
     check_layout,
@@ -150,6 +150,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     check_encoder_layout(args, preset)
     _check_batch_sizes(args)
     check_schedule(args)
+    check_shapes(args)
     if args.balance_stages:
         _split_evenly(args)
     _validate(args)

@@ -37,20 +37,16 @@ ENVIRONMENT = {
     # cuDNN's attention plans anew for every shape, which takes longer than it computes; torch then
     # takes its flash kernels first.
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
-    # Else a CUDA graph with NCCL's kernels may read memory that moved: see ALLOCATOR.
+    # Else a CUDA graph with NCCL's kernels may read memory that moved: see below.
     "NCCL_GRAPH_REGISTER": "0",
 }
 # Micro-batches differ in shape, so freed blocks of one seldom fit the next; segments that grow do.
-ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-ALLOCATOR_NAMES = {*ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"}
-# NCCL registers buffers of its own, which such segments cannot hold.
-WITHOUT_ALLOCATOR = "--use-nccl-ub"
+# They cannot hold the buffers that NCCL registers for --use-nccl-ub.
+ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 
-# Seconds: on a busy machine one rank may import the same code many seconds later than another.
-RANK_ZERO_REPORTS_WITHIN = 20
-# Between two lines of a `ProgressBar`.
-PROGRESS_SECONDS = 5.0
-# What the system says when it has no more of something, in errors that name no file.
+RANK_ZERO_REPORTS_WITHIN = 20  # seconds: on a busy machine ranks import at different speeds
+PROGRESS_SECONDS = 5.0  # between two lines of a `ProgressBar`
+# What the system says when it has no more of something, where it names no file.
 LIMITS = {
     os.strerror(errno.EMFILE): "raise the limit with ulimit -n",
     os.strerror(errno.EAGAIN): "raise the number of processes with ulimit -u",
@@ -59,24 +55,19 @@ LIMITS = {
     os.strerror(errno.ENOMEM): "free memory, or use smaller batches",
 }
 # What to lower where a command has no memory left, on a GPU or in the machine.
-SPLIT = "or split the model over more ranks with --tp and --pp"
 OUT_OF_MEMORY = {
     "train.py": "lower --micro-batch-size, add --recompute-granularity full --recompute-method "
     "uniform --recompute-num-layers 1, or raise --tensor-model-parallel-size; --dry-run estimates "
     "what a run holds",
-    "avlm_inference.py": f"lower --batch-size or --max-new-tokens, {SPLIT}",
-    "evaluate.py": f"lower --batch-size, {SPLIT}",
-    "serve.py": f"lower --max-cache-gigabytes or --max-batch, {SPLIT}",
+    "avlm_inference.py": "lower --batch-size or --max-new-tokens, or raise --tp or --pp",
+    "evaluate.py": "lower --batch-size, or raise --tp or --pp",
+    "serve.py": "lower --max-cache-gigabytes or --max-batch, or raise --tp or --pp",
 }
-# How libraries say it, beside `torch.OutOfMemoryError`: the driver, cuBLAS, NCCL, torch on CPUs.
-OUT_OF_MEMORY_WORDS = (
-    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "failure 2 'out of memory'"),
-    *("failure 'out of memory'", "DefaultCPUAllocator: can't allocate memory"),
-)
-# In a folder that a run writes to; see `hold_folder`.
-LOCK_FILE = ".in_use"
-# Of <sys/prctl.h>.
-PR_SET_PDEATHSIG = 1
+# How libraries say it, beside `torch.OutOfMemoryError`: the driver, NCCL, cuBLAS, torch on CPUs.
+OUT_OF_MEMORY_WORDS = ["CUDA error: out of memory", "'out of memory'"]
+OUT_OF_MEMORY_WORDS += ["CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"]
+LOCK_FILE = ".in_use"  # in a folder that a run writes to
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class RunError(ValueError):
@@ -150,21 +141,19 @@ def one_line(error: BaseException) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the machine has no memory left for what was to be allocated."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, (MemoryError, of_torch)):
         return True
     return isinstance(error, RuntimeError) and any(w in str(error) for w in OUT_OF_MEMORY_WORDS)
 
 
 def _lack_of_memory(error: BaseException) -> str:
     """What was to be allocated and what is free, of the many sentences that torch writes."""
-    text = " ".join(str(error).split()).removesuffix(".") or "out of memory"
-    sentences = re.split(r"\. (?=[A-Z])", text)
-    first = next((n for n, sentence in enumerate(sentences) if "memory" in sentence.lower()), 0)
-    numbers = re.compile("Tried to allocate|GPU [0-9]+ has a total")
-    return "; ".join(
-        [sentences[first], *(s for s in sentences[first + 1 : first + 4] if numbers.match(s))]
-    )
+    sentences = re.split(r"\. (?=[A-Z])", " ".join(str(error).split()).removesuffix("."))
+    kept = [
+        s for s in sentences if re.search("out of memory|(ried|able) to allocate|total capacity", s)
+    ]
+    return "; ".join(kept[:3]) or "out of memory"
 
 
 def _report(command: str, line: str, error: Exception) -> NoReturn:
@@ -203,22 +192,17 @@ def count_reports(more: int = 0) -> int:
 
 
 def check_source_tree() -> None:
-    """ValueError when the running script and the imported package are of different clones.
+    """ValueError when the running script is of one clone, and the installed package of another.
 
-    Python puts a script's own folder on the import path, not the root of its clone, so with the
-    package installed from another clone a script would run that clone's code.
+    Python puts a script's own folder on the import path, not the root of its clone.
     """
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    if script is None:
-        return
-    script_folder, package = Path(script).resolve().parent, Path(__file__).resolve().parents[1]
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+    package, root = Path(__file__).resolve().parents[1], script.parents[2:3]
     # A script of a test or a benchmark stands in no such folder.
-    in_a_clone = (script_folder / "cli" / "command.py").is_file()
-    if in_a_clone and script_folder != package:
-        root = script_folder.parents[1]
+    if (script.parent / "cli" / "command.py").is_file() and script.parent != package:
         raise ValueError(
-            f"this script is {script_folder / Path(script).name}, but the code it would run is "
-            f"that of {package}; run `pip install -e .` in {root}, or set PYTHONPATH={root}"
+            f"this script is {script}, but the code it would run is that of {package}; run "
+            f"`pip install -e .` in {root[0]}, or set PYTHONPATH={root[0]}"
         )
 
 
@@ -240,29 +224,24 @@ def _exit_now(status: int) -> NoReturn:
     os._exit(status)
 
 
-_before_leaving: list[weakref.WeakMethod[Callable[[], None]]] = []
-
-
-def before_leaving(method: Callable[[], None]) -> None:
-    """Call a method before the process group is closed, if its object still lives then."""
-    _before_leaving.append(weakref.WeakMethod(method))
+# Objects with a method `drop`, which is called before the process group is closed.
+dropped_first: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def leave_process_group() -> None:
     """Close the process group: gloo's threads may abort a process that ends while they run."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
-        for reference in _before_leaving:
-            if (method := reference()) is not None:
-                method()
+        for held in dropped_first:
+            held.drop()
         torch.distributed.destroy_process_group()
 
 
 def end_children_with_this_process() -> None:
     """From here on a forked process gets SIGKILL when its parent ends, however that is.
 
-    Else readers of data and writers of shards outlive a command that is killed, with its memory,
-    and write into the folder of the next one. Linux does this for the thread that forks.
+    Else readers of data and writers of shards outlive a command that is killed, and write into the
+    folder of the next one. Linux does this for the thread that forks.
     """
     parents: list[int] = []
     prctl = ctypes.CDLL(None).prctl
@@ -300,10 +279,7 @@ def hold_folder(flag: str, folder: Path, name: str = LOCK_FILE) -> None:
 
 @contextlib.contextmanager
 def hold_output(output: Path) -> Iterator[None]:
-    """Keep other processes from writing the folder `output`, which need not exist yet.
-
-    An error of the system that names no file, as of a full disk, names it.
-    """
+    """Keep others from writing the folder `output`; an error that names no file names it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = output.with_name(f".{output.name}{LOCK_FILE}")
     hold_folder(f"--output {output.name} in", lock.parent, lock.name)
@@ -375,8 +351,8 @@ def prepare_environment(uses_gpus: bool = True) -> None:
         os.environ.setdefault(name, value)
     if not uses_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if not ALLOCATOR_NAMES & os.environ.keys() and WITHOUT_ALLOCATOR not in sys.argv:
-        os.environ.update(ALLOCATOR)
+    if OLD_ALLOCATOR not in os.environ and "--use-nccl-ub" not in sys.argv:
+        os.environ.setdefault(ALLOCATOR, "expandable_segments:True")
     warnings.filterwarnings("ignore")
     for library in ("torch", "torch.utils.cpp_extension", "megatron", "absl"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -402,11 +378,9 @@ def single_process_unless_launched() -> None:
 
 def _check_launch() -> None:
     for name in ("RANK", "WORLD_SIZE"):
-        if not os.environ.get(name, "").isdecimal():
-            raise ValueError(
-                f"{name} is {os.environ.get(name)!r}, no number; start with torchrun, which sets "
-                "RANK and WORLD_SIZE"
-            )
+        if not ((value := os.environ.get(name)) or "").isdecimal():
+            sets = "start with torchrun, which sets RANK and WORLD_SIZE"
+            raise ValueError(f"{name} is {value!r}, no number; {sets}")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank >= size:
         raise ValueError(f"RANK {rank} of WORLD_SIZE {size}: ranks go from 0 to {size - 1}")
@@ -418,23 +392,18 @@ def _check_launch() -> None:
 def _check_gpus() -> None:
     """ValueError where a machine has GPUs, but fewer than the processes that were started on it.
 
-    A process takes the GPU of its local rank. A launcher may show each process a GPU of its own
-    (torchrun --virtual-local-rank); then every local rank is 0.
+    Or a launcher shows each process a GPU of its own (torchrun --virtual-local-rank), its first.
     """
-    rank = os.environ.get("LOCAL_RANK", "0")
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if not rank.isdecimal() or not processes.isdecimal() or (rank == "0" and processes == "1"):
+    rank, processes = (os.environ.get(f"LOCAL_{name}", "0") for name in ("RANK", "WORLD_SIZE"))
+    if not (rank + processes).isdecimal() or (needed := max(int(processes), int(rank) + 1)) == 1:
         return
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    needed = max(int(processes), int(rank) + 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    single = gpus == 1 and bool(visible) and "," not in visible
+    single = gpus == 1 and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
     if not gpus or needed <= gpus or (single and rank == "0"):
         return
-    if single and rank == "1":
-        # Rank 0 cannot tell, so it does not report.
+    if single and rank == "1":  # rank 0 cannot tell, so it does not report
         report_every_rank()
     raise ValueError(
         f"{needed} processes on this machine, but {gpus} visible GPU{'s' * (gpus > 1)}; start "
@@ -451,10 +420,7 @@ def stdout_to(path: str) -> Iterator[None]:
 
 
 class ProgressBar:
-    """Prints every five seconds how much of a long step is done, and the time left if known.
-
-    Under torchrun rank 0 prints.
-    """
+    """Prints every five seconds, on rank 0, how much is done, and the time left if known."""
 
     def __init__(self, title: str = "", total: int | None = None) -> None:
         self.begin(title, total)
@@ -470,8 +436,7 @@ class ProgressBar:
         finished = self.total is not None and done >= self.total
         if now - self.printed <= PROGRESS_SECONDS or finished or os.environ.get("RANK", "0") != "0":
             return
-        self.printed = now
-        rest = ""
+        self.printed, rest = now, ""
         if self.total is not None:
             seconds_left = (now - self.started) / max(done, 1) * (self.total - done)
             rest = f" of {self.total:,}, {seconds_left:.0f} s left"

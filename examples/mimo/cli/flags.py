@@ -217,29 +217,6 @@ NEEDS = (
         "this run's are local; install it, or drop --transformer-impl local",
         "needs Transformer Engine's layers",
     ),
-    # Its buffers have the shape of a micro-batch of --seq-length; validation is never packed.
-    Need(
-        ("--tp-comm-overlap",),
-        lambda args, config: (
-            args.packing_buffer_size is not None
-            and (args.total_seq_length or args.seq_length) == args.seq_length
-            and not args.eval_iters
-        ),
-        "it needs sequences of one length, and a batch is as long as its longest sample; pack them "
-        "with --packing-buffer-size, to --seq-length, and without --eval-iters",
-        "does not work here",
-    ),
-    # Nor do packed sequences repeat: a graph would replay the bounds of the first one's samples.
-    Need(
-        ("--cuda-graph-impl", "--enable-cuda-graph", "--external-cuda-graph"),
-        lambda args, config: (
-            args.cuda_graph_impl == "none"
-            and not (args.enable_cuda_graph or args.external_cuda_graph)
-        ),
-        "a graph needs shapes that repeat, and micro-batches differ in length, or in the bounds of "
-        "their packed samples; drop the flag",
-        "does not work here",
-    ),
 )
 
 

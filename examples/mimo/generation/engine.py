@@ -40,8 +40,7 @@ from examples.mimo.model.mimo import StageMimoModel
 
 # Prompts of one length are prefilled together, up to so many tokens at a time.
 MAX_PREFILL_TOKENS = 8192
-# Copying a shorter prefix costs more than computing it.
-MIN_REUSED_TOKENS = 32
+MIN_REUSED_TOKENS = 32  # copying a shorter prefix costs more than computing it
 STOP, LENGTH, NOT_FINITE = "stop", "length", "not finite"
 # Stands in place of a token where the logits are not finite.
 NO_TOKEN = -1

@@ -24,8 +24,8 @@ from examples.mimo.generation.transformer import (
     CachedTransformer,
     KeyValueCache,
     Positions,
-    on_device,
 )
+from examples.mimo.modalities.values import upload
 
 # What one position holds: a text token's id, or (digest of the item, index of the token in it).
 Unit = int | tuple[str, int]
@@ -185,7 +185,8 @@ class DecodingStep:
     def fill(self, hidden: torch.Tensor, starts: Sequence[int]) -> None:
         """Set (B, 1, H), and the number of tokens that each slot holds already."""
         self.hidden.copy_(hidden)
-        self.positions.copy_(on_device(starts, self.transformer.device)[:, None])
+        positions = upload(torch.tensor(starts), self.transformer.device)
+        self.positions.copy_(positions[:, None])
 
     def run(self) -> torch.Tensor:
         """Run the layers -> (B, 1, H)."""
@@ -234,7 +235,7 @@ class DecodingGraphs:
         self.graphs: dict[int, tuple[DecodingStep, Replay]] = {}
         # Not the tensor itself, whose memory a cache that grows gives back.
         self.keys: weakref.ref[torch.Tensor] | None = None
-        command.before_leaving(self.drop)
+        command.dropped_first.add(self)
 
     def drop(self) -> None:
         """Free all graphs, whatever reference cycles they are in."""

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
+from examples.mimo.modalities.values import upload
 from examples.mimo.model.mimo import StageMimoModel
 
 # Up to so many new tokens of a sequence plain matrix products are faster than the fused attention.
@@ -104,11 +105,6 @@ def _transposed(parameter: torch.Tensor) -> torch.Tensor:
     if not parameter.is_cuda and parameter.is_contiguous():
         parameter.data = parameter.data.t().contiguous().t()
     return parameter.detach().t()
-
-
-def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """(N,) whole numbers; from pinned memory, so that the host does not wait for the copy."""
-    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)
 
 
 def round_length(length: int) -> int:
@@ -228,7 +224,7 @@ class CachedTransformer:
         batch_size, new_tokens, _ = hidden.shape
         same_start = min(starts) == max(starts)
         assert same_start or new_tokens == 1, "prompts of different lengths are prefilled apart"
-        index = on_device(starts, self.device)[:, None]
+        index = upload(torch.tensor(starts), self.device)[:, None]
         index = index + torch.arange(new_tokens, device=self.device)
         positions = Positions(
             self,

@@ -184,6 +184,30 @@ def check_schedule(args: argparse.Namespace) -> None:
         )
 
 
+def check_shapes(args: argparse.Namespace) -> None:
+    """ValueError for what needs batches of one shape: a batch is as long as its longest sample."""
+    packed_length = args.packing_buffer_size and (args.total_seq_length or args.seq_length)
+    # Its buffers have the shape of a micro-batch of --seq-length; validation is never packed.
+    if args.tp_comm_overlap and (packed_length != args.seq_length or args.eval_iters):
+        raise ValueError(
+            "--tp-comm-overlap does not work here: it needs sequences of one length, and a batch "
+            "is as long as its longest sample; pack them with --packing-buffer-size, to "
+            "--seq-length, and without --eval-iters"
+        )
+    # Nor do packed sequences repeat: a graph would replay the bounds of the first one's samples.
+    graphs = {
+        "cuda_graph_impl": args.cuda_graph_impl != "none",
+        "enable_cuda_graph": args.enable_cuda_graph,
+        "external_cuda_graph": args.external_cuda_graph,
+    }
+    if flag := next((name for name, is_on in graphs.items() if is_on), None):
+        raise ValueError(
+            f"--{flag.replace('_', '-')} does not work here: a graph needs shapes that repeat, and "
+            "micro-batches differ in length, or in the bounds of their packed samples; drop the "
+            "flag"
+        )
+
+
 def from_shards(args: argparse.Namespace, function: str) -> Any:
     """A function or class of the package that reads shards."""
     try:

@@ -163,10 +163,10 @@ def check_layout(args: argparse.Namespace, config: MimoConfig) -> None:
             f"--seq-length {args.seq_length} is not divisible by --tensor-model-parallel-size "
             f"{tp}, which --sequence-parallel needs"
         )
-    if args.packing_buffer_size and args.total_seq_length % padding_multiple(args):
+    if args.packing_buffer_size and args.total_seq_length % layout_multiple(args):
         raise ValueError(
             f"--total-seq-length {args.total_seq_length} is not divisible by "
-            f"{padding_multiple(args)}, which this layout needs of a packed sequence"
+            f"{layout_multiple(args)}, which this layout needs of a packed sequence"
         )
 
 
@@ -265,7 +265,12 @@ def cp_multiple(args: argparse.Namespace) -> int:
 
 
 def padding_multiple(args: argparse.Namespace) -> int:
-    """What padded lengths are a multiple of; sequence parallelism divides a CP rank's share.
+    """What lengths are padded to a multiple of, so that they divide and that shapes repeat."""
+    return math.lcm(layout_multiple(args), args.pad_to_multiple_of)
+
+
+def layout_multiple(args: argparse.Namespace) -> int:
+    """What lengths must be a multiple of; sequence parallelism divides a CP rank's share.
 
     In FP8 and FP4 a rank's share is of whole blocks of numbers that are scaled together.
     """
@@ -275,7 +280,7 @@ def padding_multiple(args: argparse.Namespace) -> int:
     elif args.fp4:
         block = FP4_BLOCK
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    return math.lcm(tp * cp_multiple(args), tp * cp * block, args.pad_to_multiple_of)
+    return math.lcm(tp * cp_multiple(args), tp * cp * block)
 
 
 def rank_groups(args: argparse.Namespace) -> list[RankGroup]:
