@@ -161,13 +161,15 @@ class SdpaCoreAttention(MegatronModule):
         # Megatron's values are a view of queries, keys and values; a copy lets go of the others.
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value.contiguous()))
         mask = None if attention_mask is None else ~attention_mask  # torch's True shows a key
-        if causal and mask is not None:
-            positions = torch.arange(key.shape[2], device=query.device)
-            mask = mask & (positions <= positions[-query.shape[2] :, None])
-            causal = False
-        elif causal and key.shape[2] != query.shape[2]:
+        if causal and (mask is not None or key.shape[2] != query.shape[2]):
             # torch aligns its own causal mask with the first key, but queries are the last ones.
-            mask, causal = causal_lower_right(query.shape[2], key.shape[2]), False
+            if mask is None and query.is_cuda:
+                mask = causal_lower_right(query.shape[2], key.shape[2])  # flash attention takes it
+            else:
+                positions = torch.arange(key.shape[2], device=query.device)
+                visible = positions <= positions[-query.shape[2] :, None]
+                mask = visible if mask is None else mask & visible
+            causal = False
         dropout = self.dropout if self.training else 0.0
         # As in Megatron's DotProductAttention: each tensor-parallel rank drops weights of its own
         # heads. Under sequence parallelism the default generators of the ranks differ already.
