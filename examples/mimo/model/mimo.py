@@ -42,7 +42,6 @@ from examples.mimo.model.parts import (
     ENCODER,
     LanguageModel,
     check_count,
-    head_and_loss,
     keep_out_of_checkpoint,
     part_prefix,
 )
@@ -199,7 +198,6 @@ class StageMimoModel(MimoModel):
             decoder_input=embeddings,
             labels=labels,
             packed_seq_params=packed,
-            output_processor=head_and_loss,
             output_processor_context=target_positions,
         )
 

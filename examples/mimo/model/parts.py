@@ -193,6 +193,10 @@ class LanguageModel(GPTModel):
         angles = self.rotary_pos_emb(packed_seq_params.table_length, packed_seq=True)
         return hidden, angles.index_select(0, packed_seq_params.positions), *rest
 
+    def _postprocess(self, **named: Any) -> torch.Tensor:
+        """As Megatron's, with this package's head and loss."""
+        return super()._postprocess(**{**named, "output_processor": head_and_loss})
+
 
 def head_and_loss(
     *,
