@@ -15,20 +15,20 @@ from tests.helpers.rehearsed import NEW_TOKENS, PATHS
 
 # Most waits of a host in a micro-batch of training, forward and backward.
 PER_MICRO_BATCH = {
-    "padded": 11,
-    "packed": 32,
-    "saved": 13,
-    "resumed": 11,
-    "tensor parallel": 40,
-    "pipeline": 9,
-    "context parallel": 16,
-    "non-colocated": 6,
+    "padded": 0,
+    "packed": 0,
+    "saved": 2,  # Megatron asks whether the gradients of each bucket are finite
+    "resumed": 2,
+    "tensor parallel": 1,  # ranks that do not read wait for the description of the batch
+    "pipeline": 0,
+    "context parallel": 0,
+    "non-colocated": 0,
 }
-# And in an iteration besides, Megatron's own logging and its norm of each gradient included.
-PER_ITERATION = {"padded": 125}
+# And in an iteration besides, nearly all of them Megatron's logging.
+PER_ITERATION = {"padded": 30}
 # Most waits for a token of all sequences together.
-PER_TOKEN = {"greedy": 3, "sampled": 9, "penalised": 15, "logprobs": 3}
-PER_TOKEN_OF_GRAPHS = 3
+PER_TOKEN = {"greedy": 1, "sampled": 1, "penalised": 1, "logprobs": 1}
+PER_TOKEN_OF_GRAPHS = 1
 
 
 @pytest.fixture(scope="module")
