@@ -29,7 +29,7 @@ import torch
 from examples.mimo import compat
 from tests.helpers import rehearsal
 from tests.helpers.commands import PP2, TP2
-from tests.helpers.layouts import CP2, ENCODERS_TP1, SP, VPP2
+from tests.helpers.layouts import AHEAD, CP2, ENCODERS_FROZEN, ENCODERS_TP1, SP, VPP2
 from tests.helpers.ranks import free_port
 
 COMMON = (
@@ -234,7 +234,7 @@ PATHS = {
     "converted": Rehearsed(run=convert),
     "planned": Rehearsed(run=plan),
     "tensor parallel": Rehearsed((*TP2, *SP, *PACKED, *ENCODERS_TP1), 2),
-    "pipeline": Rehearsed((*PP2, *VPP2), 2),
+    "pipeline": Rehearsed((*PP2, *VPP2, *ENCODERS_FROZEN, *AHEAD), 2),
     "context parallel": Rehearsed((*CP2, "--bf16"), 2),
     "non-colocated": Rehearsed((*ONE_MODALITY, "--encoder-ranks", "audios=0"), 2),
 }
