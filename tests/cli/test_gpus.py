@@ -17,7 +17,7 @@ import os
 os.write(2, f"visible: {os.environ.get('CUDA_VISIBLE_DEVICES')}".encode())
 os._exit(0)
 """
-# Of torch what is asked for before anything else: a machine with one GPU.
+# Of torch what is used before anything else: a machine with one GPU.
 ONE_GPU = """
 class cuda:
     is_available = staticmethod(lambda: True)

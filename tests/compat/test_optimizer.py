@@ -154,8 +154,8 @@ def test_checkpoints_of_earlier_versions_resume():
 
 def test_parameters_of_two_data_types_and_without_gradients():
     params = [torch.nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float32, torch.bfloat16)]
-    idle = torch.nn.Parameter(torch.ones(3))
-    adam = GroupStepAdam([*params, idle], lr=0.1)
+    untouched = torch.nn.Parameter(torch.ones(3))
+    adam = GroupStepAdam([*params, untouched], lr=0.1)
     for _ in range(2):
         for param in params:
             param.grad = torch.ones_like(param)
@@ -166,7 +166,7 @@ def test_parameters_of_two_data_types_and_without_gradients():
     assert not {"aten::_foreach_sqrt", "aten::copy_"} & set(operations.names)
     assert waits.count == 0
     assert [round(float(p[0].detach()), 1) for p in params] == [0.8, 0.8]
-    assert idle.tolist() == [1.0] * 3
+    assert untouched.tolist() == [1.0] * 3
     assert adam.param_groups[0]["step"] == 2
 
 

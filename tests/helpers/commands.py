@@ -16,7 +16,7 @@ QUESTION = "Digit eight. Which digit is this?"
 
 
 def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
-    """A command of the package as a user types it, under torchrun when `processes` is given."""
+    """A command of the package as a user types it, under torchrun with `processes`."""
     # A rehearsed device is in place only where its own launcher puts it (rehearsal.py).
     launch = os.environ.get("TEST_PYTHON", sys.executable).split()
     if processes:

@@ -73,9 +73,9 @@ def test_embeddings_are_counted_by_sample_packed_or_not(tiny):
         expected = [sample.tokens.ids.count(modality.token_id) for sample in samples]
         assert sum(expected) > 0
         for batch in (collate(samples), collate_packed(samples)):
-            found = Placeholders.of(batch.input_ids, {name: modality.token_id}, batch.cu_seqlens)
-            assert found.counts == {name: expected}
-            ids = batch.input_ids.t().flatten()[found.positions]
+            places = Placeholders.of(batch.input_ids, {name: modality.token_id}, batch.cu_seqlens)
+            assert places.counts == {name: expected}
+            ids = batch.input_ids.t().flatten()[places.positions]
             assert ids.tolist() == [modality.token_id] * sum(expected)
 
 

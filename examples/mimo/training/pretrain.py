@@ -308,7 +308,7 @@ def training_loss(observer: Observer, batch: Batch, losses: torch.Tensor) -> Red
     """
     assert batch.loss_mask is not None
     total, count = (losses.float() * batch.loss_mask).sum(), batch.loss_mask.sum()
-    # Whether it is finite is asked once an iteration: here the host would wait for it.
+    # Whether it is finite is checked once an iteration: here the host would wait for it.
     observer.add_loss(total.detach(), batch.keys)
     return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
 
