@@ -277,6 +277,7 @@ def flops_of_iterations(iterations: int) -> list[tuple[int, int, int]]:
                 items=items,
                 media_tokens=media_tokens,
                 frozen=args.freeze,
+                targets=sum(sum(sample.tokens.loss_mask) for sample in micro_batch),
             )
             tokens += sum(lengths)
             real += count(sequences=lengths)

@@ -332,7 +332,7 @@ counts *all that is computed*: each sample at the padded length of its micro-bat
 a packed sequence. Both count, per token, 2 operations for each weight of a product forward, as many
 for the gradient of its input where an earlier part trains, as many for its own where it trains;
 4 * length * width a layer for attention, whether masked or not, and twice that backward; the head
-over all positions, and encoders over the items of the batch. Recomputation counts nothing.
+over positions with loss, and encoders over the items of the batch. Recomputation counts nothing.
 *dry run* is what `--dry-run` said before, for full-length samples.
 
 Answers: prefill is the whole prompt with its media, its share of FLOP/s counts the language layers

@@ -14,12 +14,11 @@ from examples.mimo.planner.flops import (
 )
 
 
-def language_flops(language: LanguageConfig, sequences: Sequence[int]) -> Flops:
-    """The language model over sequences of these lengths, the head over all their positions."""
-    total = Flops(0)
+def language_flops(language: LanguageConfig, sequences: Sequence[int], targets: int) -> Flops:
+    """The language model over sequences of these lengths, the head over the positions with loss."""
+    total = head_flops(language, targets)
     for length in sequences:
-        layers = language_layer_flops(language, length) * language.num_layers
-        total += layers + head_flops(language, length)
+        total += language_layer_flops(language, length) * language.num_layers
     return total
 
 
@@ -29,8 +28,11 @@ def training_flops(
     items: Mapping[str, int],
     media_tokens: Mapping[str, int],
     frozen: Collection[str] = (),
+    targets: int | None = None,
 ) -> int:
     """Forward and backward passes over a batch that holds `items` of each modality.
+
+    So many positions have loss: all of them, unless `targets` says otherwise.
 
     With the samples' own lengths as `sequences` it counts real tokens only; with the padded length
     for each sample, or the spans of a packed sequence, all that is computed.
@@ -48,5 +50,6 @@ def training_flops(
         total += projector.trained(projector_trains, passes_on=encoder_trains)
         reached |= encoder_trains or projector_trains
     trains = "language" not in frozen
-    language = language_flops(config.language, sequences)
+    targets = sum(sequences) if targets is None else targets
+    language = language_flops(config.language, sequences, targets)
     return total + language.trained(trains, passes_on=reached or trains)

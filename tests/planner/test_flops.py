@@ -4,7 +4,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples.mimo.data.batch import collate
+from examples.mimo.data.batch import collate, locate
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.parts import freeze_parts
 from tests.helpers.ranks import run as run_ranks
@@ -20,20 +20,28 @@ from tests.helpers.training_flops import training_flops
         ("images.encoder", "audios.encoder", "language"),
     ],
 )
-def test_the_count_is_what_runs(tiny, build_model, frozen):
+@pytest.mark.parametrize("targets_alone", [False, True])
+def test_the_count_is_what_runs(tiny, build_model, frozen, targets_alone):
     model = build_model(tiny)
     freeze_parts(model, frozen)
     batch = collate([MockDataset(tiny, 128, 4, seed=0)[i] for i in range(4)])
     assert set(batch.items) == {"images", "audios"}
+    targets, positions = None, None
+    if targets_alone:
+        locate(batch, model.special_token_ids)
+        positions = batch.tensors["target_positions"]
+        targets = len(positions)
     # The other kernels on CPUs are not known to the counter.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        losses = model(batch.input_ids, batch.labels, batch.modality_inputs)
+        losses = model(
+            batch.input_ids, batch.labels, batch.modality_inputs, target_positions=positions
+        )
         losses.sum().backward()
     media_tokens = {
         name: int((batch.input_ids == m.token_id).sum()) for name, m in tiny.modalities.items()
     }
     items = {name: len(files) for name, files in batch.items.items()}
-    counted = training_flops(tiny, [batch.seq_length] * 4, items, media_tokens, frozen)
+    counted = training_flops(tiny, [batch.seq_length] * 4, items, media_tokens, frozen, targets)
     # The first layer of a trained encoder takes no gradient of its inputs.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 

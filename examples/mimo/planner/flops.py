@@ -139,12 +139,16 @@ def head_flops(language: LanguageConfig, seq_length: int) -> Flops:
 
 @dataclass(frozen=True)
 class Workload:
-    """A mean micro-batch: its size, and the encoder inputs and tokens of each modality in it."""
+    """A mean micro-batch: its size, and the encoder inputs and tokens of each modality in it.
+
+    The head runs on `target_share` of its positions, those with loss.
+    """
 
     batch_size: float
     seq_length: float
     inputs: Mapping[str, float]
     media_tokens: Mapping[str, float]
+    target_share: float = 1.0
 
 
 def model_cost(config: MimoConfig, shape: RunShape, work: Workload) -> ModelCost:
@@ -170,7 +174,7 @@ def model_cost(config: MimoConfig, shape: RunShape, work: Workload) -> ModelCost
     return ModelCost(
         layer_cost * share,
         nothing if shape.placements else sum(encoders.values(), nothing),
-        head_cost * share,
+        head_cost * share * work.target_share,
         encoders if shape.placements else {},
     )
 

@@ -202,6 +202,7 @@ def workload(config: MimoConfig, batches: Sequence[Batch]) -> Workload:
         media_tokens={
             n: mean(_count(batch, m.token_id) for batch in batches) for n, m in names.items()
         },
+        target_share=mean(_target_share(batch) for batch in batches),
     )
 
 
@@ -209,6 +210,11 @@ def num_inputs(batch: Batch, modality: str) -> int:
     """How many inputs the encoder of `modality` has to work on."""
     inputs = batch.modality_inputs.get(modality)
     return len(next(iter(inputs.values()))) if inputs else 0
+
+
+def _target_share(batch: Batch) -> float:
+    assert batch.loss_mask is not None
+    return float(batch.loss_mask.mean())
 
 
 def _count(batch: Batch, token_id: int) -> int:
