@@ -111,33 +111,6 @@ def test_a_parameter_that_nobody_knows_is_refused(case):
     del layer.gamma
 
 
-@torch.no_grad()
-def test_the_host_waits_for_no_copy_of_positions(case, monkeypatch):
-    """They come from pinned memory, whose copy to the device it need not see finished."""
-    transformer, embedded, _ = case
-    cache = new_cache(transformer, BATCH, LENGTH)
-    step = DecodingStep(transformer, cache, BATCH)
-    tensor, to, pinned, moved = torch.tensor, torch.Tensor.to, [], []
-
-    def made(*args, **kwargs):
-        pinned.append(kwargs.get("pin_memory", False))
-        return tensor(*args, **kwargs)
-
-    def sent(self, *args, **kwargs):
-        moved.append(kwargs.get("non_blocking", False))
-        return to(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "tensor", made)
-        patch.setattr(torch.Tensor, "to", sent)
-        step.fill(embedded[:, :1], [3, 1, 2])
-        transformer.forward(embedded[:, :1], cache, 0, [3, 1, 2])
-    assert step.positions.tolist() == [[3], [1], [2]]
-    assert pinned == [True, True]
-    # What else is moved is on the device already: the rotary table.
-    assert moved[:2] == [True, True]
-
-
 def test_a_capture_survives_what_other_threads_call(case, monkeypatch):
     """As Megatron's own captures: NCCL and a server have threads that call CUDA."""
     transformer, embedded, _ = case

@@ -35,7 +35,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.data.batch import Placeholders
-from examples.mimo.modalities.values import is_count
+from examples.mimo.modalities.values import is_count, upload
 from examples.mimo.model.encoder import split_over
 from examples.mimo.model.layers import block_submodules, device
 from examples.mimo.model.parts import (
@@ -239,7 +239,9 @@ class StageMimoModel(MimoModel):
         embeddings: dict[str, torch.Tensor] = {}
         for name in self.special_token_ids:
             if name in modality_inputs:
-                run = functools.partial(self.run_encoder, name, features=(features or {}).get(name))
+                run = functools.partial(self.run_encoder, name)
+                if features and name in features:
+                    run = functools.partial(run, features=features[name])
                 count = self.modality_submodules[name].num_tokens
                 inputs = modality_inputs[name]
                 embeddings[name] = encode_shares(run, count, inputs, groups, cp_group)
@@ -342,5 +344,5 @@ def modality_spec(
 def dummy_input(modality: ModalityConfig) -> Inputs:
     """A single random input of a modality's encoder, where a batch has it."""
     item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
-    where = {name: "cpu" if is_count(name) else device() for name in item}
-    return {name: tensor[:1].to(where[name]) for name, tensor in item.items()}
+    one = {name: tensor[:1] for name, tensor in item.items()}
+    return {name: x if is_count(name) else upload(x, device()) for name, x in one.items()}
