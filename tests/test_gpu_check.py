@@ -178,7 +178,8 @@ def test_cases_end_well_on_a_rehearsed_device(tmp_path):
     assert all(row["tokens_per_second"] > 0 and row["decode_tbs"] > 0 for row in rows[2:5])
     trained = rows[5]
     # Nothing is padded, and `tiny_avlm` holds more than this.
-    assert trained["tflops_of_tokens"] == trained["tflops_computed"] > 0
+    # A packed sequence is rounded up to a multiple of 128.
+    assert 0 < trained["tflops_of_tokens"] < trained["tflops_computed"]
     assert trained["planned_gib"] > 0.01
 
 
