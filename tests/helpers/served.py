@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from tests.helpers import ranks
@@ -115,3 +116,9 @@ def until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def at_work(worker):
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    return thread

@@ -260,7 +260,13 @@ def inference_parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, metavar="N", help="only the N most likely tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="the fewest with probability P")
     add("--min-p", type=float, default=0.0, metavar="P", help="with P of the largest probability")
-    add("--repetition-penalty", type=float, default=1.0, metavar="F", help="on earlier tokens")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="on tokens that came before",
+    )
     add("--frequency-penalty", type=float, default=0.0, metavar="F", help="per use in the answer")
     add("--presence-penalty", type=float, default=0.0, metavar="F", help="once, if in the answer")
     add("--seed", type=int, default=0, help="the same seed gives the same answer, at any layout")

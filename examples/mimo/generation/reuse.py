@@ -20,11 +20,7 @@ import torch.distributed as dist
 from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import EncoderInputs, Sample
-from examples.mimo.generation.transformer import (
-    CachedTransformer,
-    KeyValueCache,
-    Positions,
-)
+from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache, Positions
 from examples.mimo.modalities.values import upload
 
 # What one position holds: a text token's id, or (digest of the item, index of the token in it).

@@ -121,7 +121,7 @@ class SdpaCoreAttention(MegatronModule):
         assert causal, "only causal attention is sharded along the sequence"
         assert attention_mask is None, "a whole mask does not fit a sharded sequence"
         key, value = (gather_sequence(t, self.cp_group) for t in (key, value))
-        # An early and a late chunk: under a causal mask late ones cost more.
+        # Of the front and of the back: under a causal mask chunks at the back cost more.
         numbers = chunks_of(self.cp_group.rank(), self.cp_group.size())
         contexts = []
         for queries, number in zip(query.chunk(2), numbers, strict=True):
