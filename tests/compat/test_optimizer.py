@@ -14,7 +14,7 @@ from megatron.training.utils import common_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from examples.mimo.cli.arguments import parse_arguments
-from examples.mimo.compat.optimizer import (
+from examples.mimo.compat.kernels import (
     GroupStepAdam,
     copy_tensors,
     l2_norm,

@@ -10,13 +10,17 @@ from examples.mimo.planner.flops import (
     encoder_flops,
     head_flops,
     language_layer_flops,
+    mlp_flops,
     projector_flops,
 )
 
 
 def language_flops(language: LanguageConfig, sequences: Sequence[int], targets: int) -> Flops:
-    """The language model over sequences of these lengths, the head over the positions with loss."""
-    total = head_flops(language, targets)
+    """The language model over sequences of these lengths.
+
+    The head and the last layer's MLP work on the positions with loss.
+    """
+    total = head_flops(language, targets) + mlp_flops(language, targets - sum(sequences))
     for length in sequences:
         total += language_layer_flops(language, length) * language.num_layers
     return total

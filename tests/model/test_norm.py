@@ -1,7 +1,6 @@
 import pytest
 import torch
-
-from examples.mimo.model.parts import LayerNorm
+from torch.nn import LayerNorm
 
 ROWS, WIDTH = 5_000, 128
 # A rounding to bf16, whose numbers are up to 2**-8 apart.
@@ -20,7 +19,7 @@ def both():
     norm = LayerNorm(WIDTH).bfloat16()
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    exact = torch.nn.LayerNorm(WIDTH)
+    exact = LayerNorm(WIDTH)
     exact.load_state_dict(norm.state_dict())
     x = torch.randn(ROWS, WIDTH).bfloat16()
     upstream = torch.randn(ROWS, WIDTH).bfloat16()

@@ -205,7 +205,7 @@ def language_transformer_config(
         masked_softmax_fusion=has_engine,
         gradient_accumulation_fusion=has_engine and HAS_FUSED_GRADIENTS,
         apply_rope_fusion=has_engine,
-        bias_activation_fusion=on_cuda,
+        bias_activation_fusion=True,
         bias_dropout_fusion=on_cuda,
         deallocate_pipeline_outputs=True,
         cp_comm_type="p2p",

@@ -111,7 +111,6 @@ WITHOUT_CUDA = {
     "distributed_backend": "gloo",
     "use_cpu_initialization": True,
     "num_workers": 0,
-    "bias_swiglu_fusion": False,
     "bias_gelu_fusion": False,
     "bias_dropout_fusion": False,
     "pad_to_multiple_of": 1,

@@ -34,11 +34,11 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     # Megatron overlaps communication with computation by the order of kernel launches.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # cuDNN's attention plans anew for every shape, which takes longer than it computes; torch then
-    # takes its flash kernels first.
+    # cuDNN's attention plans anew for every shape; torch then takes its flash kernels first.
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
     # Else a CUDA graph with NCCL's kernels may read memory that moved: see below.
     "NCCL_GRAPH_REGISTER": "0",
+    "THP_MEM_ALLOC_ENABLE": "1",  # large tensors on a CPU in large pages
 }
 # Micro-batches differ in shape, so freed blocks of one seldom fit the next; segments that grow do.
 # They cannot hold the buffers that NCCL registers for --use-nccl-ub.

@@ -76,6 +76,9 @@ def install() -> list[Replacement]:
         # Megatron takes some of these by name when it is imported, so torch comes first.
         entries += _put_in_place(cpu.torch_replacements())
         entries += _put_in_place(cpu.megatron_replacements())
+        from examples.mimo.compat import kernels
+
+        entries += _put_in_place(kernels.cpu_replacements())
     elif missing := missing_for_compiling():
         disable_compiler(missing)
     from examples.mimo.compat import megatron
@@ -143,10 +146,10 @@ def install_for_training(observer: Any, saves_checkpoints: bool) -> None:
 
     Call it before the process group starts: saving forks a helper while there are no threads.
     """
-    from examples.mimo.compat import megatron, optimizer
+    from examples.mimo.compat import kernels, megatron
 
     _put_in_place(megatron.observer_hooks(observer))
-    _put_in_place(optimizer.optimizer_replacements())
+    _put_in_place(kernels.optimizer_replacements())
     _put_in_place(megatron.integrity_replacements())
     if saves_checkpoints:
         _put_in_place(megatron.dataloader_replacements())
@@ -177,14 +180,14 @@ def install_for_noncolocated(
 def replacements() -> dict[str, list[Replacement]]:
     """Every entry that this machine needs, by the commands that put it in place."""
     entries = install()
-    from examples.mimo.compat import megatron, optimizer
+    from examples.mimo.compat import kernels, megatron
     from examples.mimo.parallel.noncolocated import parallel_state_globals
 
     return {
         "every command and Mimo.load": entries,
         "train.py": [
             *megatron.observer_hooks(None),
-            *optimizer.optimizer_replacements(),
+            *kernels.optimizer_replacements(),
             *megatron.dataloader_replacements(),
             *megatron.integrity_replacements(),
             *megatron.results_queue_replacement(None),

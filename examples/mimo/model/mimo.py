@@ -41,6 +41,7 @@ from examples.mimo.model.layers import block_submodules, device
 from examples.mimo.model.parts import (
     ENCODER,
     LanguageModel,
+    LastLayer,
     check_count,
     keep_out_of_checkpoint,
     part_prefix,
@@ -311,6 +312,8 @@ def language_spec(
     num_layers = get_num_layers_to_build(transformer_config, vp_stage, pg_collection.pp.rank())
     impl, qk_norm = transformer_config.transformer_impl, transformer_config.qk_layernorm
     layers = block_submodules(impl, AttnMaskType.causal, num_layers, qk_norm)
+    if post_process and num_layers and LastLayer.fits(transformer_config):
+        layers.layer_specs[-1] = ModuleSpec(LastLayer, submodules=layers.layer_specs[-1].submodules)
     return ModuleSpec(
         module=LanguageModel,
         params={

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils.checkpoint import checkpoint
 
 from examples.mimo.configs.schema import MimoConfig
@@ -107,52 +108,8 @@ def keep_out_of_checkpoint(
     }
 
 
-class LayerNorm(torch.nn.LayerNorm):
-    """torch's LayerNorm, with gradients that are summed in 32 bits on every device.
-
-    On CPUs torch sums those of weight and bias in the input's type: in 16 bits over 5,000
-    positions they are 6 % off.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., H)."""
-        if input.is_cuda or input.dtype == torch.float32:
-            return super().forward(input)
-        return _LayerNorm16.apply(input, self.weight, self.bias, self.eps)
-
-
-class _LayerNorm16(torch.autograd.Function):
-    """Saves what torch saves for backward: the input in 16 bits and two numbers a position."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        y, mean, rstd = torch.native_layer_norm(
-            x.float(), x.shape[-1:], weight.float(), bias.float(), eps
-        )
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return y.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        gradients = torch.ops.aten.native_layer_norm_backward(
-            gradient.float(),
-            x.float(),
-            x.shape[-1:],
-            mean,
-            rstd,
-            weight.float(),
-            bias.float(),
-            list(ctx.needs_input_grad[:3]),
-        )
-        pairs = zip(gradients, (x, weight, bias), strict=True)
-        return *(None if grad is None else grad.to(of.dtype) for grad, of in pairs), None
-
-
 class Norm:
-    """Builds a `LayerNorm` or torch's `RMSNorm`, whichever the config asks for.
+    """Builds torch's `LayerNorm` or `RMSNorm`, whichever the config asks for.
 
     Under sequence parallelism each rank sees a part of the sequence, so the norm's gradients
     are partial sums; marking its parameters `sequence_parallel` has Megatron add them up.
@@ -161,7 +118,7 @@ class Norm:
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
     ) -> torch.nn.Module:
-        norms = {"LayerNorm": LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
         if config.normalization not in norms:
             raise ValueError(
                 f"--normalization {config.normalization} needs Transformer Engine; "
@@ -175,8 +132,34 @@ class Norm:
         return norm
 
 
+class LastLayer(TransformerLayer):
+    """Megatron's layer, whose MLP works on `positions` of the flattened (S, B) alone.
+
+    No later layer attends to the others.
+    """
+
+    positions: torch.Tensor | None = None
+
+    @staticmethod
+    def fits(config: TransformerConfig) -> bool:
+        """Whether the last layer may be one: with its whole sequence, and computed only once."""
+        is_local = config.transformer_impl == "local"
+        return is_local and not config.sequence_parallel and config.recompute_granularity != "full"
+
+    def _forward_mlp(self, hidden_states: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        """(S, B, H) -> (S, B, H), or (n, 1, H) of n positions."""
+        if self.positions is not None:
+            hidden_states = pick(hidden_states, self.positions)
+        return super()._forward_mlp(hidden_states, *rest, **named)
+
+
+def pick(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(S, B, H) -> (n, 1, H)."""
+    return hidden.flatten(0, 1).index_select(0, positions)[:, None]
+
+
 class LanguageModel(GPTModel):
-    """Megatron's GPTModel, whose output layer may work on some of the positions only."""
+    """Megatron's GPTModel, whose last MLP and output layer may work on some positions only."""
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
@@ -184,6 +167,15 @@ class LanguageModel(GPTModel):
             # `head_and_loss` gathers the sequence, so that it can pick positions out of it.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def forward(self, *, output_processor_context: torch.Tensor | None, **named: Any) -> Any:
+        """As Megatron's; `output_processor_context` are the positions that the loss needs."""
+        positions = output_processor_context
+        if self.decoder.layers and isinstance(last := self.decoder.layers[-1], LastLayer):
+            # Megatron's fused SwiGLU refuses an empty tensor.
+            last.positions = positions if positions is not None and len(positions) else None
+            positions = positions if last.positions is None else None
+        return super().forward(output_processor_context=positions, **named)
 
     def _preprocess(self, *, packed_seq_params: Any = None, **named: Any) -> tuple:
         """As Megatron's, with the rotary angles of each packed sample's own positions."""
@@ -220,7 +212,7 @@ def head_and_loss(
         group = output_layer.tp_group
         hidden = gather_from_sequence_parallel_region(hidden, False, group=group)
     if context is not None:
-        hidden = hidden.flatten(0, 1).index_select(0, context)[:, None]
+        hidden = pick(hidden, context)
     if labels is None:
         logits, _ = output_layer(hidden, weight=output_weight)
         return scale_logits(logits).transpose(0, 1).contiguous()

@@ -127,6 +127,11 @@ def language_layer_flops(language: LanguageConfig, seq_length: int) -> Flops:
     )
 
 
+def mlp_flops(language: LanguageConfig, seq_length: int) -> Flops:
+    """The MLP of one layer over a sequence; a gated one has three matrices."""
+    return Flops(2 * seq_length * language.hidden_size * language.ffn_hidden_size * 3)
+
+
 def projector_flops(modality: ModalityConfig, hidden_size: int) -> Flops:
     """One token from the width that leaves the encoder to the language model's `hidden_size`."""
     return Flops(modality.projector.flops(modality.encoder.output_size, hidden_size))
@@ -141,7 +146,7 @@ def head_flops(language: LanguageConfig, seq_length: int) -> Flops:
 class Workload:
     """A mean micro-batch: its size, and the encoder inputs and tokens of each modality in it.
 
-    The head runs on `target_share` of its positions, those with loss.
+    The head and the MLP before it run on `target_share` of its positions, those with loss.
     """
 
     batch_size: float
@@ -169,12 +174,15 @@ def model_cost(config: MimoConfig, shape: RunShape, work: Workload) -> ModelCost
     causal = replace(layer, attention=layer.attention // 2)
     layer_cost = _cost(causal, trains, passes_on, shape.recompute)
     head_cost = _cost(head_flops(config.language, seq_length), trains, passes_on)
+    # Of the last layer's MLP the positions without loss are left out (model/parts.py).
+    mlp_cost = _cost(mlp_flops(config.language, seq_length), trains, passes_on)
+    left_out = 0.0 if shape.recompute or shape.sequence_parallel else 1 - work.target_share
     share = work.batch_size / shape.tp / shape.cp
     nothing = Cost(0.0, 0.0)
     return ModelCost(
         layer_cost * share,
         nothing if shape.placements else sum(encoders.values(), nothing),
-        head_cost * share * work.target_share,
+        (head_cost * work.target_share + mlp_cost * -left_out) * share,
         encoders if shape.placements else {},
     )
 
