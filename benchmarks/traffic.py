@@ -13,6 +13,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -287,7 +288,8 @@ def add_tensor_parallel(sent: Traffic, batch: MicroBatch, rank: Rank) -> None:
         # the first matrix passes on.
         sent.add(TENSOR, 2 * 2 * layers, 2 * part * hidden)
     if rank.is_first:
-        sent.add(TENSOR, 1, 2 * part * hidden)  # each has a part of the embedding's rows
+        # Each has a part of the embedding's rows; context-parallel ranks embed the whole sequence.
+        sent.add(TENSOR, 1, 2 * part * hidden * layout.cp)
         sent.add(TENSOR, int(layout.sequence_parallel), part * hidden)  # then scattered
     if rank.is_last:
         sent.add(TENSOR, int(layout.sequence_parallel), part * hidden)  # gathered for the head
@@ -312,7 +314,7 @@ def dummy_tokens(modality: ModalityConfig) -> list[int]:
 def shares(tokens: Sequence[int], ranks: int) -> list[list[int]]:
     """Encoder inputs as ranks divide them: runs that differ by one at most."""
     ends = [len(tokens) * number // ranks for number in range(ranks + 1)]
-    return [list(tokens[start:end]) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [list(tokens[start:end]) for start, end in pairwise(ends)]
 
 
 def add_batch(sent: Traffic, batch: MicroBatch, rank: Rank) -> None:
@@ -404,7 +406,7 @@ def rank_parameters(rank: Rank) -> float:
 
 def encoder_parameters(modality: ModalityConfig, tp: int) -> float:
     """An encoder's and its projector's, on one of `tp` ranks."""
-    encoder, width, middle = modality.encoder, modality.encoder.hidden_size, 0
+    encoder, width = modality.encoder, modality.encoder.hidden_size
     middle = encoder.ffn_hidden_size
     split = 4 * width**2 + 2 * width * middle + 3 * width + middle  # with the first ones' biases
     copied = 2 * width + 2 * 2 * width  # the second ones' biases, and two norms
