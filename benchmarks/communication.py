@@ -292,15 +292,15 @@ def words() -> str:
 _PAGE = f"""# What every rank sends in an iteration
 
 `python -m benchmarks.communication --output benchmarks/communication.md` wrote this: `tiny_avlm` in
-fp32 with {LAYERS} layers and {HEADS} heads, {GLOBAL_BATCH_SIZE} samples of mock data an iteration in micro-batches of {MICRO_BATCH_SIZE}, ranks on
-CPUs. The counts are those of iteration {COUNTED}; the formula is [traffic.py](traffic.py). Bytes are
-those that a rank sends where the ranks of a group form a ring: 2 (n - 1) / n of a tensor that is
-summed, (n - 1) / n of one that is gathered, scattered or broadcast, all of a message. On one machine
-they may take another way.
+fp32 with {LAYERS} layers and {HEADS} heads, {GLOBAL_BATCH_SIZE} samples of mock data an iteration
+in micro-batches of {MICRO_BATCH_SIZE}, ranks on CPUs. The counts are those of iteration {COUNTED};
+the formula is [traffic.py](traffic.py). Bytes are those that a rank sends where the ranks of a
+group form a ring: 2 (n - 1) / n of a tensor that is summed, (n - 1) / n of one that is gathered,
+scattered or broadcast, all of a message. On one machine they may take another way.
 
 This is the rank that sends most, in each layout. For every rank and every kind of what it sends,
-formula and count are within {BOUND:.0%}, and the numbers of operations are equal. The bubble is the idle
-share of all stages, a backward pass counting as two forward passes; its formula is
+formula and count are within {BOUND:.0%}, and the numbers of operations are equal. The bubble is the
+idle share of all stages, a backward pass counting as two forward passes; its formula is
 (p - 1) / (v m + p - 1) for p stages, v groups of layers on each and m micro-batches.
 
 {{summary}}
