@@ -121,6 +121,7 @@ def counted_bubble(layout: Layout, run: Sequence[Events]) -> float:
             sends, receives, slots = phases[0]
             for peer in sends:
                 posted[rank, peer].append(clock[rank])
+                moved = True
             phases[0] = ([], receives, slots)
             needed = {peer: receives.count(peer) for peer in receives}
             if any(len(posted[p, rank]) < read[p, rank] + n for p, n in needed.items()):
