@@ -33,13 +33,20 @@ help:
 	@echo "make gpu-check        run the tests and benchmarks that need CUDA"
 	@echo "make clean            remove the environments and both demos"
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.12 or 3.13 is needed, and none was found."; exit 2; }
-	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(PIP) $(PINNED) -e '.[test]'
+	"$(PYTHON)" -m venv $(VENV)
+
+# The demo needs no tests, server, shards or linters.
+$(VENV)/demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(PINNED) -e '.[demo]'
 	@touch $@
 
-demo: $(VENV)/installed
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(PINNED) -e '.[test]'
+	@touch $(VENV)/demo $@
+
+demo: $(VENV)/demo
 	PATH="$(abspath $(BIN)):$$PATH" bash demos/digits/run.sh
 
 $(VENV)/weights: $(VENV)/installed
