@@ -285,8 +285,10 @@ def add_tensor_parallel(sent: Traffic, batch: MicroBatch, rank: Rank) -> None:
         sent.add(TENSOR, 2 * 5 * layers, part * hidden)
     else:
         # Of attention and of the MLP: a sum behind the second matrix, and backward one of what
-        # the first matrix passes on.
-        sent.add(TENSOR, 2 * 2 * layers, 2 * part * hidden)
+        # the first matrix passes on. The last MLP works on the positions with loss.
+        sent.add(TENSOR, 2 * 2 * layers - 2 * rank.is_last, 2 * part * hidden)
+        last = targets * width * NUMBER if targets else hidden
+        sent.add(TENSOR, 2 * rank.is_last, 2 * part * last)
     if rank.is_first:
         # Each has a part of the embedding's rows; context-parallel ranks embed the whole sequence.
         sent.add(TENSOR, 1, 2 * part * hidden * layout.cp)
