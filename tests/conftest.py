@@ -14,7 +14,14 @@ from examples.mimo import compat
 
 compat.install()
 
+from tests.helpers import costs, warm
 from tests.helpers.commands import run_command
+
+warm.remember_flags()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(costs.Costs(config))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import soundfile
 
 from examples.mimo.generation.api import forbidden_tokens
 from tests.helpers import ranks
-from tests.helpers.commands import run_command, run_train
+from tests.helpers.commands import run_command, run_forked, run_train
 
 SAMPLES = 20
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
@@ -265,7 +265,7 @@ def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
     # Without an answer there is nothing to compare with.
     question = {"conversations": [{"from": "human", "value": "seven?"}]}
     (tmp_path / "heldout.jsonl").write_text(json.dumps(question))
-    done = run_command("evaluate.py", "--ckpt", str(checkpoint), "--data", str(tmp_path))
+    done = run_forked("evaluate.py", "--ckpt", str(checkpoint), "--data", str(tmp_path))
     assert done.returncode == 2
     assert "heldout, line 1: no answer to compare with" in done.stderr
     assert not (checkpoint / "eval.json").exists()
@@ -279,10 +279,10 @@ def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
     split = tmp_path / "heldout.jsonl"
     split.write_text(json.dumps({"messages": turns}))
     flags = ("--ckpt", str(checkpoint), "--data", str(tmp_path), "--output", str(output))
-    assert run_command("evaluate.py", *flags).returncode == 0
+    assert run_forked("evaluate.py", *flags).returncode == 0
     assert set(json.loads(output.read_text())["scores"]) == {"heldout", "heldout, image blanked"}
     split.write_text(json.dumps({"messages": turns[:1], "key": "asked"}))
-    done = run_command("evaluate.py", *flags)
+    done = run_forked("evaluate.py", *flags)
     assert done.returncode == 2
     assert "sample asked: no answer to compare with" in done.stderr
 

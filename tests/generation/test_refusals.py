@@ -4,16 +4,13 @@ import base64
 import http.client
 import io
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 from tests.helpers import ranks
-from tests.helpers.commands import QUESTION, ROOT, run_command
+from tests.helpers.commands import QUESTION, ROOT, run_forked
 from tests.helpers.served import KEY, Served, answer_of, says, until, user
 
 pytest.importorskip("starlette")
@@ -172,7 +169,7 @@ def test_other_refusals(served):
 
 def test_too_large_a_body_is_refused_before_it_is_read(checkpoint):
     small = ("--max-body-megabytes", "0.1", "--max-batch", "1", "--max-waiting", "2")
-    server = Served(checkpoint, *small)
+    server = Served(checkpoint, *small, forked=True)
     status, reply = server.ask(says(padding="x" * 200_000))
     assert (status, "more than 104,857" in reply["error"]["message"]) == (413, True)
     # Chunked, without a length that could be checked first.
@@ -201,7 +198,7 @@ def test_a_port_that_is_taken_ends_with_one_line(checkpoint, served):
 def test_the_second_of_two_servers_ends_before_either_has_loaded(checkpoint):
     port, script = ranks.free_port(), str(ROOT / "examples/mimo/serve.py")
     flags = ("--ckpt", str(checkpoint), "--port", str(port))
-    first = subprocess.Popen([sys.executable, script, *flags], env=os.environ)
+    first = ranks.Forked([script, *flags], kind="servers")
 
     def listens():
         with socket.socket() as client:
@@ -209,7 +206,7 @@ def test_the_second_of_two_servers_ends_before_either_has_loaded(checkpoint):
 
     try:
         until(listens)
-        done = run_command("serve.py", *flags)
+        done = run_forked("serve.py", *flags)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1, done.stderr
         assert f"--port {port}: Address already in use; name another" in done.stderr
@@ -221,7 +218,7 @@ def test_the_second_of_two_servers_ends_before_either_has_loaded(checkpoint):
 
 def test_an_empty_api_key_is_none(monkeypatch):
     monkeypatch.setenv("MIMO_API_KEY", "")
-    done = run_command("serve.py", "--ckpt", "none", "--host", "0.0.0.0")
+    done = run_forked("serve.py", "--ckpt", "none", "--host", "0.0.0.0")
     assert done.returncode == 2
     assert "lets other machines in; put an API key" in done.stderr
 

@@ -32,6 +32,16 @@ def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.Comp
     )
 
 
+def run_forked(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
+    """As `run_command` does it, but in processes that need not import Megatron first.
+
+    For tests of what a command does; that it starts as a user types it is tested once for each.
+    """
+    if "TEST_PYTHON" in os.environ:
+        return run_command(script, *flags, processes=processes)
+    return ranks.run(f"examples/mimo/{script}", *flags, processes=processes, kind="commands")
+
+
 def python_path() -> str:
     """The root, where tests define models of their own, and what this process was shown."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
