@@ -15,7 +15,7 @@ from examples.mimo import compat
 compat.install()
 
 from tests.helpers import costs, warm
-from tests.helpers.commands import run_command
+from tests.helpers.commands import launch_command
 
 warm.remember_flags()
 
@@ -29,7 +29,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Spoken questions by ten voices, as prepare_data.py writes them."""
     folder = tmp_path_factory.mktemp("data") / "spoken"
     sizes = ("--samples", "200", "--voices", "10")
-    done = run_command("prepare_data.py", "spoken-questions", "--output", str(folder), *sizes)
+    done = launch_command("prepare_data.py", "spoken-questions", "--output", str(folder), *sizes)
     assert done.returncode == 0, done.stderr
     return folder
 

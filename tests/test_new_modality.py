@@ -16,7 +16,7 @@ from examples.mimo.hf.io import CheckpointReader
 from examples.mimo.modalities.base import EncoderConfig, MLPProjectorConfig
 from examples.mimo.modalities.files import open_source
 from tests.helpers import known_answers, ranks
-from tests.helpers.commands import PP2, ROOT, TP2, run_forked, run_train
+from tests.helpers.commands import PP2, ROOT, TP2, run_command, run_train
 from tests.helpers.layouts import FIRST_LOSS_BOUND, TEN_LOSSES_BOUND
 
 PROVIDER = ("--model-provider", "tests.test_new_modality:depth_lm")
@@ -86,7 +86,7 @@ def data(tmp_path_factory):
             record = {"key": str(number), "conversations": turns, "depths": depths}
             lines.write(json.dumps(record) + "\n")
     texts = ("--text", str(folder / "train.jsonl"), str(ROOT / "LICENSE"))
-    done = run_forked("prepare_data.py", "tokenizer", *PROVIDER, *texts, "--output", str(folder))
+    done = run_command("prepare_data.py", "tokenizer", *PROVIDER, *texts, "--output", str(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -134,7 +134,7 @@ def test_it_is_asked_and_evaluated(train, data, tmp_path):
     _, checkpoint = train(*TP2)
     file = data / "3.npy"
     flags = ("--ckpt", str(checkpoint), "--depth-path", str(file), "--prompt", PROMPT)
-    done = run_forked("avlm_inference.py", *flags, "--max-new-tokens", "32", "--json")
+    done = run_command("avlm_inference.py", *flags, "--max-new-tokens", "32", "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)["answer"]
 

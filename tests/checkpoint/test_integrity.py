@@ -27,7 +27,7 @@ from examples.mimo.checkpoint.integrity import (
     with_manifest,
     write_manifest,
 )
-from tests.helpers.commands import run_forked, run_train
+from tests.helpers.commands import run_command, run_train
 from tests.helpers.damage import Damage, files, random_damages, refusal
 
 REMEDY = (
@@ -277,13 +277,13 @@ def test_ranks_write_one_manifest_and_fail_with_one_line(two_ranks):
 def test_every_command_that_loads_checks_first(folder, tmp_path, script, flags):
     os.truncate(folder / "iter_0000003/__0_0.distcp", 1_000_000)
     flags = [str(tmp_path / "out") if flag == "OUT" else flag for flag in flags]
-    done = run_forked(script, *flags, str(folder))
+    done = run_command(script, *flags, str(folder))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"error: {flags[-1]} {folder}: iter_0000003/__0_0.distcp has 1,000,000 b" in done.stderr
     assert (
         "--no-verify-integrity"
-        in run_forked(script, *(flags[:1] if script == "convert.py" else ()), "--help").stdout
+        in run_command(script, *(flags[:1] if script == "convert.py" else ()), "--help").stdout
     )
 
 
@@ -307,7 +307,7 @@ def test_two_hundred_damages_at_every_layout(saved, two_ranks, data_folder, tmp_
         ("to-hf", "--load", saved, "--save", hf),
         ("from-hf", "--model-provider", "tiny_avlm", "--folders", hf, "--save", start),
     ):
-        done = run_forked("convert.py", *map(str, flags))
+        done = run_command("convert.py", *map(str, flags))
         assert done.returncode == 0, done.stderr
     folders.append(start)
     for number, folder in enumerate(folders):

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from examples.mimo.checkpoint.description import latest_weights
 from examples.mimo.checkpoint.loading import CHECKPOINT_ERRORS, reason
 from tests.helpers import payloads, ranks
-from tests.helpers.commands import TP2, run_forked, run_train
+from tests.helpers.commands import TP2, run_command, run_train
 
 SHAPES = list(payloads.shapes("marker"))
 REFUSED = (*CHECKPOINT_ERRORS, ValueError)
@@ -159,7 +159,7 @@ def run_on(command, checkpoint, data_folder, output):
     """The command on a stranger's checkpoint, whose weights are in `release`."""
     names = {"data": data_folder, "out": output, "port": ranks.free_port()}
     flags = [flag.replace("{}", str(checkpoint)).format(**names) for flag in COMMANDS[command]]
-    return run_forked(command, *flags)
+    return run_command(command, *flags)
 
 
 def strange_checkpoint(checkpoint, folder, place, shape, marker):

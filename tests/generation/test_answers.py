@@ -9,7 +9,7 @@ import soundfile
 
 from examples.mimo.generation.api import forbidden_tokens
 from tests.helpers import ranks
-from tests.helpers.commands import run_command, run_forked, run_train
+from tests.helpers.commands import launch_command, run_command, run_train
 
 SAMPLES = 20
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
@@ -99,7 +99,7 @@ def run_alone(*flags):
 
 
 def test_json_is_all_that_is_printed(checkpoint, media):
-    done = run_command(
+    done = launch_command(
         "avlm_inference.py",
         *("--ckpt", str(checkpoint), "--json", "--max-new-tokens", "4"),
         *("--image-path", str(media / "white.png"), "--audio-path", str(media / "second.wav")),
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_ends_with_one_line(checkpoint, tmp_path):
 def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
     output = tmp_path / "eval.json"
     flags = ("--ckpt", str(checkpoint), "--data", str(data_folder), "--samples", "12")
-    done = run_command("evaluate.py", *flags, "--output", str(output))
+    done = launch_command("evaluate.py", *flags, "--output", str(output))
     assert done.returncode == 0, done.stderr
     scores = json.loads(output.read_text())["scores"]
     assert set(scores) == {
@@ -265,7 +265,7 @@ def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
     # Without an answer there is nothing to compare with.
     question = {"conversations": [{"from": "human", "value": "seven?"}]}
     (tmp_path / "heldout.jsonl").write_text(json.dumps(question))
-    done = run_forked("evaluate.py", "--ckpt", str(checkpoint), "--data", str(tmp_path))
+    done = run_command("evaluate.py", "--ckpt", str(checkpoint), "--data", str(tmp_path))
     assert done.returncode == 2
     assert "heldout, line 1: no answer to compare with" in done.stderr
     assert not (checkpoint / "eval.json").exists()
@@ -279,10 +279,10 @@ def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
     split = tmp_path / "heldout.jsonl"
     split.write_text(json.dumps({"messages": turns}))
     flags = ("--ckpt", str(checkpoint), "--data", str(tmp_path), "--output", str(output))
-    assert run_forked("evaluate.py", *flags).returncode == 0
+    assert run_command("evaluate.py", *flags).returncode == 0
     assert set(json.loads(output.read_text())["scores"]) == {"heldout", "heldout, image blanked"}
     split.write_text(json.dumps({"messages": turns[:1], "key": "asked"}))
-    done = run_forked("evaluate.py", *flags)
+    done = run_command("evaluate.py", *flags)
     assert done.returncode == 2
     assert "sample asked: no answer to compare with" in done.stderr
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import ranks
-from tests.helpers.commands import QUESTION, ROOT, run_forked
+from tests.helpers.commands import QUESTION, ROOT, run_command
 from tests.helpers.served import KEY, Served, answer_of, says, until, user
 
 pytest.importorskip("starlette")
@@ -206,7 +206,7 @@ def test_the_second_of_two_servers_ends_before_either_has_loaded(checkpoint):
 
     try:
         until(listens)
-        done = run_forked("serve.py", *flags)
+        done = run_command("serve.py", *flags)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1, done.stderr
         assert f"--port {port}: Address already in use; name another" in done.stderr
@@ -218,7 +218,7 @@ def test_the_second_of_two_servers_ends_before_either_has_loaded(checkpoint):
 
 def test_an_empty_api_key_is_none(monkeypatch):
     monkeypatch.setenv("MIMO_API_KEY", "")
-    done = run_forked("serve.py", "--ckpt", "none", "--host", "0.0.0.0")
+    done = run_command("serve.py", "--ckpt", "none", "--host", "0.0.0.0")
     assert done.returncode == 2
     assert "lets other machines in; put an API key" in done.stderr
 

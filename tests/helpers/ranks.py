@@ -163,6 +163,84 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+class Launched:
+    """The ranks of a script, which end together, as under torchrun.
+
+    With `processes` 0 it is one process without a launcher, as `python script` starts it.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        *flags: str,
+        processes: int = 1,
+        kind: str = "ranks",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        port = free_port()
+        self.args = [script, *flags]
+        self.files = [tempfile.NamedTemporaryFile("ab") for _ in ("stdout", "stderr")]  # noqa: SIM115
+        self.processes = [
+            Forked(
+                [str(ROOT / script), *flags],
+                number=rank,
+                variables={**(environment or os.environ), **variables(rank, processes, port)},
+                stdout=self.files[0],
+                stderr=self.files[1],
+                kind=kind,
+            )
+            for rank in range(max(1, processes))
+        ]
+
+    def poll(self) -> int | None:
+        """The first exit status, if any rank has ended."""
+        ended = (process.poll() for process in self.processes)
+        return next((status for status in ended if status is not None), None)
+
+    def wait(
+        self,
+        timeout: float = PATIENCE_SECONDS,
+        kill_when: Callable[[], Collection[int]] = tuple,
+    ) -> int:
+        """The first exit status that is not 0, or 0, when all ranks have ended.
+
+        The other ranks are ended then, or when so many seconds are over. The ranks that `kill_when`
+        returns, which is called all the time, get SIGKILL.
+        """
+        polls = kill_when is not tuple
+        assert all(process.pid for process in self.processes)
+        running = {p.reports: p for p in self.processes if p.poll() is None}
+        statuses = [p.returncode for p in self.processes if p.returncode is not None]
+        deadline = time.monotonic() + timeout
+        while running and not any(statuses):
+            left = max(0, deadline - time.monotonic())
+            ended = _readable(list(running), POLL_SECONDS if polls else left)
+            if not ended and not left:
+                break
+            for rank in kill_when() if polls else ():
+                polls = False
+                self.processes[rank].kill()
+            statuses += [running.pop(reports).wait() for reports in ended]
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            statuses.append(process.wait())
+        return next((status for status in statuses if status), 0)
+
+    def send_signal(self, number: int) -> None:
+        """Send all ranks a signal."""
+        for process in self.processes:
+            process.send_signal(number)
+
+    def said(self) -> list[str]:
+        """What the ranks have printed on stdout and on stderr so far."""
+        return [Path(file.name).read_text(encoding="utf-8") for file in self.files]
+
+
 def run(
     script: str,
     *flags: str,
@@ -170,58 +248,13 @@ def run(
     kill_when: Callable[[], Collection[int]] = tuple,
     kind: str = "ranks",
 ) -> subprocess.CompletedProcess[str]:
-    """What `script`, a path from the root of the repository, did on all its ranks.
-
-    The first exit status that is not 0 is the returned one; the other ranks are ended then. The
-    ranks that `kill_when` returns, which is called all the time, get SIGKILL.
-
-    With `processes` 0 it is one process without a launcher, as `python script` starts it.
-    """
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        names = [Path(folder, name) for name in ("stdout", "stderr")]
-        with open(names[0], "ab") as out, open(names[1], "ab") as err:
-            running = [
-                Forked(
-                    [str(ROOT / script), *flags],
-                    number=rank,
-                    variables={**os.environ, **variables(rank, processes, port)},
-                    stdout=out,
-                    stderr=err,
-                    kind=kind,
-                )
-                for rank in range(max(1, processes))
-            ]
-        status = _wait(running, kill_when)
-        said = [name.read_text(encoding="utf-8") for name in names]
-    return subprocess.CompletedProcess([script, *flags], status, *said)
-
-
-def _wait(processes: Sequence[Forked], kill_when: Callable[[], Collection[int]]) -> int:
-    """The first exit status that is not 0, or 0, when all ranks have ended."""
-    polls = kill_when is not tuple
-    assert all(process.pid for process in processes)
-    running = {process.reports: process for process in processes}
-    statuses: list[int] = []
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while running and not any(statuses):
-        left = max(0, deadline - time.monotonic())
-        ended = _readable(list(running), POLL_SECONDS if polls else left)
-        if not ended and not left:
-            break
-        for rank in kill_when() if polls else ():
-            polls = False
-            processes[rank].kill()
-        statuses += [running.pop(reports).wait() for reports in ended]
-    for process in running.values():
-        process.terminate()
-    for process in running.values():
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        statuses.append(process.wait())
-    return next((status for status in statuses if status), 0)
+    """What `script`, a path from the root of the repository, did on all its ranks; see above."""
+    ranks = Launched(script, *flags, processes=processes, kind=kind)
+    status = ranks.wait(kill_when=kill_when)
+    said = ranks.said()
+    for file in ranks.files:
+        file.close()
+    return subprocess.CompletedProcess(ranks.args, status, *said)
 
 
 def _readable(files: list[IO[bytes]], seconds: float) -> list[IO[bytes]]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 from tests.helpers import ranks
 from tests.helpers.commands import ROOT
@@ -26,20 +27,21 @@ class Served:
 
     def __init__(self, checkpoint, *flags, processes=0, key=KEY, script=SERVE, forked=False):
         self.port = ranks.free_port()
-        command = [str(ROOT / script), "--ckpt", str(checkpoint), "--port", str(self.port), *flags]
+        command = [script, "--ckpt", str(checkpoint), "--port", str(self.port), *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MIMO_API_KEY": key}
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
         if forked:
-            self.process = ranks.Forked(
-                command, variables=environment, stderr=self.stderr, kind="servers"
+            self.process = ranks.Launched(
+                *command, processes=processes, environment=environment, kind="servers"
             )
+            self.stderr = self.process.files[1]
         else:
+            self.stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115
             launch = [sys.executable]
             if processes:
                 launch += ["-m", "torch.distributed.run", "--standalone"]
                 launch += ["--nproc-per-node", str(processes)]
             self.process = subprocess.Popen(
-                [*launch, *command], env=environment, stderr=self.stderr
+                [*launch, *command], cwd=ROOT, env=environment, stderr=self.stderr
             )
         deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
@@ -97,8 +99,7 @@ class Served:
 
     def said(self):
         """What it has printed on stderr."""
-        self.stderr.seek(0)
-        return self.stderr.read().decode()
+        return Path(self.stderr.name).read_text()
 
 
 def encoded(file):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import Folder
-from tests.helpers.commands import run_forked
+from tests.helpers.commands import run_command
 from tests.hf.cases import CASES
 
 CASE = CASES["llama"]
@@ -200,7 +200,7 @@ def test_a_folder_with_something_in_it_is_not_overwritten(good, tmp_path, build_
     ],
 )
 def test_the_command_ends_with_one_line(flags, message):
-    done = run_forked("convert.py", *flags)
+    done = run_command("convert.py", *flags)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -14,7 +14,7 @@ from examples.mimo.configs import get_model_config
 from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import Folder
 from examples.mimo.hf.to_hf import to_hf
-from tests.helpers.commands import run_forked
+from tests.helpers.commands import run_command
 from tests.hf.cases import CASES, SIDE
 
 FILE = "preprocessor_config.json"
@@ -295,7 +295,7 @@ def test_the_command_says_what_it_read(theirs, tmp_path):
     """tests.helpers.models has no model of these sizes, so the refusal shows that it was read."""
     (theirs / "clip" / FILE).write_text(json.dumps({**OLD, "crop_size": 31}))
     flags = ("--model-provider", "tiny_avlm", "--images", str(theirs / "clip"))
-    run = run_forked("convert.py", "from-hf", *flags, "--save", str(tmp_path / "o"))
+    run = run_command("convert.py", "from-hf", *flags, "--save", str(tmp_path / "o"))
     (theirs / "clip" / FILE).unlink()
     assert run.returncode == 2, run.stderr
     assert (

@@ -15,7 +15,7 @@ from examples.mimo.hf.from_hf import from_hf
 from examples.mimo.hf.io import CheckpointReader, Folder
 from examples.mimo.hf.to_hf import to_hf
 from examples.mimo.model.parts import part_names, part_prefix
-from tests.helpers.commands import run_command, run_forked, run_train
+from tests.helpers.commands import launch_command, run_command, run_train
 from tests.helpers.models import with_depth
 from tests.hf.cases import CASES, OUR_VOCABULARY, VOCABULARY, WIDTH
 
@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
 def exported(trained, tmp_path_factory):
     """What `convert.py to-hf` writes of it, and says."""
     folders = tmp_path_factory.mktemp("exported") / "folders"
-    run = run_command("convert.py", "to-hf", "--load", str(trained), "--save", str(folders))
+    run = launch_command("convert.py", "to-hf", "--load", str(trained), "--save", str(folders))
     assert run.returncode == 0, run.stderr
     return folders, run.stderr
 
@@ -73,7 +73,7 @@ def test_all_parts_come_back_bit_equal(trained, exported, tmp_path, how):
     folders, _ = exported
     folder_flags = ["--folders", folders] if how == "folders" else flags_for_every_part(folders)
     flags = ("from-hf", "--model-provider", PROVIDER, *map(str, folder_flags))
-    run = (run_command if how == "folders" else run_forked)(
+    run = (launch_command if how == "folders" else run_command)(
         "convert.py", *flags, "--save", str(tmp_path / "again")
     )
     assert run.returncode == 0, run.stderr
@@ -228,7 +228,7 @@ def test_folders_that_are_wrong(exported, tmp_path, damage, message):
     shutil.copytree(exported[0], folders)
     damage(folders)
     flags = ("--model-provider", PROVIDER, "--folders", str(folders))
-    run = run_forked("convert.py", "from-hf", *flags, "--save", str(tmp_path / "ours"))
+    run = run_command("convert.py", "from-hf", *flags, "--save", str(tmp_path / "ours"))
     assert run.returncode == 2, run.stderr
     assert message in run.stderr.splitlines()[-1]
     assert [path for path in tmp_path.iterdir() if path != folders] == []
@@ -244,7 +244,7 @@ def test_folders_that_are_wrong(exported, tmp_path, damage, message):
 def test_llava_needs_one_modality_for_its_vision_tower(exported, tmp_path, provider, message):
     flags = ("--model-provider", f"tests.helpers.models:{provider}")
     flags += ("--llava", str(exported[0] / "language"), "--save", str(tmp_path / "ours"))
-    run = run_forked("convert.py", "from-hf", *flags)
+    run = run_command("convert.py", "from-hf", *flags)
     assert run.returncode == 2, run.stderr
     assert message in run.stderr
     assert run.stderr.count("\n") == 1

@@ -20,7 +20,7 @@ from examples.mimo.data.turns import FilesInside
 from examples.mimo.shards.manifest import Entry, read_record
 from examples.mimo.shards.write import Item, Shard, WriteOptions, prepare_shards, split_of
 from tests.helpers import broken
-from tests.helpers.commands import ROOT, run_forked
+from tests.helpers.commands import ROOT, run_command
 from tests.helpers.megatron_example import write_megatron_example
 
 pytest.importorskip("megatron.energon")
@@ -203,18 +203,18 @@ def test_commands_know_the_model_from_the_folder(image_questions, data_folder, t
     output = tmp_path / "out"
     flags = ("--manifest", str(image_questions / "train.jsonl"), "--output", str(output))
     flags += ("--splits", "train=1", "--tokenizer", str(data_folder / "tokenizer.model"))
-    done = run_forked("prepare_data.py", "webdataset", *flags)
+    done = run_command("prepare_data.py", "webdataset", *flags)
     assert done.returncode == 0, done.stderr
     assert "train 15 samples for llava_vlm in 1 shards; 5 refused" in done.stderr
     assert set(rejected(output).values()) == {
         "holds audios, but llava_vlm takes images; choose another model or other data"
     }
     page = ("--html", str(tmp_path / "page.html"))
-    shown = run_forked("prepare_data.py", "show", str(output), *page)
+    shown = run_command("prepare_data.py", "show", str(output), *page)
     assert shown.returncode == 0, shown.stderr
     assert "15 samples as llava_vlm sees them" in shown.stderr
     tiny = ("--overwrite", "--model-provider", "tiny_avlm")
-    done = run_forked("prepare_data.py", "webdataset", *flags, *tiny)
+    done = run_command("prepare_data.py", "webdataset", *flags, *tiny)
     assert "train 20 samples for tiny_avlm in 1 shards\n" in done.stderr
     assert DatasetModel.read(output) == DatasetModel("tiny_avlm")
 
@@ -368,7 +368,7 @@ def test_shards_of_megatrons_example_are_taken_as_they_are(tiny, tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(data_folder, tmp_path):
     flags = ["--manifest", str(data_folder / "train.jsonl"), "--shard-samples", "20"]
-    whole = run_forked("prepare_data.py", "webdataset", *flags, "--output", str(tmp_path / "a"))
+    whole = run_command("prepare_data.py", "webdataset", *flags, "--output", str(tmp_path / "a"))
     assert whole.returncode == 0, whole.stderr
     assert re.search(r"a: train 19\d, val \d+ samples for tiny_avlm in \d+ shards", whole.stderr)
     command = [sys.executable, str(ROOT / "examples/mimo/prepare_data.py"), "webdataset", *flags]
@@ -410,7 +410,7 @@ def test_an_interrupted_run_goes_on_where_it_was(data_folder, tmp_path):
 )
 def test_wrong_command_lines_end_with_one_line(tmp_path, flags, message):
     output = () if "--output" in flags else ("--output", str(tmp_path / "out"))
-    done = run_forked("prepare_data.py", "webdataset", *flags, *output)
+    done = run_command("prepare_data.py", "webdataset", *flags, *output)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -9,7 +9,7 @@ from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.shards.show import ShownSample, Statistics, inspect_shards, render_page
 from examples.mimo.shards.write import WriteOptions, prepare_shards
 from tests.helpers.chromium import find_chromium
-from tests.helpers.commands import run_forked
+from tests.helpers.commands import run_command
 
 pytest.importorskip("megatron.energon")
 BROWSER = find_chromium()
@@ -128,7 +128,7 @@ def test_a_browser_shows_the_pictures_and_plays_the_sounds(inspected, tmp_path):
 def test_the_command(shards, data_folder, tmp_path):
     page_file = tmp_path / "page.html"
     named = ("--html", str(page_file), "--tokenizer", str(data_folder))
-    done = run_forked("prepare_data.py", "show", str(shards), *named)
+    done = run_command("prepare_data.py", "show", str(shards), *named)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("samples   200 (train ")
     assert "24 samples as tiny_avlm sees them" in done.stderr

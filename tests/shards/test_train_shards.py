@@ -18,7 +18,7 @@ from PIL import Image
 
 from examples.mimo.shards.write import index_shards
 from tests.helpers import broken
-from tests.helpers.commands import PP2, ROOT, TP2, kill_all, run_command, run_forked, run_train
+from tests.helpers.commands import PP2, ROOT, TP2, kill_all, launch_command, run_command, run_train
 from tests.helpers.megatron_example import write_megatron_example
 from tests.helpers.videos import write_video
 
@@ -32,7 +32,7 @@ ITERATIONS, EVERY, KILLS = 50, 4, 5
 @pytest.fixture(scope="module")
 def spoken(data_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("shards") / "out"
-    done = run_command(
+    done = launch_command(
         "prepare_data.py", "webdataset",
         *("--manifest", str(data_folder / "train.jsonl"), "--output", str(output)),
         *("--splits", "train=0.8", "val=0.2"),
@@ -50,7 +50,7 @@ def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     manifest = spoken_shapes.write(folder, 5_000)
     output = folder / "shards"
-    done = run_forked(
+    done = run_command(
         "prepare_data.py", "webdataset", "--manifest", str(manifest), "--output", str(output)
     )
     assert done.returncode == 0, done.stderr
@@ -182,12 +182,12 @@ def test_windows_and_tiles_train_alike_at_every_layout(data_folder, tmp_path):
     longer = ("--set", "audios.encoder.max_windows=4", "images.encoder.max_tiles=4")
     longer += ("images.encoder.fit=pad",)
     output = ("--output", str(tmp_path / "shards"), "--splits", "train=1")
-    refused = run_forked("prepare_data.py", "webdataset", "--manifest", str(manifest), *output)
+    refused = run_command("prepare_data.py", "webdataset", "--manifest", str(manifest), *output)
     assert refused.returncode == 2, refused.stderr
     assert "tiny_avlm can use 4 samples of 16, less than half" in refused.stderr
     assert not (tmp_path / "shards").exists()
     command = ("prepare_data.py", "webdataset", "--manifest", str(manifest), *output)
-    done = run_forked(*command, *longer)
+    done = run_command(*command, *longer)
     assert re.search(r"train 16 samples for tiny_avlm in 1 shards$", done.stderr.strip()), (
         done.stderr
     )
@@ -333,7 +333,7 @@ def test_megatrons_example_folder_and_flags(data_folder, tmp_path):
     (folder / ".nv-meta/dataset.yaml").write_text(
         "sample_type: {__module__: nobody, __class__: Knows}\nsample_loader: a.py:sample_loader\n"
     )
-    done = run_forked(
+    done = run_command(
         "train.py",
         *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "6"),
         *("--adam-beta1", "0.9", "--adam-beta2", "0.95", "--lr", "0.001"),

@@ -7,7 +7,7 @@ import pytest
 
 from examples.mimo.checkpoint.description import DatasetModel
 from examples.mimo.data.tokenizer import SentencePieceTokenizer, train_tokenizer
-from tests.helpers.commands import run_forked
+from tests.helpers.commands import run_command
 
 TEXTS = [f"What is {n} times {m}? It is {n * m}." for n in range(30) for m in range(9)]
 
@@ -76,14 +76,14 @@ def test_the_command_takes_manifests_and_text(tmp_path):
     output = tmp_path / "data"
     flags = ("tokenizer", "--model-provider", "tiny_avlm", "--output", str(output))
     flags += ("--text", str(tmp_path / "m.jsonl"), str(tmp_path / "t.txt"))
-    done = run_forked("prepare_data.py", *flags)
+    done = run_command("prepare_data.py", *flags)
     assert done.returncode == 0, done.stderr
     assert f"trained on {2 + len(TEXTS)} texts for tiny_avlm" in done.stderr
     tokenizer = SentencePieceTokenizer(output / "tokenizer.model")
     assert tokenizer.encode("<image>") == [4]
     assert tokenizer.decode(tokenizer.encode("A cat.")) == "A cat."
     assert DatasetModel.read(output) == DatasetModel("tiny_avlm")
-    again = run_forked("prepare_data.py", *flags)
+    again = run_command("prepare_data.py", *flags)
     assert again.returncode == 2
     assert "tokenizer.model: exists; add --overwrite" in again.stderr
     assert again.stderr.count("\n") == 1
@@ -100,7 +100,7 @@ def test_the_command_takes_manifests_and_text(tmp_path):
 def test_wrong_inputs_end_with_one_line(tmp_path, flags, message):
     model = () if "--model-provider" in flags else ("--model-provider", "tiny_avlm")
     output = ("--output", str(tmp_path / "out"))
-    done = run_forked("prepare_data.py", "tokenizer", *flags, *model, *output)
+    done = run_command("prepare_data.py", "tokenizer", *flags, *model, *output)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.commands import ROOT, run_forked, run_train
+from tests.helpers.commands import ROOT, run_command, run_train
 
 LAUNCH = ROOT / "examples/mimo/launch"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -94,6 +94,6 @@ def test_the_manifests_flags_are_a_layout_of_its_machines():
     # Folders of a cluster are not here; the plan counts mock samples.
     here = ("/data/", "--dataset-provider")
     flags = [flag for flag in flags if not any(word in flag for word in here)]
-    done = run_forked("train.py", "--dry-run", str(machines * per_machine), *flags)
+    done = run_command("train.py", "--dry-run", str(machines * per_machine), *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("llava_avlm: TP 8 x PP 2 + sequence parallel on 16 processes")

@@ -13,7 +13,7 @@ import pytest
 
 from examples.mimo.data.datasets import MockDataset
 from tests.helpers import ranks
-from tests.helpers.commands import TP2, run_forked, run_train
+from tests.helpers.commands import TP2, run_command, run_train
 
 ITERATIONS = 4
 COMMON = (
@@ -45,7 +45,7 @@ def spoken_shards(data_folder, tmp_path_factory):
     pytest.importorskip("megatron.energon")
     output = tmp_path_factory.mktemp("shards") / "out"
     manifest = str(data_folder / "train.jsonl")
-    done = run_forked(
+    done = run_command(
         "prepare_data.py", "webdataset", "--manifest", manifest, "--output", str(output)
     )
     assert done.returncode == 0, done.stderr

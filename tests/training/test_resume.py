@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.helpers.commands import PP2, ROOT, TP2, kill_all, run_forked, run_train
+from tests.helpers.commands import PP2, ROOT, TP2, kill_all, run_command, run_train
 
 ITERATIONS, EVERY = 14, 4
 
@@ -61,7 +61,7 @@ def test_killed_and_started_again(data_folder, uninterrupted, tmp_path):
     kill_all(process)
     before = read(tmp_path)
     assert len(before) < ITERATIONS
-    done = run_forked("train.py", *flags(data_folder, tmp_path, TP2), processes=2)
+    done = run_command("train.py", *flags(data_folder, tmp_path, TP2), processes=2)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "metrics.jsonl").read_text()
     iterations = [json.loads(line)["iteration"] for line in text.splitlines()]

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
-from tests.helpers.commands import run_command, run_forked, run_train
+from tests.helpers.commands import launch_command, run_command, run_train
 
 # Widths and depths that are for clusters; all else of a config stays.
 SMALL = (
@@ -52,7 +52,7 @@ def test_every_provider_starts(model, dataset, data_folder, tmp_path):
 
 def test_a_model_without_audio_refuses_spoken_questions(data_folder):
     flags = flags_for("llava_vlm", "spoken_questions", data_folder)
-    done = run_forked("train.py", *flags)
+    done = run_command("train.py", *flags)
     assert done.returncode == 2
     assert "holds audios, but llava_vlm takes images" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: error: sample ")
@@ -62,7 +62,7 @@ def test_a_model_without_audio_refuses_spoken_questions(data_folder):
 def run(data_folder, tmp_path_factory):
     """Twelve iterations at TP 2 with a frozen part, validation, TensorBoard and a checkpoint."""
     work = tmp_path_factory.mktemp("run")
-    done = run_command(
+    done = launch_command(
         "train.py",
         *("--tensor-model-parallel-size", "2", "--dataset-provider", "spoken_questions"),
         *("--data-path", str(data_folder), "--freeze", "images.encoder", "--num-workers", "1"),
@@ -131,7 +131,7 @@ def test_another_model_is_refused_and_nothing_saved_is_lost(run, data_folder):
     folder = run[0] / "checkpoint"
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     for flags in (("--load", str(folder)), ("--save", str(folder))):
-        done = run_forked("train.py", *flags, "--num-layers", "6")
+        done = run_command("train.py", *flags, "--num-layers", "6")
         assert done.returncode == 2
         assert "this folder's model has language.num_layers 4, but this run's has 6" in done.stderr
         assert done.stderr.count("\n") == 1
@@ -143,13 +143,13 @@ def test_damaged_weights_end_with_one_line(run, tmp_path):
     shutil.copytree(run[0] / "checkpoint", folder)
     for file in folder.glob("iter_*/*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
-    done = run_forked("train.py", "--load", str(folder))
+    done = run_command("train.py", "--load", str(folder))
     assert done.returncode == 2, done.stderr[-2000:]
     assert "damaged" in done.stderr.splitlines()[-1]
 
 
 def test_a_loss_that_is_not_finite_names_iteration_and_samples(tmp_path):
-    done = run_forked("train.py", "--lr", "1e30", "--train-iters", "4", "--global-batch-size", "4")
+    done = run_command("train.py", "--lr", "1e30", "--train-iters", "4", "--global-batch-size", "4")
     assert done.returncode == 2, done.stderr[-2000:]
     last = done.stderr.splitlines()[-1]
     assert "the loss of iteration 2 is" in last
@@ -157,12 +157,12 @@ def test_a_loss_that_is_not_finite_names_iteration_and_samples(tmp_path):
 
 
 def test_megatrons_output_and_flags_on_demand():
-    quiet = run_command("train.py", "--train-iters", "1", "--global-batch-size", "4")
-    loud = run_forked(
+    quiet = launch_command("train.py", "--train-iters", "1", "--global-batch-size", "4")
+    loud = run_command(
         *("train.py", "--train-iters", "1", "--global-batch-size", "4", "--show-megatron-output")
     )
     assert quiet.returncode == loud.returncode == 0
     assert quiet.stdout == ""
     assert "num_layers ....." in loud.stdout
-    listed = run_forked("train.py", "--help-megatron")
+    listed = run_command("train.py", "--help-megatron")
     assert "--use-distributed-optimizer" in listed.stdout
