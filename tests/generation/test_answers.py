@@ -53,7 +53,7 @@ def test_a_checkpoint_of_noncolocated_encoders_answers_the_same(
         processes=3,
     )
     assert done.returncode == 0, done.stderr
-    flags = (str(tmp_path), str(data_folder), "1", "1", str(SAMPLES))
+    flags = (str(tmp_path), str(data_folder), "1", "1", str(SAMPLES), "greedy")
     again = ranks.run("tests/generation/answer_many.py", *flags)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["tokens"] == answers[1, 1]["tokens"]

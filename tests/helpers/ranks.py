@@ -37,13 +37,16 @@ PATIENCE_SECONDS = 600
 GRACE_SECONDS = 10
 # Between two looks at whether it is time to kill a rank.
 POLL_SECONDS = 0.001
-# Commands beside train.py are forked from the first interpreter, which has imported these, too.
+# Commands are forked from the first interpreter, which imports what those beside train.py use.
 OF_COMMANDS = (
-    "examples.mimo.avlm_inference",
-    "examples.mimo.convert",
-    "examples.mimo.evaluate",
-    "examples.mimo.prepare_data",
-    "examples.mimo.serve",
+    "examples.mimo.generation.api",
+    "examples.mimo.generation.sessions",
+    "examples.mimo.hf.from_hf",
+    "examples.mimo.shards.show",
+    "examples.mimo.shards.write",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.whisper.modeling_whisper",
 )
 # Forked processes, and CPU seconds of those that have ended, by kind.
 started: Counter[str] = Counter()

@@ -22,9 +22,32 @@ import sys
 import threading
 from pathlib import Path
 
+from PIL import Image
+
 from examples.mimo import compat
 from examples.mimo.cli import command
 
+OF_TRAINING = (
+    "megatron.training",
+    "megatron.training.argument_utils",
+    "megatron.core.dist_checkpointing.gpt_checkpoint_interop",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "megatron.core.models.vision.multimodal_projector",
+    "megatron.core.tokenizers.text",
+    "megatron.core.tokenizers.text.models",
+    "sentencepiece.sentencepiece_model_pb2",
+    "torch.utils.serialization",
+    "torchaudio",
+    "examples.mimo.planner.dry_run",
+    "examples.mimo.cli.observer",
+    "examples.mimo.hf.weights",
+    "examples.mimo.modalities.audio",
+    "examples.mimo.modalities.image",
+    "examples.mimo.modalities.recordings",
+    "examples.mimo.training.pretrain",
+    "examples.mimo.compat.megatron",
+    "examples.mimo.compat.optimizer",
+)
 MOST_BYTES = 2**18  # of a message: a command line and an environment
 
 
@@ -34,17 +57,9 @@ def warm_up(modules: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     command.prepare_environment()
     compat.install()
-    for module in (
-        "megatron.training",
-        "megatron.training.argument_utils",
-        "megatron.core.tokenizers.text",
-        "examples.mimo.planner.dry_run",
-        "examples.mimo.cli.observer",
-        "examples.mimo.training.pretrain",
-        "examples.mimo.compat.megatron",
-        *modules,
-    ):
+    for module in (*OF_TRAINING, *modules):
         importlib.import_module(module)
+    Image.init()
     remember_flags()
     # A collection in a forked process would write to every object that is here, and so copy it.
     gc.collect()
