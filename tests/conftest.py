@@ -1,5 +1,6 @@
 """Fixtures of all tests: the host layer, a small data folder, a process group of one."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -22,6 +23,12 @@ warm.remember_flags()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(costs.Costs(config))
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays: collections during the tests need not look at it.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -130,13 +130,14 @@ class Costs:
         counts = self.launches + ranks.started
         for name, what in (
             ("tests", "the tests' own process"),
-            ("imports", "{} interpreters that import Megatron, to fork others"),
-            ("ranks", "{} ranks forked from them"),
-            ("commands", "{} commands forked from them"),
-            ("servers", "{} servers forked from them"),
-            ("launched", "{} processes launched, with what these start"),
+            ("imports", "interpreters that import Megatron once, and fork"),
+            ("ranks", "ranks"),
+            ("commands", "commands"),
+            ("servers", "servers"),
+            ("launched", "processes that import it themselves, with what they start"),
         ):
-            yield f"{kinds.get(name, 0):8.1f} s  {what.format(counts[name])}"
+            count = "" if name == "tests" else f"{counts[name]:,} "
+            yield f"{kinds.get(name, 0):8.1f} s  {count}{what}"
         files: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         for name, (used, _) in self.of_tests.items():
             files[name.split("::")[0]][0] += used
