@@ -18,14 +18,14 @@ compat.install()
 from tests.helpers import costs, warm
 from tests.helpers.commands import launch_command
 
-warm.remember_flags()
-
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(costs.Costs(config))
 
 
 def pytest_collection_finish() -> None:
+    if "megatron.training" in sys.modules:
+        warm.remember_flags()
     # What is imported stays: collections during the tests need not look at it.
     gc.collect()
     gc.freeze()

@@ -51,6 +51,8 @@ class Costs:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
+        # Absent with `-p no:cacheprovider`.
+        self.cache = getattr(config, "cache", None)
         self.started = time.monotonic()
         self.of_tests: dict[str, list[float]] = {}
         self.of_fixtures: Counter[str] = Counter()
@@ -73,7 +75,7 @@ class Costs:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         names = [item.nodeid for item in session.items]
-        known = self.config.cache.get(CACHE, {}) if self.config.cache else {}
+        known = self.cache.get(CACHE, {}) if self.cache else {}
         told = [known[name] for name in names if name in known]
         took, where = RECORDED.get(self.config.option.markexpr, (0, 0)), MACHINE
         if len(told) >= 0.9 * len(names):
@@ -118,10 +120,10 @@ class Costs:
         terminalreporter.section("costs")
         for line in (*self.costs(), *self.skipped(terminalreporter)):
             terminalreporter.write_line(line)
-        if self.config.cache and self.of_tests:
-            known = self.config.cache.get(CACHE, {})
+        if self.cache and self.of_tests:
+            known = self.cache.get(CACHE, {})
             rounded = {name: [round(x, 2) for x in pair] for name, pair in self.of_tests.items()}
-            self.config.cache.set(CACHE, {**known, **rounded})
+            self.cache.set(CACHE, {**known, **rounded})
 
     def costs(self) -> Iterator[str]:
         kinds = by_kind()
