@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.helpers import ranks
@@ -53,7 +54,7 @@ class Costs:
         self.config = config
         # Absent with `-p no:cacheprovider`.
         self.cache = getattr(config, "cache", None)
-        self.started = time.monotonic()
+        self.started = psutil.Process().create_time()
         self.of_tests: dict[str, list[float]] = {}
         self.of_fixtures: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
@@ -127,7 +128,7 @@ class Costs:
 
     def costs(self) -> Iterator[str]:
         kinds = by_kind()
-        wall = in_words(time.monotonic() - self.started)
+        wall = in_words(time.time() - self.started)
         yield f"{in_words(sum(kinds.values()))} of CPU time in {wall}; of these"
         counts = self.launches + ranks.started
         for name, what in (

@@ -53,6 +53,8 @@ def test_a_killed_rank_ends_the_others_with_rank_and_phase(layout, tmp_path):
         assert launched.poll() is None, launched.said()
         time.sleep(0.1)
     launched.processes[1].kill()
+    # Ranks that notice it by themselves come first; the launcher would end them next.
+    time.sleep(1)
     assert launched.wait(PATIENCE_SECONDS) == -signal.SIGKILL
     assert_others_ended(launched.said()[1], processes)
 
