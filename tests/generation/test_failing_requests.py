@@ -207,15 +207,16 @@ def answers_beside_faults(server, served, count, faults):
 def test_twenty_errors_among_two_hundred_requests(checkpoint, served, layout):
     processes = 2 if layout else 0
     script = "tests/helpers/failing_serve.py"
-    server = Served(checkpoint, *layout, processes=processes, script=script)
+    server = Served(checkpoint, *layout, processes=processes, script=script, forked=True)
     answers_beside_faults(server, served, 200, 20)
     server.process.send_signal(signal.SIGINT)
-    server.process.communicate(timeout=60)
+    server.process.wait(timeout=60)
 
 
 def test_ranks_fail_together_or_end_together(checkpoint, served):
     expected = answer_of(served.ask({"messages": [user(QUESTION)]})[1])
-    server = Served(checkpoint, "--tp", "2", processes=2, script="tests/helpers/failing_serve.py")
+    script = "tests/helpers/failing_serve.py"
+    server = Served(checkpoint, "--tp", "2", processes=2, script=script, forked=True)
     for fault in (START, LATE, LATE):
         assert server.ask(says(max_tokens=fault))[0] == 500
         status, reply = server.ask({"messages": [user(QUESTION)]})
@@ -237,5 +238,5 @@ def test_ranks_fail_together_or_end_together(checkpoint, served):
     # Rank 0 is in a collective that rank 1 never joins, so both end, and the client is told.
     assert server.ask(says(max_tokens=ALONE))[0] == 500
     assert server.process.wait(timeout=60) != 0
-    said = server.process.stderr.read().decode()
-    assert "serve.py [rank 1]: error: the worker ended: RuntimeError: RuntimeError: a fault" in said
+    error = "serve.py [rank 1]: error: the worker ended: RuntimeError: RuntimeError: a fault"
+    assert error in server.said()

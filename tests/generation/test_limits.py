@@ -42,6 +42,7 @@ def server(checkpoint):
         *("--max-bodies-megabytes", str(BODIES / 2**20), "--write-seconds", "2"),
         *("--max-connections", str(CONNECTIONS), "--max-cache-gigabytes", "0.006"),
         *("--prefixes", "0"),
+        forked=True,
     )
     yield server
     server.end()

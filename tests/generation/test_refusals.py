@@ -4,10 +4,7 @@ import base64
 import http.client
 import io
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -172,7 +169,7 @@ def test_other_refusals(served):
 
 def test_too_large_a_body_is_refused_before_it_is_read(checkpoint):
     small = ("--max-body-megabytes", "0.1", "--max-batch", "1", "--max-waiting", "2")
-    server = Served(checkpoint, *small)
+    server = Served(checkpoint, *small, forked=True)
     status, reply = server.ask(says(padding="x" * 200_000))
     assert (status, "more than 104,857" in reply["error"]["message"]) == (413, True)
     # Chunked, without a length that could be checked first.
@@ -201,7 +198,7 @@ def test_a_port_that_is_taken_ends_with_one_line(checkpoint, served):
 def test_the_second_of_two_servers_ends_before_either_has_loaded(checkpoint):
     port, script = ranks.free_port(), str(ROOT / "examples/mimo/serve.py")
     flags = ("--ckpt", str(checkpoint), "--port", str(port))
-    first = subprocess.Popen([sys.executable, script, *flags], env=os.environ)
+    first = ranks.Forked([script, *flags], kind="servers")
 
     def listens():
         with socket.socket() as client:

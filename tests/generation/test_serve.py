@@ -285,4 +285,5 @@ def test_served_by_tensor_and_pipeline_parallel_ranks(checkpoint, media, served)
         assert answer_of(server.ask(body)[1]) == answer_of(served.ask(body)[1])
     # Torchrun calls any signal a failure; the ranks themselves end in order.
     server.process.send_signal(signal.SIGINT)
-    assert "the model failed" not in server.process.communicate(timeout=60)[1].decode()
+    server.process.wait(timeout=60)
+    assert "the model failed" not in server.said()

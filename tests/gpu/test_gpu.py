@@ -16,7 +16,7 @@ from examples.mimo.data.batch import to_device
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.generation.engine import Engine, SequenceRequest
 from tests.gpu import comparison
-from tests.helpers.commands import python_path, run_command
+from tests.helpers.commands import launch_command, python_path
 from tests.helpers.ranks import ROOT
 
 pytestmark = [
@@ -30,7 +30,7 @@ RUN = ("--train-iters", "5", "--micro-batch-size", "4", "--global-batch-size", "
 
 def losses(tmp_path, *flags, processes=0):
     metrics = tmp_path / "metrics.jsonl"
-    done = run_command(
+    done = launch_command(
         "train.py", *RUN, *flags, "--metrics-file", str(metrics), processes=processes
     )
     assert done.returncode == 0, done.stderr
@@ -68,7 +68,7 @@ def start(tmp_path_factory):
     """Flags that start from one checkpoint: each layout draws random weights of its own."""
     folder = tmp_path_factory.mktemp("start")
     save = ("--train-iters", "2", "--save", str(folder), "--save-interval", "2", "--no-save-optim")
-    done = run_command("train.py", *RUN, "--bf16", *save)
+    done = launch_command("train.py", *RUN, "--bf16", *save)
     assert done.returncode == 0, done.stderr
     return "--load", str(folder), "--finetune"
 

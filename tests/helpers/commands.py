@@ -15,7 +15,7 @@ PP2 = ("--pipeline-model-parallel-size", "2")
 QUESTION = "Digit eight. Which digit is this?"
 
 
-def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
+def launch_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
     """A command of the package as a user types it, under torchrun with `processes`."""
     # A rehearsed device is in place only where its own launcher puts it (rehearsal.py).
     launch = os.environ.get("TEST_PYTHON", sys.executable).split()
@@ -30,6 +30,16 @@ def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.Comp
         text=True,
         timeout=600,
     )
+
+
+def run_command(script: str, *flags: str, processes: int = 0) -> subprocess.CompletedProcess:
+    """As `launch_command` does it, but in processes that need not import Megatron first.
+
+    For tests of what a command does; that it starts as a user types it is tested once for each.
+    """
+    if "TEST_PYTHON" in os.environ:
+        return launch_command(script, *flags, processes=processes)
+    return ranks.run(f"examples/mimo/{script}", *flags, processes=processes, kind="commands")
 
 
 def python_path() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import os
@@ -353,6 +354,9 @@ def warm_up() -> None:
     import examples.mimo.training.pretrain  # noqa: F401
 
     note_parts()
+    # Ranks share what is imported, until a collection writes to it.
+    gc.collect()
+    gc.freeze()
 
 
 def main() -> None:

@@ -8,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 from tests.helpers import ranks
 from tests.helpers.commands import ROOT
@@ -17,23 +19,33 @@ from tests.helpers.commands import ROOT
 KEY = "let me in"
 
 
-class Served:
-    """A server process."""
+SERVE = "examples/mimo/serve.py"
 
-    def __init__(self, checkpoint, *flags, processes=0, key=KEY, script="examples/mimo/serve.py"):
+
+class Served:
+    """A server process: as a user types it, under torchrun with `processes`, or `forked`."""
+
+    def __init__(self, checkpoint, *flags, processes=0, key=KEY, script=SERVE, forked=False):
         self.port = ranks.free_port()
-        launch = [sys.executable]
-        if processes:
-            launch += ["-m", "torch.distributed.run", "--standalone"]
-            launch += ["--nproc-per-node", str(processes)]
-        launch += [str(ROOT / script), "--ckpt", str(checkpoint)]
+        command = [script, "--ckpt", str(checkpoint), "--port", str(self.port), *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MIMO_API_KEY": key}
-        self.process = subprocess.Popen(
-            [*launch, "--port", str(self.port), *flags], env=environment, stderr=subprocess.PIPE
-        )
+        if forked:
+            self.process = ranks.Launched(
+                *command, processes=processes, environment=environment, kind="servers"
+            )
+            self.stderr = self.process.files[1]
+        else:
+            self.stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115
+            launch = [sys.executable]
+            if processes:
+                launch += ["-m", "torch.distributed.run", "--standalone"]
+                launch += ["--nproc-per-node", str(processes)]
+            self.process = subprocess.Popen(
+                [*launch, *command], cwd=ROOT, env=environment, stderr=self.stderr
+            )
         deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.process.stderr.read()
+            assert self.process.poll() is None, self.said()
             try:
                 assert self.get("/health")[0] == 200
                 return
@@ -83,7 +95,11 @@ class Served:
     def end(self):
         self.process.send_signal(signal.SIGINT)
         assert self.process.wait(timeout=120) == 0
-        return self.process.stderr.read().decode()
+        return self.said()
+
+    def said(self):
+        """What it has printed on stderr."""
+        return Path(self.stderr.name).read_text()
 
 
 def encoded(file):

@@ -1,12 +1,10 @@
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
-from tests.helpers.commands import ROOT
+from tests.helpers import ranks
 
 # Parameters of a part in millions, from the papers and model cards where there are any.
 MILLIONS = {
@@ -36,8 +34,7 @@ SIZES = {
 @functools.cache
 def counts():
     cases = [f"{name}:{tp}" for name, sizes in SIZES.items() for tp in sizes]
-    command = [sys.executable, "-m", "tests.model.count_parameters", *cases]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = ranks.run("tests/model/count_parameters.py", *cases, processes=0, kind="commands")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

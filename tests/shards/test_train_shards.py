@@ -18,7 +18,7 @@ from PIL import Image
 
 from examples.mimo.shards.write import index_shards
 from tests.helpers import broken
-from tests.helpers.commands import PP2, ROOT, TP2, kill_all, run_command, run_train
+from tests.helpers.commands import PP2, ROOT, TP2, kill_all, launch_command, run_command, run_train
 from tests.helpers.megatron_example import write_megatron_example
 from tests.helpers.videos import write_video
 
@@ -32,7 +32,7 @@ ITERATIONS, EVERY, KILLS = 50, 4, 5
 @pytest.fixture(scope="module")
 def spoken(data_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("shards") / "out"
-    done = run_command(
+    done = launch_command(
         "prepare_data.py", "webdataset",
         *("--manifest", str(data_folder / "train.jsonl"), "--output", str(output)),
         *("--splits", "train=0.8", "val=0.2"),

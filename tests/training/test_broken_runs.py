@@ -35,10 +35,33 @@ LAYOUTS = {
 }
 
 
+def assert_others_ended(text, processes):
+    """All ranks but rank 1, each with one line that says where it was."""
+    said = [line for line in text.splitlines() if line.startswith("train.py [rank ")]
+    assert sorted(line[15] for line in said) == [r for r in "012"[:processes] if r != "1"], text
+    for line in said:
+        assert re.search(WHERE, line), said
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_killed_rank_ends_the_others_with_rank_and_phase(layout, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     processes, flags = LAYOUTS[layout]
+    flags = ("--train-iters", "10000", *flags, "--metrics-file", str(metrics))
+    launched = ranks.Launched("examples/mimo/train.py", *flags, processes=processes)
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert launched.poll() is None, launched.said()
+        time.sleep(0.1)
+    launched.processes[1].kill()
+    # Ranks that notice it by themselves come first; the launcher would end them next.
+    time.sleep(1)
+    assert launched.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+    assert_others_ended(launched.said()[1], processes)
+
+
+def test_torchrun_names_a_killed_rank_and_leaves_none_behind(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    processes, flags = LAYOUTS["TP 2"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += ["--nproc-per-node", str(processes), str(ROOT / "examples/mimo/train.py")]
     launch += ["--train-iters", "10000", *flags]
@@ -57,10 +80,7 @@ def test_a_killed_rank_ends_the_others_with_rank_and_phase(layout, tmp_path):
     victim.send_signal(signal.SIGKILL)
     text = launcher.communicate(timeout=PATIENCE_SECONDS)[1]
     assert not any(worker.is_running() for worker in workers)
-    said = [line for line in text.splitlines() if line.startswith("train.py [rank ")]
-    assert sorted(line[15] for line in said) == [r for r in "012"[:processes] if r != "1"], text
-    for line in said:
-        assert re.search(WHERE, line), said
+    assert_others_ended(text, processes)
     assert re.search(r"rank +: 1 ", text), text
     assert "SIGKILL" in text
 

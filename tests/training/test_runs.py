@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
-from tests.helpers.commands import run_command, run_train
+from tests.helpers.commands import launch_command, run_command, run_train
 
 # Widths and depths that are for clusters; all else of a config stays.
 SMALL = (
@@ -62,7 +62,7 @@ def test_a_model_without_audio_refuses_spoken_questions(data_folder):
 def run(data_folder, tmp_path_factory):
     """Twelve iterations at TP 2 with a frozen part, validation, TensorBoard and a checkpoint."""
     work = tmp_path_factory.mktemp("run")
-    done = run_command(
+    done = launch_command(
         "train.py",
         *("--tensor-model-parallel-size", "2", "--dataset-provider", "spoken_questions"),
         *("--data-path", str(data_folder), "--freeze", "images.encoder", "--num-workers", "1"),
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_names_iteration_and_samples(tmp_path):
 
 
 def test_megatrons_output_and_flags_on_demand():
-    quiet = run_command("train.py", "--train-iters", "1", "--global-batch-size", "4")
+    quiet = launch_command("train.py", "--train-iters", "1", "--global-batch-size", "4")
     loud = run_command(
         *("train.py", "--train-iters", "1", "--global-batch-size", "4", "--show-megatron-output")
     )
