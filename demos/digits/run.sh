@@ -25,12 +25,12 @@ train() {
     --save-interval 300 --log-interval 50 --tensorboard-dir "$demo/tensorboard" "$@"
 }
 
-step "Training, stage 1 of 2: answer in writing, name pictures, transcribe recordings"
-train --train-split align --train-iters 500 --min-lr 5e-4 --metrics-file "$demo/align.jsonl" \
+step "Training, stage 1 of 2: a picture or a recording at a time, words for the other"
+train --train-split align --train-iters 700 --min-lr 4e-4 --metrics-file "$demo/align.jsonl" \
   --save "$align" --load "$align"
 
 step "Training, stage 2 of 2: answer spoken questions"
-train --train-split train --train-iters 900 --pretrained-checkpoint "$align" \
+train --train-split train --train-iters 1000 --pretrained-checkpoint "$align" \
   --save "$checkpoint" --load "$checkpoint" \
   --eval-iters 10 --eval-interval 300 --metrics-file "$demo/train.jsonl"
 

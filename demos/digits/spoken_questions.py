@@ -32,10 +32,10 @@ LEFT_OUT_VARIANTS = ("whisper", "whisperf", "Demonic", "AnxiousAndy", "Marco", "
 WRITTEN_TURNS = 2
 # "spoken" questions are about a picture; in "named" ones a word stands in for the picture, in
 # "written" ones for the recording, in "words" for both. "name" and "transcribe" ask for that word.
-ALIGN_MIXTURE = {"name": 0.3, "transcribe": 0.3, "words": 0.4}
+ALIGN_MIXTURE = {"name": 0.3, "transcribe": 0.15, "words": 0.2, "written": 0.2, "named": 0.15}
 TRAIN_MIXTURE = {
-    **{"spoken": 0.6, "written": 0.1, "named": 0.1},
-    **{"words": 0.1, "name": 0.05, "transcribe": 0.05},
+    **{"spoken": 0.6, "written": 0.15, "named": 0.05},
+    **{"words": 0.05, "name": 0.1, "transcribe": 0.05},
 }
 
 Progress = Callable[[str, int, int], None]
@@ -226,7 +226,7 @@ Each line of a `.jsonl` file is a sample: pictures and recordings by file name, 
 
 | file | lines | what |
 | --- | --- | --- |
-| align.jsonl | {s.align} | questions in writing; name the picture; transcribe the recording |
+| align.jsonl | {s.align} | a picture or a recording, and words for the other, or for both |
 | train.jsonl | {s.train} | spoken questions, with the same helper tasks mixed in |
 | heldout.jsonl | {s.heldout} | spoken questions, unseen pictures and unheard voices |
 | heldout_pairs.jsonl | {s.heldout_pairs} | the same for (question, digit) pairs never trained on |
