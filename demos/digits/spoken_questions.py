@@ -30,13 +30,10 @@ TRAIN_TAKES, HELD_OUT_TAKES = 3, 2
 LEFT_OUT_VARIANTS = ("whisper", "whisperf", "Demonic", "AnxiousAndy", "Marco", "croak")
 
 WRITTEN_TURNS = 2
-# "spoken" questions are about a picture; in "named" ones a word stands in for the picture, in
-# "written" ones for the recording, in "words" for both. "name" and "transcribe" ask for that word.
-ALIGN_MIXTURE = {"name": 0.3, "transcribe": 0.15, "words": 0.2, "written": 0.2, "named": 0.15}
-TRAIN_MIXTURE = {
-    **{"spoken": 0.6, "written": 0.15, "named": 0.05},
-    **{"words": 0.05, "name": 0.1, "transcribe": 0.05},
-}
+# "spoken" questions are about a picture; in "written" ones words stand in for the recording, in
+# "words" for both. "name" and "transcribe" ask for those words.
+ALIGN_MIXTURE = {"name": 0.45, "transcribe": 0.4, "words": 0.15}
+TRAIN_MIXTURE = {"spoken": 0.7, "name": 0.09, "transcribe": 0.07, "written": 0.08, "words": 0.06}
 
 Progress = Callable[[str, int, int], None]
 Record = dict[str, Any]
@@ -175,15 +172,12 @@ def _asked(
     pairs: list[tuple[Kind, int]],
     generator: np.random.Generator,
 ) -> Record:
-    """A question of `pairs`; the task says whether words stand in for picture or recording."""
+    """A question of `pairs` about a picture, spoken or written."""
     kind, digit = pairs[generator.integers(len(pairs))]
-    shown, asked = f"Digit {NUMBERS[digit]}.", f" {kind.wording} "
-    media = {}
-    if task != "named":
-        shown, media["images"] = "<image>", [_draw(stock.pictures[split][digit], generator)]
-    if task != "written":
+    asked, media = f"{kind.wording} ", {"images": [_draw(stock.pictures[split][digit], generator)]}
+    if task == "spoken":
         asked, media["audios"] = "<audio>", [_draw(stock.takes[split][kind.name], generator)]
-    turns = [(f"{shown}{asked}{PROMPT}", kind.answer(digit))]
+    turns = [(f"<image>{asked}{PROMPT}", kind.answer(digit))]
     return _record(task, kind, digit, turns, **media)
 
 
@@ -226,7 +220,7 @@ Each line of a `.jsonl` file is a sample: pictures and recordings by file name, 
 
 | file | lines | what |
 | --- | --- | --- |
-| align.jsonl | {s.align} | a picture or a recording, and words for the other, or for both |
+| align.jsonl | {s.align} | name the picture; transcribe the recording; answers in words alone |
 | train.jsonl | {s.train} | spoken questions, with the same helper tasks mixed in |
 | heldout.jsonl | {s.heldout} | spoken questions, unseen pictures and unheard voices |
 | heldout_pairs.jsonl | {s.heldout_pairs} | the same for (question, digit) pairs never trained on |
