@@ -46,7 +46,7 @@ OF_TRAINING = (
     "examples.mimo.modalities.recordings",
     "examples.mimo.training.pretrain",
     "examples.mimo.compat.megatron",
-    "examples.mimo.compat.optimizer",
+    "examples.mimo.compat.kernels",
 )
 MOST_BYTES = 2**18  # of a message: a command line and an environment
 
