@@ -92,7 +92,7 @@ if __name__ == "__main__":
     print(json.dumps(sorted(DemoFinder.hidden)), flush=True)
     from tests.helpers.warm import warm_up
 
-    warm_up()
+    warm_up([])
     for number, words in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
         if status := run(*words):
             sys.exit(f"{words[0]}, command {number}, ended with status {status}")

@@ -55,7 +55,8 @@ def test_a_killed_rank_ends_the_others_with_rank_and_phase(layout, tmp_path):
     launched.processes[1].kill()
     # Ranks that notice it by themselves come first; the launcher would end them next.
     time.sleep(1)
-    assert launched.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+    assert launched.wait(PATIENCE_SECONDS)
+    assert launched.processes[1].returncode == -signal.SIGKILL
     assert_others_ended(launched.said()[1], processes)
 
 

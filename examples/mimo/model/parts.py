@@ -168,14 +168,16 @@ class LanguageModel(GPTModel):
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
 
-    def forward(self, *, output_processor_context: torch.Tensor | None, **named: Any) -> Any:
+    def forward(
+        self, *inputs: Any, output_processor_context: torch.Tensor | None = None, **named: Any
+    ) -> Any:
         """As Megatron's; `output_processor_context` are the positions that the loss needs."""
         positions = output_processor_context
         if self.decoder.layers and isinstance(last := self.decoder.layers[-1], LastLayer):
             # Megatron's fused SwiGLU refuses an empty tensor.
             last.positions = positions if positions is not None and len(positions) else None
             positions = positions if last.positions is None else None
-        return super().forward(output_processor_context=positions, **named)
+        return super().forward(*inputs, output_processor_context=positions, **named)
 
     def _preprocess(self, *, packed_seq_params: Any = None, **named: Any) -> tuple:
         """As Megatron's, with the rotary angles of each packed sample's own positions."""
