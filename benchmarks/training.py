@@ -36,8 +36,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from benchmarks.generation import SMALL
 from examples.mimo.configs import get_model_config
-from examples.mimo.configs.schema import LanguageConfig, MimoConfig
+from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate
 from examples.mimo.data.datasets import MockDataset
 from examples.mimo.hf.from_hf import from_hf, initialize_single_process
@@ -96,15 +97,7 @@ KINDS: dict[str, tuple[int, int, tuple[str, ...]]] = {
 def medium_avlm() -> MimoConfig:
     """512 x 8 layers with pictures of 168 pixels and ten seconds of sound."""
     base = get_model_config("tiny_avlm")
-    language = LanguageConfig(
-        num_layers=8,
-        hidden_size=512,
-        ffn_hidden_size=1408,
-        num_attention_heads=8,
-        num_query_groups=8,
-        vocab_size=8192,
-        seq_length=768,
-    )
+    language = dataclasses.replace(SMALL, seq_length=768, tie_embeddings=False)
     sizes = {"num_layers": 4, "hidden_size": 384, "num_attention_heads": 6, "ffn_hidden_size": 1536}
     encoders: dict[str, dict[str, Any]] = {
         "images": {"image_size": 168, "patch_size": 14},

@@ -20,10 +20,6 @@ import pytest
 from tests.helpers import ranks
 
 CACHE = "mimo/costs"
-# What `make test` and `make test-slow` took: CPU seconds and seconds, by the tests they select. A
-# run knows better when an earlier one on the same machine has left its own figures in the cache.
-RECORDED = {"not gpu and not slow": (0, 0), "slow": (0, 0)}
-MACHINE = "two virtual cores"
 MOST_LINES = 12
 TARGETS = {"slow": "make test-slow", "gpu": "make gpu-check"}
 
@@ -78,15 +74,12 @@ class Costs:
         names = [item.nodeid for item in session.items]
         known = self.cache.get(CACHE, {}) if self.cache else {}
         told = [known[name] for name in names if name in known]
-        took, where = RECORDED.get(self.config.option.markexpr, (0, 0)), MACHINE
-        if len(told) >= 0.9 * len(names):
-            took = tuple(sum(pair) * len(names) / len(told) for pair in zip(*told, strict=True))
-            where = "as the last run here"
-        elif self.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        # Of a machine on which they have not run nothing is known.
+        if len(told) < max(1, 0.9 * len(names)):
             return
-        if any(took):
-            cpu, wall = map(in_words, took)
-            self.say(f"{len(names)} tests take about {wall}, and {cpu} of CPU time ({where})")
+        took = [sum(pair) * len(names) / len(told) for pair in zip(*told, strict=True)]
+        cpu, wall = map(in_words, took)
+        self.say(f"{len(names)} tests took about {wall}, and {cpu} of CPU time, when last run here")
 
     def say(self, line: str) -> None:
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")

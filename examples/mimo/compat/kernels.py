@@ -298,8 +298,13 @@ def _rms_norm_in_few_passes(rms_norm: Callable[..., torch.Tensor]) -> Callable[.
         weight: torch.Tensor | None = None,
         eps: float | None = None,
     ) -> torch.Tensor:
-        trains = weight is not None and torch.is_grad_enabled() and eps is not None
-        if not trains or input.dtype != torch.float32 or len(normalized_shape) > 1:
+        if (
+            not torch.is_grad_enabled()
+            or weight is None
+            or eps is None
+            or {input.dtype, weight.dtype} != {torch.float32}
+            or len(normalized_shape) > 1
+        ):
             return rms_norm(input, normalized_shape, weight, eps)
         return RMSNormOnCpu.apply(input, weight, eps)
 

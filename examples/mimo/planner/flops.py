@@ -176,7 +176,8 @@ def model_cost(config: MimoConfig, shape: RunShape, work: Workload) -> ModelCost
     head_cost = _cost(head_flops(config.language, seq_length), trains, passes_on)
     # Of the last layer's MLP the positions without loss are left out (model/parts.py).
     mlp_cost = _cost(mlp_flops(config.language, seq_length), trains, passes_on)
-    left_out = 0.0 if shape.recompute or shape.sequence_parallel else 1 - work.target_share
+    is_short = shape.local_layers and not (shape.recompute or shape.sequence_parallel)
+    left_out = 1 - work.target_share if is_short else 0.0
     share = work.batch_size / shape.tp / shape.cp
     nothing = Cost(0.0, 0.0)
     return ModelCost(

@@ -57,6 +57,7 @@ class RunShape:
     encoder_tp: Mapping[str, int]
     placements: tuple[Placement, ...]
     sequence_parallel: bool
+    local_layers: bool
     micro_batch_size: int
     global_batch_size: int | None
     seq_length: int
@@ -85,6 +86,7 @@ def run_shape(args: argparse.Namespace) -> RunShape:
         encoder_tp=dict(args.encoder_tensor_model_parallel_size),
         placements=tuple(placements(args)),
         sequence_parallel=args.sequence_parallel,
+        local_layers=args.transformer_impl == "local",
         micro_batch_size=args.micro_batch_size,
         global_batch_size=args.global_batch_size,
         seq_length=args.seq_length,
