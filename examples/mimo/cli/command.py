@@ -45,6 +45,7 @@ ENVIRONMENT = {
 ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 
 RANK_ZERO_REPORTS_WITHIN = 20  # seconds: on a busy machine ranks import at different speeds
+RANKS_REPORT_WITHIN = 5  # seconds, an error that all of them meet
 PROGRESS_SECONDS = 5.0  # between two lines of a `ProgressBar`
 # What the system says when it has no more of something, where it names no file.
 LIMITS = {
@@ -114,10 +115,7 @@ def run(command: str, main: Callable[[], None]) -> None:
 
 def one_line(error: BaseException) -> str | None:
     """What a user is told of an error that the input or the system caused; None for any other."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and isinstance(
-        error, (distributed.DistNetworkError, distributed.DistStoreError)
-    ):
+    if type(error).__name__ in ("DistNetworkError", "DistStoreError"):  # torch's
         address = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
         first = str(error).split(". ")[0].split("\n")[0]
         return f"the ranks cannot meet at {address} (MASTER_ADDR, MASTER_PORT): {first}"
@@ -150,9 +148,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _lack_of_memory(error: BaseException) -> str:
     """What was to be allocated and what is free, of the many sentences that torch writes."""
     sentences = re.split(r"\. (?=[A-Z])", " ".join(str(error).split()).removesuffix("."))
-    kept = [
-        s for s in sentences if re.search("out of memory|(ried|able) to allocate|total capacity", s)
-    ]
+    telling = re.compile("out of memory|(ried|able) to allocate|total capacity")
+    kept = [sentence for sentence in sentences if telling.search(sentence)]
     return "; ".join(kept[:3]) or "out of memory"
 
 
@@ -169,10 +166,13 @@ def _report(command: str, line: str, error: Exception) -> NoReturn:
         # rank is faster. A rank that outlives the wait met an error that rank 0 did not.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(RANK_ZERO_REPORTS_WITHIN)
-    is_told = count_reports(of_the_run) > of_the_run
-    if line and not is_told:
+    if line and count_reports(of_the_run) == of_the_run:
         names_rank = rank != "0" or (_every_rank_reports and not single)
         log_line(f"{command}{f' [rank {rank}]' * names_rank}: error: {line}")
+    # The count ends with rank 0, unless torchrun holds it.
+    deadline = time.monotonic() + RANKS_REPORT_WITHIN * of_the_run * (rank == "0")
+    while time.monotonic() < deadline and 0 < count_reports() < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
     _exit_now(2)
 
 
