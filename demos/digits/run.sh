@@ -20,18 +20,19 @@ step "Data: handwritten digits and spoken questions"
 train() {
   torchrun --standalone --nproc-per-node 2 examples/mimo/train.py --model-provider tiny_avlm \
     --tensor-model-parallel-size 2 --dataset-provider spoken_questions --data-path "$data" \
-    --augment --num-workers 2 --micro-batch-size 64 --global-batch-size 64 \
-    --lr 1.5e-3 --lr-warmup-iters 50 --log-interval 50 --tensorboard-dir "$demo/tensorboard" "$@"
+    --augment --num-workers 2 --micro-batch-size 32 --global-batch-size 32 --pack-sequences \
+    --lr 1.5e-3 --lr-warmup-iters 50 --adam-beta2 0.98 --init-method-std 0.06 \
+    --save-interval 300 --log-interval 50 --tensorboard-dir "$demo/tensorboard" "$@"
 }
 
 step "Training, stage 1 of 2: name pictures, transcribe recordings"
-train --train-split align --train-iters 600 --min-lr 3e-4 --metrics-file "$demo/align.jsonl" \
-  --save "$align" --load "$align" --save-interval 200
+train --train-split align --train-iters 500 --min-lr 4e-4 --metrics-file "$demo/align.jsonl" \
+  --save "$align" --load "$align"
 
 step "Training, stage 2 of 2: answer spoken questions"
-train --train-split train --train-iters 1150 --pretrained-checkpoint "$align" \
-  --save "$checkpoint" --load "$checkpoint" --save-interval 200 \
-  --eval-iters 5 --eval-interval 400 --metrics-file "$demo/train.jsonl"
+train --train-split train --train-iters 1200 --pretrained-checkpoint "$align" \
+  --save "$checkpoint" --load "$checkpoint" \
+  --eval-iters 10 --eval-interval 300 --metrics-file "$demo/train.jsonl"
 
 step "Score on pictures and voices it never met"
 OMP_NUM_THREADS=2 python examples/mimo/evaluate.py --ckpt "$checkpoint" --data "$data"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from demos.digits.questions import HELD_OUT_PAIRS, KINDS, NUMBERS, PROMPT, Kind, question_pairs
+from demos.digits.questions import KINDS, NUMBERS, PROMPT, Kind, question_pairs
 from demos.digits.speech import Synthesiser
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import train_tokenizer
@@ -29,6 +29,9 @@ TRAIN_TAKES, HELD_OUT_TAKES = 3, 2
 # Whispering and distorted variants, which people do not understand either.
 LEFT_OUT_VARIANTS = ("whisper", "whisperf", "Demonic", "AnxiousAndy", "Marco", "croak")
 
+WRITTEN_TURNS = 2
+# "spoken" questions are about a picture; in "written" ones words stand in for the recording, in
+# "words" for both. "name" and "transcribe" ask for those words.
 ALIGN_MIXTURE = {"name": 0.45, "transcribe": 0.4, "words": 0.15}
 TRAIN_MIXTURE = {"spoken": 0.7, "name": 0.09, "transcribe": 0.07, "written": 0.08, "words": 0.06}
 
@@ -63,22 +66,22 @@ def write_spoken_questions(
     stock = Stock(
         pictures=_write_pictures(root), takes=_write_speech(root, sizes.voices, generator, progress)
     )
-    texts: set[str] = set()
+    texts: list[str] = []  # as often as they occur, so that frequent ones take few tokens
     plans = {
         "align": (sizes.align, lambda: _mixed(stock, ALIGN_MIXTURE, generator)),
         "train": (sizes.train, lambda: _mixed(stock, TRAIN_MIXTURE, generator)),
-        "heldout": (sizes.heldout, lambda: _spoken(stock, "heldout", False, generator)),
-        "heldout_pairs": (sizes.heldout_pairs, lambda: _spoken(stock, "heldout", True, generator)),
+        "heldout": (sizes.heldout, lambda: _held_out(stock, False, generator)),
+        "heldout_pairs": (sizes.heldout_pairs, lambda: _held_out(stock, True, generator)),
     }
     for name, (count, draw) in plans.items():
         progress(f"{name}.jsonl", 0, 1)
         with (root / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for number in range(count):
                 record = {"key": f"{name}-{number:06d}", **draw()}
-                texts.update(turn["value"] for turn in record["conversations"])
+                texts.extend(turn["value"] for turn in record["conversations"])
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         progress(f"{name}.jsonl", 1, 1)
-    (root / "tokenizer.model").write_bytes(train_tokenizer(sorted(texts), config))
+    (root / "tokenizer.model").write_bytes(train_tokenizer(texts, config))
     _write_readme(root, sizes)
 
 
@@ -140,60 +143,42 @@ def _say(
 
 def _mixed(stock: Stock, mixture: dict[str, float], generator: np.random.Generator) -> Record:
     task = str(generator.choice(list(mixture), p=list(mixture.values())))
-    if task == "spoken":
-        return _spoken(stock, "train", False, generator)
-    kind, digit = _draw_pair(KINDS, generator)
+    digit = int(generator.integers(10))
     if task == "name":
-        return _record(
-            task,
-            None,
-            digit,
-            "<image>Name the digit.",
-            NUMBERS[digit],
-            images=[_draw(stock.pictures["train"][digit], generator)],
-        )
+        picture = _draw(stock.pictures["train"][digit], generator)
+        turns = [("<image>Name the digit.", NUMBERS[digit])]
+        return _record(task, None, digit, turns, images=[picture])
     if task == "transcribe":
-        return _record(
-            task,
-            kind,
-            None,
-            "<audio>Write it down.",
-            kind.wording,
-            audios=[_draw(stock.takes["train"][kind.name], generator)],
-        )
-    answer = kind.answer(digit)
+        kind = KINDS[generator.integers(len(KINDS))]
+        take = _draw(stock.takes["train"][kind.name], generator)
+        return _record(task, kind, None, [("<audio>Write it down.", kind.wording)], audios=[take])
     if task == "words":
-        return _record(task, kind, digit, f"Digit {NUMBERS[digit]}. {kind.wording}", answer)
-    while (kind.name, digit) in HELD_OUT_PAIRS:
-        kind, digit = _draw_pair(KINDS, generator)
-    return _record(
-        task,
-        kind,
-        digit,
-        f"<image>{kind.wording}",
-        kind.answer(digit),
-        images=[_draw(stock.pictures["train"][digit], generator)],
-    )
+        # The questions about a digit follow one another, which fills a batch's shorter samples.
+        kinds = [KINDS[i] for i in generator.permutation(len(KINDS))[:WRITTEN_TURNS]]
+        turns = [(f"{kind.wording} {PROMPT}", kind.answer(digit)) for kind in kinds]
+        turns[0] = (f"Digit {NUMBERS[digit]}. {turns[0][0]}", turns[0][1])
+        return _record(task, kinds[-1], digit, turns)
+    return _asked(task, stock, "train", question_pairs(held_out=False), generator)
 
 
-def _spoken(
-    stock: Stock, split: str, held_out_pairs: bool, generator: np.random.Generator
+def _held_out(stock: Stock, pairs: bool, generator: np.random.Generator) -> Record:
+    return _asked("spoken", stock, "heldout", question_pairs(pairs), generator)
+
+
+def _asked(
+    task: str,
+    stock: Stock,
+    split: str,
+    pairs: list[tuple[Kind, int]],
+    generator: np.random.Generator,
 ) -> Record:
-    pairs = question_pairs(held_out_pairs)
+    """A question of `pairs` about a picture, spoken or written."""
     kind, digit = pairs[generator.integers(len(pairs))]
-    return _record(
-        "spoken",
-        kind,
-        digit,
-        f"<image><audio>{PROMPT}",
-        kind.answer(digit),
-        images=[_draw(stock.pictures[split][digit], generator)],
-        audios=[_draw(stock.takes[split][kind.name], generator)],
-    )
-
-
-def _draw_pair(kinds: tuple[Kind, ...], generator: np.random.Generator) -> tuple[Kind, int]:
-    return kinds[generator.integers(len(kinds))], int(generator.integers(10))
+    asked, media = f"{kind.wording} ", {"images": [_draw(stock.pictures[split][digit], generator)]}
+    if task == "spoken":
+        asked, media["audios"] = "<audio>", [_draw(stock.takes[split][kind.name], generator)]
+    turns = [(f"<image>{asked}{PROMPT}", kind.answer(digit))]
+    return _record(task, kind, digit, turns, **media)
 
 
 def _draw(files: list[str], generator: np.random.Generator) -> str:
@@ -201,7 +186,11 @@ def _draw(files: list[str], generator: np.random.Generator) -> str:
 
 
 def _record(
-    task: str, kind: Kind | None, digit: int | None, question: str, answer: str, **media: list[str]
+    task: str,
+    kind: Kind | None,
+    digit: int | None,
+    turns: list[tuple[str, str]],
+    **media: list[str],
 ) -> Record:
     return {
         "task": task,
@@ -210,8 +199,9 @@ def _record(
         "images": media.get("images", []),
         "audios": media.get("audios", []),
         "conversations": [
-            {"from": "human", "value": question},
-            {"from": "gpt", "value": answer},
+            {"from": speaker, "value": text}
+            for turn in turns
+            for speaker, text in zip(("human", "gpt"), turn, strict=True)
         ],
     }
 

@@ -153,7 +153,7 @@ def test_an_error_of_a_blanked_modality_is_named(folder, tiny, tokenizer):
 def test_a_sample_that_does_not_fit_names_both_numbers(data_folder, tiny, tokenizer):
     encoder = SampleEncoder(tiny, tokenizer, 20)
     first = read_records(data_folder / "heldout.jsonl")[0]
-    message = r"26 tokens \(16 for images, 10 for audios\) do not fit a sequence of 20; .* --seq-"
+    message = r"30 tokens \(16 for images, 14 for audios\) do not fit a sequence of 20; .* --seq-"
     with pytest.raises(ValueError, match=message):
         encoder.encode(first, FilesInside(data_folder))
 

@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 import soundfile
 
-from demos.digits.questions import HELD_OUT_PAIRS, KINDS, best_blind_guess, question_pairs
+from demos.digits.questions import (
+    HELD_OUT_PAIRS,
+    KINDS,
+    NUMBERS,
+    PROMPT,
+    best_blind_guess,
+    question_pairs,
+)
 from demos.digits.speech import Synthesiser
+from demos.digits.spoken_questions import WRITTEN_TURNS
+from examples.mimo.data.tokenizer import load_tokenizer
 from tests.helpers.commands import ROOT, run_command
 
 
@@ -67,7 +76,7 @@ def test_splits_share_no_picture_no_voice_and_no_pair(data_folder):
     assert not voices(train) & voices(heldout)
 
     def pairs(records):
-        return {(r["kind"], r["digit"]) for r in records if r["task"] in ("spoken", "written")}
+        return {(r["kind"], r["digit"]) for r in records if r["images"] or r["audios"]}
 
     assert not pairs(train) & HELD_OUT_PAIRS
     assert not pairs(records(data_folder, "heldout")) & HELD_OUT_PAIRS
@@ -90,6 +99,23 @@ def test_every_answer_matches_its_kind_and_digit(data_folder):
         if record["task"] in ("spoken", "written", "words"):
             expected = answers[record["kind"]](record["digit"])
             assert record["conversations"][-1]["value"] == expected
+
+
+def test_written_questions_name_their_digit_once_and_are_all_answered(data_folder):
+    written = [r for r in records(data_folder, "align") if r["task"] == "words"]
+    assert written
+    for record in written:
+        asked, answered = (record["conversations"][start::2] for start in (0, 1))
+        assert len(asked) == len(answered) == WRITTEN_TURNS
+        name = NUMBERS[record["digit"]]
+        for number, (question, answer) in enumerate(zip(asked, answered, strict=True)):
+            shown = "" if number else f"Digit {name}. "
+            kinds = [k for k in KINDS if question["value"] == f"{shown}{k.wording} {PROMPT}"]
+            assert [kind.answer(record["digit"]) for kind in kinds] == [answer["value"]]
+
+
+def test_the_prompt_of_every_sample_takes_few_tokens(data_folder):
+    assert len(load_tokenizer(data_folder / "tokenizer.model").encode(PROMPT)) <= 5
 
 
 def test_speech_is_sound_and_voices_differ():
