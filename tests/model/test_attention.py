@@ -1,4 +1,4 @@
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +64,25 @@ def test_packed_sequences_attend_to_themselves(attention):
     assert packed.positions.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 0]
     context = attention(query, key, value, None, packed_seq_params=packed)
     assert (context - by_hand(query, key, value, hidden)).abs().max() < 1e-6
+
+
+def test_packed_samples_of_any_lengths_get_the_gradients_of_each_alone(attention):
+    """Those of similar lengths are computed side by side, padded; the order stays."""
+    torch.manual_seed(0)
+    lengths = [7, 40, 1, 8, 39, 6, 1, 13]
+    alone = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    packed = pack_sequence([0, *accumulate(lengths)], alone, torch.device("cpu"))
+    assert packed.batches.shapes == [(40, 2), (13, 1), (8, 3), (1, 2)]
+    inputs = [torch.randn(sum(lengths), 1, n, 8, requires_grad=True) for n in (4, 2, 2)]
+    weights = torch.randn(sum(lengths), 1, 32)
+    context = attention(*inputs, None, packed_seq_params=packed)
+    gradients = torch.autograd.grad((context * weights).sum(), inputs)
+    parts = zip(*(tensor.split(lengths) for tensor in inputs), strict=True)
+    expected = torch.cat([attention(*part, None) for part in parts])
+    assert (context - expected).abs().max() < 1e-6
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - other).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -142,13 +142,8 @@ class SdpaCoreAttention(MegatronModule):
             context = varlen_attn(*heads, *starts, *longest, scale=self.scale, window_size=causal)
             assert isinstance(context, torch.Tensor), "without log-sum-exp"
             return context.flatten(1)[:, None]
-        pieces = zip(
-            query.split(packed.query_lengths),
-            key.split(packed.key_lengths),
-            value.split(packed.key_lengths),
-            strict=True,
-        )
-        return torch.cat([self._attend(*piece, None, causal=True) for piece in pieces])
+        pieces = packed.split(query, key, value)
+        return packed.join([self._attend(*piece, None, causal=True) for piece in pieces])
 
     def _attend(
         self,

@@ -9,11 +9,12 @@ a packed sequence, and its end. Media are shared out by item.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pickle
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from examples.mimo.modalities.values import is_count, upload
 
 # Tables of rotary angles are cached by their length.
 TABLE_STEP = 1024
+# Samples whose attention is computed together are at least so long, as a part of the longest.
+LEAST_FILLED = 0.75
 # A description that is longer than this takes a second message.
 DESCRIPTION_BYTES = 2**16
 
@@ -146,10 +149,101 @@ class PackedSequence(PackedSeqParams):
             0, self.key_rows
         )
 
+    def split(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(S / c, 1, ...), (K, 1, ...) twice -> the three of each piece.
+
+        Samples that are whole come in batches instead, (length, samples, ...). Padding stands
+        behind a sample, so that under a causal mask none of its tokens sees it.
+        """
+        if self.batches is not None:
+            return zip(*map(self.batches.split, (query, key, value)), strict=True)
+        keys, values = (tokens.split(self.key_lengths) for tokens in (key, value))
+        return zip(query.split(self.query_lengths), keys, values, strict=True)
+
+    def join(self, contexts: list[torch.Tensor]) -> torch.Tensor:
+        """What came of each piece or batch -> (S / c, 1, ...)."""
+        return torch.cat(contexts) if self.batches is None else self.batches.join(contexts)
+
+    @functools.cached_property
+    def batches(self) -> PaddedBatches | None:
+        """The samples by length; None under context parallelism, where they are cut."""
+        if self.key_rows is not None or self.positions is None:
+            return None
+        return pad_batches(self.query_lengths, self.positions.device)
+
     @property
     def table_length(self) -> int:
         """Rotary angles of so many positions are enough."""
         return -(-self.max_seqlen_kv // TABLE_STEP) * TABLE_STEP
+
+
+@dataclass(frozen=True)
+class PaddedBatches:
+    """A packed sequence's samples of similar lengths side by side, so that one call takes many.
+
+    `shapes` are (length, samples) of each batch. `rows` (N,) are the tokens in all of them, S for
+    padding, and `places` (S,) is where each token is in these.
+    """
+
+    shapes: list[tuple[int, int]]
+    rows: torch.Tensor
+    places: torch.Tensor
+
+    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """(S, 1, ...) -> (length, samples, ...) of each batch, zeros for padding."""
+        flat = Rows.apply(tokens.squeeze(1), self.rows, self.places)
+        parts = flat.split([length * samples for length, samples in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def join(self, batches: list[torch.Tensor]) -> torch.Tensor:
+        """(length, samples, ...) of each batch -> (S, 1, ...)."""
+        flat = torch.cat([batch.flatten(0, 1) for batch in batches])
+        return Rows.apply(flat, self.places, self.rows)[:, None]
+
+
+def pad_batches(lengths: Sequence[int], device: torch.device) -> PaddedBatches:
+    """Batches of samples that follow one another in a sequence, the longest ones first."""
+    starts = [0, *accumulate(lengths)]
+    left = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    shapes, rows = [], []
+    while left:
+        longest = lengths[left[0]]
+        batch = [sample for sample in left if lengths[sample] >= LEAST_FILLED * longest]
+        left = left[len(batch) :]
+        first = torch.tensor([starts[sample] for sample in batch])
+        ends = torch.tensor([starts[sample + 1] for sample in batch])
+        tokens = first + torch.arange(longest)[:, None]
+        shapes.append((longest, len(batch)))
+        rows.append(tokens.where(tokens < ends, starts[-1]).flatten())
+    in_batches = torch.cat(rows)
+    places = in_batches.argsort()[: starts[-1]]
+    return PaddedBatches(shapes, upload(in_batches, device), upload(places, device))
+
+
+class Rows(torch.autograd.Function):
+    """Rows of a tensor, each at most once, and zeros for the row behind its last.
+
+    So a row's gradient is that of the place it went to, which `inverse` names; nothing is added up.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, whole: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.inverse = inverse
+        return _take(whole, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _take(gradients[0], ctx.inverse), None, None
+
+
+def _take(whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    if len(rows) > len(whole):  # some are padding
+        whole = torch.cat((whole, whole.new_zeros(1, *whole.shape[1:])))
+    return whole.index_select(0, rows)
 
 
 def pack_sequence(
