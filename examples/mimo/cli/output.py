@@ -357,7 +357,7 @@ class ProgressTable:
 def padding_cell(tokens: int, slots: int, rounded_slots: int) -> str:
     """The share of slots without a token; with `+`, that of --pad-to-multiple-of apart."""
     padding, rounding = 100 * (slots - tokens) / max(slots, 1), 100 * rounded_slots / max(slots, 1)
-    return f"{padding - rounding:.0f}+{rounding:.0f} %" if rounded_slots else f"{padding:.0f} %"
+    return f"{padding - rounding:.0f}{f'+{rounding:.0f}' * (rounding >= 0.5)} %"
 
 
 def tracked_values(
