@@ -55,7 +55,8 @@ def install() -> list[Replacement]:
     - `torch.cuda`'s device, stream, event and random-number functions answer for the CPU, while
       `torch.cuda.is_available()` stays False;
     - `Tensor.type()` returns a name that equals both `torch.FloatTensor` and its CUDA spelling;
-    - `torch.distributed.barrier` ignores `device_ids`;
+    - `torch.distributed.barrier` ignores `device_ids`, and ranks of one machine reduce tensors
+      through shared memory;
     - Megatron starts without asserting CUDA and does not warm up CUDA kernels;
     - `TORCHDYNAMO_DISABLE` is set, and threads other than this one compute without helpers.
 
@@ -76,9 +77,10 @@ def install() -> list[Replacement]:
         # Megatron takes some of these by name when it is imported, so torch comes first.
         entries += _put_in_place(cpu.torch_replacements())
         entries += _put_in_place(cpu.megatron_replacements())
-        from examples.mimo.compat import kernels
+        from examples.mimo.compat import kernels, shared_memory
 
         entries += _put_in_place(kernels.cpu_replacements())
+        entries += _put_in_place(shared_memory.allreduce_replacement())
     elif missing := missing_for_compiling():
         disable_compiler(missing)
     from examples.mimo.compat import megatron
