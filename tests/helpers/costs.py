@@ -21,6 +21,8 @@ from tests.helpers import ranks
 
 CACHE = "mimo/costs"
 MOST_LINES = 12
+# Number of tests -> what they took on two slow virtual CPUs, told until they have run here.
+RECORDED = {2434: "17 min, and 20 min of CPU time"}
 TARGETS = {"slow": "make test-slow", "gpu": "make gpu-check"}
 
 
@@ -74,11 +76,13 @@ class Costs:
         names = [item.nodeid for item in session.items]
         known = self.cache.get(CACHE, {}) if self.cache else {}
         told = [known[name] for name in names if name in known]
-        # Of a machine on which they have not run nothing is known.
         if len(told) < max(1, 0.9 * len(names)):
+            for number, took in RECORDED.items():
+                if 0.9 * number <= len(names) <= 1.1 * number:
+                    self.say(f"{len(names)} tests took about {took} on two slow virtual CPUs")
             return
-        took = [sum(pair) * len(names) / len(told) for pair in zip(*told, strict=True)]
-        cpu, wall = map(in_words, took)
+        totals = [sum(pair) * len(names) / len(told) for pair in zip(*told, strict=True)]
+        cpu, wall = map(in_words, totals)
         self.say(f"{len(names)} tests took about {wall}, and {cpu} of CPU time, when last run here")
 
     def say(self, line: str) -> None:
