@@ -26,13 +26,13 @@ train() {
 }
 
 step "Training, stage 1 of 2: name pictures, transcribe recordings"
-train --train-split align --train-iters 500 --min-lr 4e-4 --metrics-file "$demo/align.jsonl" \
+train --train-split align --train-iters 400 --min-lr 4e-4 --metrics-file "$demo/align.jsonl" \
   --save "$align" --load "$align"
 
 step "Training, stage 2 of 2: answer spoken questions"
-train --train-split train --train-iters 1200 --pretrained-checkpoint "$align" \
+train --train-split train --train-iters 1050 --pretrained-checkpoint "$align" \
   --save "$checkpoint" --load "$checkpoint" \
-  --eval-iters 10 --eval-interval 300 --metrics-file "$demo/train.jsonl"
+  --eval-iters 10 --eval-interval 600 --metrics-file "$demo/train.jsonl"
 
 step "Score on pictures and voices it never met"
 OMP_NUM_THREADS=2 python examples/mimo/evaluate.py --ckpt "$checkpoint" --data "$data"
