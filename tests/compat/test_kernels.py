@@ -97,3 +97,51 @@ def test_rotary_positions_that_are_rarely_used_are_megatrons():
     assert (interleaved[..., 0::2] - expected).abs().max() < BOUND
     twice = rope_utils._apply_rotary_pos_emb_bshd(t, freqs, mscale=2.0)
     assert (twice - 2 * rotary(t, freqs)).abs().max() < 2 * BOUND
+
+
+def attention(query, key, value, is_causal, scale):
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(repeat, dim=1) for t in (key, value))
+    scores = query @ key.mT * scale
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1) @ value
+
+
+# A causal mask of other sizes is aligned with the first key, by torch.
+SQUARE = [(n, n, is_causal) for n in (1, 17, 150, 151) for is_causal in (False, True)]
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("queries", "keys", "is_causal"), [*SQUARE, (3, 40, False)])
+def test_attention(heads, groups, queries, keys, is_causal):
+    """Both sides of the length from which on it is torch's; as views that are not contiguous."""
+    query = random(queries, 3, heads, 8)
+    key, value = random(keys, 3, groups, 8), random(keys, 3, groups, 12)
+    options = {"is_causal": is_causal, "enable_gqa": heads != groups}
+
+    def ours(*tensors):
+        tensors = (t.permute(1, 2, 0, 3) for t in tensors)
+        return functional.scaled_dot_product_attention(*tensors, scale=0.3, **options)
+
+    def formula(*tensors):
+        return attention(*(t.permute(1, 2, 0, 3) for t in tensors), is_causal, 0.3)
+
+    check(ours, formula, query, key, value)
+
+
+def test_short_attention_trains_and_answers_alike():
+    """Answers, which need no gradient, are torch's, bit for bit."""
+    query, key, value = (random(2, 4, 9, 8) for _ in range(3))
+    attend = functional.scaled_dot_product_attention
+    trained = attend(query, key, value, is_causal=True)
+    assert "ShortAttention" in type(trained.grad_fn).__name__
+    with torch.no_grad():
+        answered = attend(query, key, value, is_causal=True)
+        assert torch.equal(answered, attend.__wrapped__(query, key, value, is_causal=True))
+    assert (trained - answered).abs().max() < 1e-6
+    masked = attend(query, key, value, attn_mask=torch.ones(9, 9, dtype=torch.bool).tril())
+    assert "ShortAttention" not in type(masked.grad_fn).__name__
+    assert (trained - masked).abs().max() < 1e-6
+    assert attend(query[:0], key[:0], value[:0]).shape == (0, 4, 9, 8)

@@ -6,7 +6,8 @@ copies between main and model parameters: a kernel or three for each, and for th
 each. Here they are torch's fused and foreach kernels, which take all parameters at once, and the
 host waits for nothing but the norm itself.
 
-CPU: norms, SwiGLU and rotary positions are formulas there, of a pass over memory for every term.
+CPU: norms, SwiGLU and rotary positions are formulas there, of a pass over memory for every term;
+attention computes its weights twice, in blocks for long sequences.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from torch.nn import functional
 from examples.mimo.compat import Replacement
 
 Tensors = list[torch.Tensor]
+# Up to so many positions `ShortAttention` is faster than torch's flash attention, on CPUs.
+MAX_SHORT = 150
 
 
 def optimizer_replacements() -> list[Replacement]:
@@ -61,20 +64,18 @@ def optimizer_replacements() -> list[Replacement]:
 def cpu_replacements() -> list[Replacement]:
     """The entries for a machine without CUDA."""
     norms, passes = "torch's normalization.py", "its formula is a pass over memory for every term"
-    rope = rope_utils._apply_rotary_pos_emb_bshd
+    rotary = _rotary_in_few_passes(rope_utils._apply_rotary_pos_emb_bshd)
     layer_norm = _layer_norm_in_32_bits(functional.layer_norm)
     rms_norm = _rms_norm_in_few_passes(functional.rms_norm)
+    attention = _short_attention(functional.scaled_dot_product_attention)
+    weights = "torch's FlashAttentionKernel.cpp: its blocks are for long sequences"
     entries: list[tuple[Any, str, Any, str]] = [
         (functional, "layer_norm", layer_norm, f"{norms}: sums gradients in 16 bits"),
         (functional, "rms_norm", rms_norm, f"{norms}: {passes}"),
+        (functional, "scaled_dot_product_attention", attention, weights),
         (fused_bias_swiglu, "swiglu", swiglu, f"fused_bias_swiglu.py: {passes}"),
         (fused_bias_swiglu, "swiglu_back", swiglu_back, f"fused_bias_swiglu.py: {passes}"),
-        (
-            rope_utils,
-            "_apply_rotary_pos_emb_bshd",
-            _rotary_in_few_passes(rope),
-            f"rope_utils.py: {passes}",
-        ),
+        (rope_utils, "_apply_rotary_pos_emb_bshd", rotary, f"rope_utils.py: {passes}"),
     ]
     return [Replacement(*entry) for entry in entries]
 
@@ -380,3 +381,69 @@ def _rotary_in_few_passes(apply: Callable[..., torch.Tensor]) -> Callable[..., t
         return RotaryOnCpu.apply(t, *angles)
 
     return rotary
+
+
+class ShortAttention(torch.autograd.Function):
+    """softmax(QK'/sqrt(d))V (arXiv:1706.03762) that keeps its weights; rows hold a group's heads.
+
+    (B, heads, Sq, d), (B, groups, Sk, d), (B, groups, Sk, e) -> (B, heads, Sq, e).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        is_causal: bool,
+    ) -> torch.Tensor:
+        groups, length = key.shape[0] * key.shape[1], key.shape[2]
+        q, k, v = (t.reshape(groups, -1, t.shape[-1]) for t in (query, key, value))
+        hidden = torch.zeros((), dtype=q.dtype)
+        if is_causal:
+            hidden = torch.full((length, length), float("-inf"), dtype=q.dtype).triu_(1)
+            hidden = hidden.repeat(q.shape[1] // length, 1)
+        weights = torch.baddbmm(hidden, q, k.mT, alpha=scale).softmax(-1)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
+        return torch.bmm(weights, v).view(*query.shape[:-1], value.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
+        q, k, v, weights = ctx.saved_tensors
+        gradient = gradient.reshape(len(q), -1, v.shape[-1])
+        of_weights = torch.bmm(gradient, v.mT)
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, q.dtype).mul_(ctx.scale)
+        gradients = of_scores.bmm(k), of_scores.mT.bmm(q), weights.mT.bmm(gradient)
+        shaped = [t.view(shape) for t, shape in zip(gradients, ctx.shapes, strict=True)]
+        return (*shaped, None, None)
+
+
+def _short_attention(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`functional.scaled_dot_product_attention`, by `ShortAttention` where that trains in fp32."""
+
+    @functools.wraps(attention)
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **named: Any,
+    ) -> torch.Tensor:
+        tensors = query, key, value
+        is_plain = attn_mask is None and not dropout_p and torch.is_grad_enabled()
+        if (
+            not is_plain
+            or any(t.dtype != torch.float32 or t.dim() != 4 or not t.numel() for t in tensors)
+            or max(query.shape[2], key.shape[2]) > MAX_SHORT
+            or (is_causal and query.shape[2] != key.shape[2])
+            or (query.shape[1] != key.shape[1] and not named.get("enable_gqa"))
+        ):
+            return attention(*tensors, attn_mask, dropout_p, is_causal, **named)
+        scale = named.get("scale") or query.shape[3] ** -0.5
+        return ShortAttention.apply(*tensors, scale, is_causal)
+
+    return attend

@@ -183,24 +183,25 @@ class PackedSequence(PackedSeqParams):
 class PaddedBatches:
     """A packed sequence's samples of similar lengths side by side, so that one call takes many.
 
-    `shapes` are (length, samples) of each batch. `rows` (N,) are the tokens in all of them, S for
-    padding, and `places` (S,) is where each token is in these.
+    `shapes` are (length, samples) of each batch. `rows` (N,) are the tokens in all of them, any in
+    the places `padding`, and `places` (S,) is where each token is in these.
     """
 
     shapes: list[tuple[int, int]]
     rows: torch.Tensor
     places: torch.Tensor
+    padding: torch.Tensor
 
     def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """(S, 1, ...) -> (length, samples, ...) of each batch, zeros for padding."""
-        flat = Rows.apply(tokens.squeeze(1), self.rows, self.places)
+        flat = Rows.apply(tokens.squeeze(1), self.rows, self.places, self.padding)
         parts = flat.split([length * samples for length, samples in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def join(self, batches: list[torch.Tensor]) -> torch.Tensor:
         """(length, samples, ...) of each batch -> (S, 1, ...)."""
         flat = torch.cat([batch.flatten(0, 1) for batch in batches])
-        return Rows.apply(flat, self.places, self.rows)[:, None]
+        return Rows.apply(flat, self.places, self.rows, self.padding)[:, None]
 
 
 def pad_batches(lengths: Sequence[int], device: torch.device) -> PaddedBatches:
@@ -218,32 +219,36 @@ def pad_batches(lengths: Sequence[int], device: torch.device) -> PaddedBatches:
         shapes.append((longest, len(batch)))
         rows.append(tokens.where(tokens < ends, starts[-1]).flatten())
     in_batches = torch.cat(rows)
-    places = in_batches.argsort()[: starts[-1]]
-    return PaddedBatches(shapes, upload(in_batches, device), upload(places, device))
+    places, padding = in_batches.argsort().tensor_split([starts[-1]])
+    tensors = in_batches.clamp(max=starts[-1] - 1), places, padding
+    return PaddedBatches(shapes, *(upload(tensor, device) for tensor in tensors))
 
 
 class Rows(torch.autograd.Function):
-    """Rows of a tensor, each at most once, and zeros for the row behind its last.
+    """Rows of a tensor, each once, and zeros in the places `padding`, if they are more; or back.
 
     So a row's gradient is that of the place it went to, which `inverse` names; nothing is added up.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, whole: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor
+        ctx: Any,
+        whole: torch.Tensor,
+        rows: torch.Tensor,
+        inverse: torch.Tensor,
+        padding: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.inverse = inverse
-        return _take(whole, rows)
+        ctx.inverse, ctx.padding = inverse, padding
+        return _take(whole, rows, padding)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _take(gradients[0], ctx.inverse), None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _take(gradients[0], ctx.inverse, ctx.padding), None, None, None
 
 
-def _take(whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    if len(rows) > len(whole):  # some are padding
-        whole = torch.cat((whole, whole.new_zeros(1, *whole.shape[1:])))
-    return whole.index_select(0, rows)
+def _take(whole: torch.Tensor, rows: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    taken = whole.index_select(0, rows)
+    return taken.index_fill_(0, padding, 0) if len(rows) > len(whole) else taken
 
 
 def pack_sequence(
