@@ -5,8 +5,9 @@ import torch
 
 from examples.mimo.data.batch import collate, collate_packed
 from examples.mimo.data.conversation import BadSample, Sample, SampleEncoder, TokenSequence
-from examples.mimo.data.datasets import ConversationDataset, MockDataset
+from examples.mimo.data.datasets import ConversationDataset
 from examples.mimo.parallel.placement import join_batches
+from examples.mimo.training.inputs import MockDataset
 
 
 def test_collate_pads_without_loss_and_keeps_media_in_order(tiny):

@@ -29,9 +29,18 @@ def gpt(text):
     return {"from": "gpt", "value": text}
 
 
+def placeholders(counts, config):
+    """The tokens of items that take so many placeholders."""
+    return {
+        (name, False): [[config.modalities[name].token_id] * number for number in numbers]
+        for name, numbers in counts.items()
+    }
+
+
 def tokens_of(turns, counts, config, tokenizer):
     pieces = to_pieces(parse_turns(turns, config), config)
-    return tokenise(pieces, counts, config, TextEncoder(tokenizer, config))
+    items = placeholders(counts, config)
+    return tokenise(pieces, items, config, TextEncoder(tokenizer, config))
 
 
 def target_answers(tokens, tokenizer):
@@ -238,7 +247,10 @@ def test_a_system_turn_stands_in_the_place_of_the_templates_own(tiny):
         ),
         ([{"from": "human", "value": [{"type": {}}]}], "type {}; tiny_avlm takes text"),
         ([{"from": "human", "value": [{"type": "image", "path": 3}]}], "must name its file, not 3"),
-        ([{"from": "gpt", "value": [{"type": "image"}]}], "an answer holds a part that is no text"),
+        (
+            [{"from": "gpt", "value": [{"type": "image"}]}],
+            "an answer holds <image>, but tiny_avlm says text",
+        ),
     ],
 )
 def test_parse_turns_refuses(tiny, conversations, message):

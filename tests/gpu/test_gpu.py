@@ -13,8 +13,8 @@ from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.cli import command
 from examples.mimo.data.batch import to_device
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.generation.engine import Engine, SequenceRequest
+from examples.mimo.training.inputs import MockDataset
 from tests.gpu import comparison
 from tests.helpers.commands import launch_command, python_path
 from tests.helpers.ranks import ROOT

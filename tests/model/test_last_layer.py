@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from examples.mimo.data.batch import collate, locate
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.parts import LastLayer
+from examples.mimo.training.inputs import MockDataset
 
 
 def batch_of(config, has_targets):

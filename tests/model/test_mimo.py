@@ -5,9 +5,9 @@ import torch
 
 from examples.mimo.data.batch import collate, locate
 from examples.mimo.data.conversation import Sample, TokenSequence
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model import parts as parts_file
 from examples.mimo.model.parts import MediaCountError, freeze_parts, part_names, parts
+from examples.mimo.training.inputs import MockDataset
 
 
 @pytest.fixture(scope="module")

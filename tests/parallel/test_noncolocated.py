@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from examples.mimo.data.batch import Placeholders, collate, collate_packed
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.parallel.context import share_of
 from examples.mimo.parallel.placement import Placement, take_share
 from examples.mimo.training import layout
+from examples.mimo.training.inputs import MockDataset
 from tests.helpers import layouts
 from tests.helpers.commands import run_train
 

@@ -5,8 +5,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.mimo.data.batch import collate, locate
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.parts import freeze_parts
+from examples.mimo.training.inputs import MockDataset
 from tests.helpers.ranks import run as run_ranks
 from tests.helpers.training_flops import training_flops
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.mimo.data.datasets import MockDataset
+from examples.mimo.training.inputs import MockDataset
 from tests.helpers import ranks
 from tests.helpers.commands import TP2, run_command, run_train
 

@@ -196,7 +196,7 @@ NEEDS = (
             "--encoder-tensor-model-parallel-size",
             "--encoder-data-parallel-size",
         ),
-        lambda args, config: bool(config.modalities),
+        lambda args, config: bool(config.inputs),
         "the model has no encoders; drop the flag",
     ),
     Need(

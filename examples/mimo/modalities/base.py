@@ -283,8 +283,8 @@ class MLPProjectorConfig(ProjectorConfig):
         """Megatron's projector, its first layer split by columns and its second by rows."""
         from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 
-        from examples.mimo.model.encoder import encoder_transformer_config
         from examples.mimo.model.layers import mlp_submodules
+        from examples.mimo.model.parts import encoder_transformer_config
 
         config = encoder_transformer_config(
             transformer_config,
@@ -318,7 +318,7 @@ class CodecConfig(ABC):
 
     # Where its files are: set when a data folder or a checkpoint is opened, and never saved.
     folder: str = dataclasses.field(
-        default="", kw_only=True, metadata={"shapes_weights": False, "saved": False}
+        default="", kw_only=True, compare=False, metadata={"shapes_weights": False, "saved": False}
     )
 
     # The files in `folder` that encoding and decoding need, and what makes them, for messages.
