@@ -55,7 +55,7 @@ def test_mock_samples_mix_media_and_fit(tiny):
     }
     assert all(48 <= len(s.tokens.ids) <= 96 for s in samples)
     for sample in samples:
-        for name, modality in tiny.modalities.items():
+        for name, modality in tiny.inputs.items():
             counted = sum(modality.encoder.num_tokens(i) for i in sample.media.get(name, []))
             assert sample.tokens.ids.count(modality.token_id) == counted
 

@@ -185,7 +185,7 @@ def test_nothing_of_a_part_is_left_out(tiny):
 def test_in_parts_a_placeholder_is_a_word(tiny, tokenizer):
     words = "What does <image> mean in <audio>?"
     tokens = tokens_of([human([{"type": "text", "text": words}])], {}, tiny, tokenizer)
-    assert not {m.token_id for m in tiny.modalities.values()} & {*tokens.ids}
+    assert not {m.token_id for m in tiny.inputs.values()} & {*tokens.ids}
     assert tokenizer.decode(tokens.ids) == f"{words}\n"
 
 

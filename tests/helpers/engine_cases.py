@@ -127,7 +127,7 @@ def batches(config: MimoConfig) -> list[Batch]:
     """The same samples with text and media, padded and packed."""
     dataset = MockDataset(config, 96, num_samples=3, seed=5)
     samples = [dataset[number] for number in range(3)]
-    assert all(any(name in sample.media for sample in samples) for name in config.modalities)
+    assert all(any(name in sample.media for sample in samples) for name in config.inputs)
     return [collate(samples), collate_packed(samples)]
 
 

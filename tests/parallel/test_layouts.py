@@ -119,5 +119,5 @@ def test_the_batches_mix_samples_with_and_without_media(tiny):
 def test_of_every_four_samples_the_first_two_are_text_alone(tiny):
     samples = [TextFirst(tiny, 128, 80, seed=11)[i] for i in range(80)]
     assert [bool(sample.media) for sample in samples] == [False, False, True, True] * 20
-    assert {name for sample in samples for name in sample.media} == set(tiny.modalities)
+    assert {name for sample in samples for name in sample.media} == set(tiny.inputs)
     assert len({sample.key for sample in samples}) > 20

@@ -44,7 +44,7 @@ def main():
         model(batch.input_ids, labels, batch.modality_inputs).sum().backward()
     counts = {
         name: sum(counter.get_flop_counts()[f"StageMimoModel.modality_submodules.{name}"].values())
-        for name in config.modalities
+        for name in config.inputs
     }
     Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(counts))
     torch.distributed.destroy_process_group()

@@ -15,7 +15,7 @@ TEXTS = [f"What is {n} times {m}? It is {n * m}." for n in range(30) for m in ra
 def with_token_ids(config, **ids):
     modalities = {
         name: dataclasses.replace(modality, token_id=ids[name])
-        for name, modality in config.modalities.items()
+        for name, modality in config.inputs.items()
     }
     return dataclasses.replace(config, modalities=modalities)
 

@@ -152,8 +152,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     check_shapes(args)
     if args.balance_stages:
         _split_evenly(args)
+    config = with_codecs(args, resolve(preset, args))
+    if config.outputs:  # of the whole table Megatron counts operations and memory
+        args.padded_vocab_size = config.vocab_size
     _validate(args)
-    return args, with_codecs(args, resolve(preset, args))
+    return args, config
 
 
 def balance_stages(args: argparse.Namespace, config: MimoConfig) -> None:

@@ -53,7 +53,7 @@ class Statistics:
             sizes.update(config.inputs[name].encoder.describe(item) for item in items)
         for name in sample.outputs:
             sizes = self.outputs.setdefault(name, Counter())
-            sizes.update(f"{count} codes" for count in num_codes(sample, config.outputs[name]))
+            sizes.update(f"{len(codes)} codes" for codes in codes_of(sample, config.outputs[name]))
 
     def lines(self) -> list[str]:
         """The statistics as lines for a terminal."""
@@ -76,11 +76,12 @@ class Statistics:
         return lines
 
 
-def num_codes(sample: Sample, output: OutputModality) -> list[int]:
-    """The number of codes of each of a sample's outputs of a modality."""
+def codes_of(sample: Sample, output: OutputModality) -> list[list[int]]:
+    """The codes of each of a sample's outputs of a modality."""
     ids = sample.tokens.ids
     begins = [place for place, token_id in enumerate(ids) if token_id == output.begin_id]
-    return [ids.index(output.end_id, begin) - begin - 1 for begin in begins]
+    runs = [ids[begin + 1 : ids.index(output.end_id, begin)] for begin in begins]
+    return [[token_id - output.first_id for token_id in run] for run in runs]
 
 
 def _spread(values: Sequence[int]) -> str:
@@ -119,6 +120,9 @@ def inspect_shards(
             totals.add(split, sample, raw, reader.config)
             if len(shown) < num_shown:
                 previews = {name: _previews(name, raw[name], reader.config) for name in raw}
+                for name in sample.outputs:
+                    output = reader.config.outputs[name]
+                    previews[f"{name}, decoded"] = _decoded(codes_of(sample, output), output)
                 shown.append(ShownSample(sample, split, previews))
     # What was refused when the shards were written is listed beside them.
     if (folder / REJECTED).is_file():
@@ -135,6 +139,14 @@ def _previews(name: str, items: Sequence[Any], config: MimoConfig) -> list[tuple
         for item in items
         for preview in encoder.preview(item) or [("text/plain", encoder.describe(item).encode())]
     ]
+
+
+def _decoded(runs: Sequence[Sequence[int]], output: OutputModality) -> list[tuple[str, bytes]]:
+    """What an answer's codes stand for, in the format that an answer is saved in."""
+    codec = output.codec
+    suffix = next(iter(codec.suffixes), ".bin").removeprefix(".")
+    kind = codec.mime_type(suffix)
+    return [(kind, codec.encode_bytes(codec.decode(codes), suffix)) for codes in runs]
 
 
 def _samples(tar: Path) -> Iterator[TarParts]:
