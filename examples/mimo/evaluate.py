@@ -70,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     score = functools.partial(_score, answerer, args.data, args.batch_size)
     for split in splits:
         scores["scores"][split] = score(records[split], split)
-    for name, modality in answerer.config.modalities.items():
+    for name, modality in answerer.config.inputs.items():
         title = f"{first}, {modality.singular} blanked"
         with_media = [r for r in records[first] if _has_media(r, name, answerer.config)]
         if with_media:
@@ -109,7 +109,6 @@ def _score(
     from examples.mimo.data.conversation import Sample
     from examples.mimo.data.turns import (
         FilesInside,
-        conversation_of,
         errors_named,
         without_last_answer,
     )
@@ -122,19 +121,14 @@ def _score(
         key = record.get("key")
         where = f"{root}, {title}, line {number}" if key is None else f"sample {key}"
         with errors_named(where):
-            turns, expected = without_last_answer(conversation_of(record), answerer.config)
+            question, expected = without_last_answer(record, answerer.config)
             if expected is None and "ending" not in record:
                 raise ValueError(
                     "no answer to compare with; end the conversation with one, or give an 'ending'"
                 )
-        pairs.append((turns, expected))
-
-    def question(record: dict[str, Any], turns: Any) -> Sample:
-        return reader.encode({**record, "conversations": turns}, files)
-
-    samples = [
-        on_rank_zero(functools.partial(question, record, turns))
-        for record, (turns, _) in zip(records, pairs, strict=True)
+        pairs.append((question, expected))
+    samples: list[Sample] = [
+        on_rank_zero(functools.partial(reader.encode, question, files)) for question, _ in pairs
     ]
     clock = ProgressBar(title, len(records))
     answers = answerer.answer(samples, Options(max_new_tokens=32), batch_size, progress=clock)

@@ -88,7 +88,7 @@ def _sentences(model: sentencepiece.SentencePieceProcessor) -> list[list[int]]:
 def _vocabulary(config: MimoConfig, tokenizer: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The embeddings and the output layer, (V, H) each."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    size, width = config.language.vocab_size, config.language.hidden_size
+    size, width = config.vocab_size, config.language.hidden_size
     signs = random.Random(0)
     embedding = torch.tensor(
         [[signs.choice((-1.0, 1.0)) for _ in range(width)] for _ in range(size)]

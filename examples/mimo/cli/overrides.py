@@ -71,7 +71,7 @@ def with_fields(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
 def with_token_ids(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
     """`config` with other ids for placeholders: `<audio>,32002`."""
     modalities = dict(config.modalities)
-    names = {modality.placeholder: name for name, modality in modalities.items()}
+    names = {modality.placeholder: name for name, modality in config.inputs.items()}
     for assignment in assignments:
         placeholder, _, number = assignment.rpartition(",")
         if placeholder not in names or not number.isdigit():
@@ -96,12 +96,12 @@ def with_preprocessing(
 
     chosen = {assignment.partition("=")[0] for assignment in assignments}
     modalities = dict(config.modalities)
-    for name, modality in config.modalities.items():
+    for name, modality in config.inputs.items():
         part = f"{name}.encoder"
         source = checkpoint.sources.get(part, {})
-        if name not in checkpoint.config.modalities or "preprocessor" not in source:
+        if name not in checkpoint.config.inputs or "preprocessor" not in source:
             continue
-        imported: Any = checkpoint.config.modalities[name].encoder
+        imported: Any = checkpoint.config.inputs[name].encoder
         # Another encoder is refused elsewhere, with the fields that differ.
         if weight_fields(imported) == weight_fields(modality.encoder):
             where = f"{checkpoint.folder}: preprocessor of {part}"
@@ -110,7 +110,7 @@ def with_preprocessing(
             changes = {field: getattr(imported, field) for field in unchosen(fields, part, chosen)}
             encoder: Any = modality.encoder
             encoder = dataclasses.replace(encoder, **changes)
-            modalities[name] = dataclasses.replace(modality, encoder=encoder)
+            modalities[name] = dataclasses.replace(modalities[name], encoder=encoder)
     return dataclasses.replace(config, modalities=modalities)
 
 
@@ -124,7 +124,7 @@ def whisper_assignments(config: MimoConfig, name: str | None) -> list[str]:
     if size not in WHISPER_SIZES:
         known = ", ".join(f"openai/whisper-{size}" for size in WHISPER_SIZES)
         raise ValueError(f"--audio-encoder-model {name}: choose one of {known}")
-    encoders = [n for n, m in config.modalities.items() if isinstance(m.encoder, WhisperConfig)]
+    encoders = [n for n, m in config.inputs.items() if isinstance(m.encoder, WhisperConfig)]
     if not encoders:
         raise ValueError(f"--audio-encoder-model {name}: {config.name} has no Whisper encoder")
     fields = dict(zip(WHISPER_FIELDS, WHISPER_SIZES[size], strict=True))
@@ -287,7 +287,7 @@ def add_integrity_flag(parser: argparse.ArgumentParser, flag: str = "--ckpt") ->
 
 def add_modality_flags(parser: argparse.ArgumentParser, config: MimoConfig) -> None:
     """Add --NAME-path, and a flag for each encoder field that may change when answering."""
-    for modality in config.modalities.values():
+    for modality in config.inputs.values():
         flag = _flag(modality.singular)
         parser.add_argument(f"{flag}-path", type=Path, action="append", default=[], metavar="FILE")
         for field in _changeable_fields(modality.encoder):
@@ -298,8 +298,8 @@ def add_modality_flags(parser: argparse.ArgumentParser, config: MimoConfig) -> N
 
 def with_modality_flags(config: MimoConfig, args: argparse.Namespace) -> MimoConfig:
     """The config with the encoder fields that flags change."""
-    modalities = {}
-    for name, modality in config.modalities.items():
+    modalities = dict(config.modalities)
+    for name, modality in config.inputs.items():
         changes = {}
         for field in _changeable_fields(modality.encoder):
             value = getattr(args, f"{modality.singular}_{field.name}")
@@ -307,13 +307,13 @@ def with_modality_flags(config: MimoConfig, args: argparse.Namespace) -> MimoCon
                 changes[field.name] = value
         encoder: Any = modality.encoder
         encoder = dataclasses.replace(encoder, **changes)
-        modalities[name] = dataclasses.replace(modality, encoder=encoder)
+        modalities[name] = dataclasses.replace(modalities[name], encoder=encoder)
     return dataclasses.replace(config, modalities=modalities)
 
 
 def media_paths(config: MimoConfig, args: argparse.Namespace) -> dict[str, list[Path]]:
     """The files that the flags name, by modality."""
-    return {n: getattr(args, f"{m.singular}_path") for n, m in config.modalities.items()}
+    return {n: getattr(args, f"{m.singular}_path") for n, m in config.inputs.items()}
 
 
 def _flag(name: str) -> str:
@@ -339,7 +339,7 @@ def check_flags(args: argparse.Namespace, config: MimoConfig) -> str:
         raise ValueError("--input and --output go together: questions and answers, as JSON lines")
     mode = "--input" if args.input else "--interactive" if args.interactive else ""
     paths = media_paths(config, args)
-    others = [f"{_flag(config.modalities[name].singular)}-path" for name in paths if paths[name]]
+    others = [f"{_flag(config.inputs[name].singular)}-path" for name in paths if paths[name]]
     others += [f"--{name}" for name in ("prompt", "json", "stream") if getattr(args, name)]
     if mode and others:
         raise ValueError(f"{others[0]} does not go with {mode}")

@@ -40,7 +40,7 @@ class Mimo:
         model = Mimo.load("demo/checkpoint")
         answer = model.generate("What is it?", images=["digit.png"], audios=["question.wav"])
 
-    Media are named by the model's modalities (`model.config.modalities`). On several ranks every
+    Media are named by the model's modalities (`model.config.inputs`). On several ranks every
     rank makes the same calls, and all get the same answers.
     """
 
@@ -283,7 +283,7 @@ class Mimo:
     def _parse_keywords(self, keywords: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
         """Options and media from `generate`'s keywords; ValueError for a name that is neither."""
         sampling_names = [f.name for f in dataclasses.fields(Sampling)]
-        names = [*self.config.modalities, "max_new_tokens", *sampling_names, "stop"]
+        names = [*self.config.inputs, "max_new_tokens", *sampling_names, "stop"]
         for name in keywords:
             if name not in names:
                 raise ValueError(
@@ -296,7 +296,7 @@ class Mimo:
             Sampling(**{name: keywords[name] for name in sampling_names if name in keywords}),
             (stop,) if isinstance(stop, str) else tuple(stop),
         )
-        return options, {n: keywords[n] for n in self.config.modalities if keywords.get(n)}
+        return options, {n: keywords[n] for n in self.config.inputs if keywords.get(n)}
 
     def _record(self, prompt: Any, media: Mapping[str, Any], key: str) -> Record:
         prompt = self.config.prompt if prompt is None else prompt
@@ -344,8 +344,8 @@ def forbidden_tokens(tokenizer: Tokenizer, config: MimoConfig) -> set[int]:
 
     Many tokenizers pad with the end-of-text token, and some with a word; both stay allowed.
     """
-    beyond = range(tokenizer.size, config.language.vocab_size)
-    placeholders = (modality.token_id for modality in config.modalities.values())
+    beyond = range(tokenizer.size, config.vocab_size)
+    placeholders = (modality.token_id for modality in config.inputs.values())
     pad_id = tokenizer.pad_id
     padding = {pad_id} if pad_id >= 0 and not is_ordinary_token(tokenizer, pad_id) else set()
     return {*beyond, *placeholders, *padding} - tokenizer.end_ids

@@ -49,7 +49,7 @@ class PromptUnits:
 
 def prompt_units(sample: Sample, config: MimoConfig) -> PromptUnits:
     """The units of a prompt; items of equal content give equal units, whatever their file."""
-    names = {modality.token_id: name for name, modality in config.modalities.items()}
+    names = {modality.token_id: name for name, modality in config.inputs.items()}
     units: list[Unit] = list(sample.tokens.ids)
     items: list[PromptItem] = []
     counts = dict.fromkeys(sample.media, 0)
@@ -60,7 +60,7 @@ def prompt_units(sample: Sample, config: MimoConfig) -> PromptUnits:
             position += 1
             continue
         inputs = sample.media[name][counts[name]]
-        end = position + config.modalities[name].encoder.num_tokens(inputs)
+        end = position + config.inputs[name].encoder.num_tokens(inputs)
         digest = _digest(name, inputs)
         units[position:end] = [(digest, index) for index in range(end - position)]
         items.append(PromptItem(name, counts[name], position, end))

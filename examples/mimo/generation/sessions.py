@@ -118,13 +118,14 @@ def question_record(line: object, model: Mimo, key: str) -> tuple[dict[str, Any]
         prompt = model.config.prompt if prompt is None else prompt
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be text, not {prompt!r:.80}")
-        if not prompt.strip() and not any(line.get(name) for name in model.config.modalities):
+        if not prompt.strip() and not any(line.get(name) for name in model.config.inputs):
             raise ValueError("nothing to answer: give a prompt or a file")
         turns = [{"role": "user", "content": prompt}]
-    turns, expected = without_last_answer(turns, model.config)
-    if expected is not None and not turns:
+    question = {**line, "key": key, "conversations": turns}
+    question, expected = without_last_answer(question, model.config)
+    if expected is not None and not question["conversations"]:
         raise ValueError("the conversation is an answer alone; end with a question, or begin so")
-    return {**line, "key": key, "conversations": turns}, expected
+    return question, expected
 
 
 def _questions(
@@ -258,7 +259,7 @@ class ChatSession:
 
     def __init__(self, model: Mimo, options: Options, output: TextIO) -> None:
         self.model, self.options, self.output = model, options, output
-        self.modalities = {f"/{m.singular}": name for name, m in model.config.modalities.items()}
+        self.modalities = {f"/{m.singular}": name for name, m in model.config.inputs.items()}
         self.conversation = Conversation()
         self.is_rank_zero = os.environ["RANK"] == "0"
 
@@ -303,12 +304,12 @@ class ChatSession:
         self._message(f"{file}: {description}")
 
     def _describe(self, name: str, file: Path) -> str:
-        encoder = self.model.config.modalities[name].encoder
+        encoder = self.model.config.inputs[name].encoder
         with errors_named(str(file), drop=f"{file}: "):
             return encoder.describe(encoder.read(file))
 
     def _answer(self, prompt: str) -> None:
-        modalities = self.model.config.modalities
+        modalities = self.model.config.inputs
         files = self.conversation.new_media
         # What people type is words, whatever it spells; files come by commands, and go in front.
         content = [

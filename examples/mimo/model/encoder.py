@@ -13,51 +13,7 @@ from torch.nn import functional
 
 from examples.mimo.modalities.base import EncoderConfig
 from examples.mimo.model.layers import block_submodules
-from examples.mimo.model.parts import Norm
-
-# Fields that say how to compute, not what: an encoder shares them with the language model.
-# Pipeline, sequence- and context-parallel fields and other fusions stay at their defaults.
-SHARED_FIELDS = (
-    "tensor_model_parallel_size",
-    "params_dtype",
-    "fp16",
-    "bf16",
-    "autocast_dtype",
-    "use_cpu_initialization",
-    "perform_initialization",
-    "gradient_accumulation_fusion",
-    "transformer_impl",
-    "bias_dropout_fusion",
-    "recompute_granularity",
-    "recompute_method",
-    "recompute_modules",
-    "deterministic_mode",
-)
-
-
-def encoder_transformer_config(
-    transformer_config: TransformerConfig, **fields: Any
-) -> TransformerConfig:
-    """An encoder's TransformerConfig: LayerNorm, biases, no dropout, and what `fields` say.
-
-    `transformer_config` is the language model's. It is not copied as a whole: its pipeline,
-    sequence-parallel and fusion fields would break layers that are whole on every rank.
-    """
-    shared = {name: getattr(transformer_config, name) for name in SHARED_FIELDS}
-    if shared["recompute_method"]:
-        shared["recompute_num_layers"] = 1
-    defaults = {
-        "normalization": "LayerNorm",
-        "layernorm_epsilon": 1e-5,
-        "persist_layer_norm": shared["transformer_impl"] == "transformer_engine",
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "add_bias_linear": True,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-    }
-    return TransformerConfig(**{**shared, **defaults, **fields})
+from examples.mimo.model.parts import Norm, encoder_transformer_config
 
 
 def split_over(

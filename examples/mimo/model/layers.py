@@ -1,4 +1,4 @@
-"""Layer specs for Megatron's transformer block, with core attention and LayerScale.
+"""Layer specs for Megatron's transformer block, with core attention.
 
 With Transformer Engine its fused layers are used. Without it, on GPUs and CPUs alike, Megatron's
 own parallel linear layers are, with the attention of this file and the norms of parts.py:
@@ -35,7 +35,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-from examples.mimo.model.parts import Norm
+from examples.mimo.model.parts import Norm, with_layer_scale
 from examples.mimo.parallel.context import PackedSequence, chunks_of, gather_sequence
 
 # Of torch's flash attention.
@@ -47,26 +47,6 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-@functools.cache
-def with_layer_scale(linear: type) -> type:
-    """A row-parallel linear layer class with LayerScale (arXiv:2103.17239).
-
-    Its output, bias included, is scaled by a trained factor per feature.
-    """
-
-    class ScaledLinear(linear):  # type: ignore[misc, valid-type]
-        def __init__(self, input_size: int, output_size: int, *rest: Any, **named: Any) -> None:
-            super().__init__(input_size, output_size, *rest, **named)
-            ones = torch.ones(output_size, dtype=self.weight.dtype, device=self.weight.device)
-            self.layer_scale = torch.nn.Parameter(ones)
-
-        def forward(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, Any]:
-            output, bias = super().forward(*inputs, **named)
-            return output * self.layer_scale, None if bias is None else bias * self.layer_scale
-
-    return ScaledLinear
 
 
 class SdpaCoreAttention(MegatronModule):
