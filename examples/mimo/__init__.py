@@ -37,18 +37,21 @@ machine without CUDA `Mimo.load` replaces what Megatron needs of torch.cuda, for
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from examples.mimo.generation.api import Mimo
+    from examples.mimo.generation.sampling import Options, Sampling
 
-__all__ = ["Mimo"]
+__all__ = ["Mimo", "Options", "Sampling"]
+
+# Imported when first used: they load torch, which a `--help` does not need.
+_MODULES = {"Mimo": "api", "Options": "sampling", "Sampling": "sampling"}
 
 
 def __getattr__(name: str) -> object:
-    """Import `Mimo` when it is first used: it loads torch, which a `--help` does not need."""
-    if name != "Mimo":
+    """Import a public name from its module when it is first used."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from examples.mimo.generation import Mimo
-
-    return Mimo
+    return getattr(importlib.import_module(f"{__name__}.generation.{_MODULES[name]}"), name)

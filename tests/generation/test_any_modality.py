@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from examples.mimo.generation import Mimo
+from examples.mimo import Mimo
 from examples.mimo.generation.scheduler import Answer, Piece
 
 pytest.importorskip("starlette")

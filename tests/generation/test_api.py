@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from examples.mimo import Mimo
 from examples.mimo.checkpoint.description import open_checkpoint
-from examples.mimo.generation import Mimo
 from tests.helpers.commands import QUESTION, ROOT
 
 IMPORT_ONLY = """
@@ -16,7 +16,7 @@ import torch
 before = {name: vars(torch.Tensor)[name] for name in vars(torch.Tensor)}
 before |= {f"cuda.{name}": value for name, value in vars(torch.cuda).items()}
 before |= {f"Module.{name}": value for name, value in vars(torch.nn.Module).items()}
-from examples.mimo.generation import Mimo
+from examples.mimo import Mimo
 after = {name: vars(torch.Tensor)[name] for name in vars(torch.Tensor)}
 after |= {f"cuda.{name}": value for name, value in vars(torch.cuda).items()}
 after |= {f"Module.{name}": value for name, value in vars(torch.nn.Module).items()}

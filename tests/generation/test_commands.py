@@ -57,7 +57,7 @@ def test_ctrl_c_ends_a_conversation_without_a_word(checkpoint):
 
 def test_in_python(say, checkpoint):
     script = (
-        "from examples.mimo.generation import Mimo\n"
+        "from examples.mimo import Mimo\n"
         f"model = Mimo.load({str(checkpoint)!r})\n"
         f"print(model.generate({QUESTION!r}))\n"
     )

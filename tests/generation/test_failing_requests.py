@@ -9,8 +9,8 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from examples.mimo import Mimo
 from examples.mimo.checkpoint.description import open_checkpoint
-from examples.mimo.generation import Mimo
 from examples.mimo.serving.app import Limits, Server
 from examples.mimo.serving.worker import Worker
 from tests.helpers.commands import QUESTION

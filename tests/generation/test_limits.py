@@ -16,8 +16,9 @@ import soundfile
 import torch
 from PIL import Image
 
+from examples.mimo import Mimo
 from examples.mimo.checkpoint.description import open_checkpoint
-from examples.mimo.generation import Mimo, api
+from examples.mimo.generation import api
 from examples.mimo.generation.sampling import Options
 from examples.mimo.generation.scheduler import Scheduler
 from examples.mimo.generation.transformer import KeyValueCache

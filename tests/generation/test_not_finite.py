@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
+from examples.mimo import Mimo
 from examples.mimo.checkpoint.description import open_checkpoint
-from examples.mimo.generation import Mimo
 from examples.mimo.generation.engine import NO_TOKEN
 from examples.mimo.generation.sampling import Options, Sampling, fill_logprobs
 from examples.mimo.serving.app import Limits, Server

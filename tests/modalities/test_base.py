@@ -306,7 +306,7 @@ def test_a_family_of_ones_own_is_named_by_the_config(monkeypatch):
 IMPORTS = """
 import sys, time, torch
 before, start = set(sys.modules), time.perf_counter()
-import examples.mimo.configs.llava, examples.mimo.configs.sensor_lm
+import examples.mimo.configs.pretrained, examples.mimo.configs.sensor_lm
 print(time.perf_counter() - start)
 print([n for n in sys.modules if n.startswith(("megatron", "torchaudio", "transformers"))])
 print([n for n in set(sys.modules) - before if n.startswith("torch.distributed")])

@@ -47,7 +47,7 @@ def test_a_modality_has_a_name_of_its_own(tiny, name):
 
 
 def test_a_config_with_another_name_than_its_entry_is_refused(monkeypatch):
-    monkeypatch.setitem(MODEL_PROVIDERS, "llava_vlm", "examples.mimo.configs.qwen3")
+    monkeypatch.setitem(MODEL_PROVIDERS, "llava_vlm", "examples.mimo.configs.sensor_lm")
     with pytest.raises(ValueError, match="defines no function `def llava_vlm"):
         get_model_config("llava_vlm")
     monkeypatch.setitem(MODEL_PROVIDERS, "tiny", __name__)

@@ -12,13 +12,13 @@ from examples.mimo.configs.schema import MimoConfig
 MODEL_PROVIDERS = {
     "tiny_avlm": "examples.mimo.configs.tiny_avlm",
     "sensor_lm": "examples.mimo.configs.sensor_lm",
-    "llava_vlm": "examples.mimo.configs.llava",
-    "video_llava_vlm": "examples.mimo.configs.llava",
-    "llava_avlm": "examples.mimo.configs.llava",
-    "llava_avlm_tuned": "examples.mimo.configs.llava",
-    "qwen3_avlm": "examples.mimo.configs.qwen3",
-    "smollm2_avlm": "examples.mimo.configs.smollm2",
-    "scale_1b_avlm": "examples.mimo.configs.llava",
+    "llava_vlm": "examples.mimo.configs.pretrained",
+    "video_llava_vlm": "examples.mimo.configs.pretrained",
+    "llava_avlm": "examples.mimo.configs.pretrained",
+    "llava_avlm_tuned": "examples.mimo.configs.pretrained",
+    "qwen3_avlm": "examples.mimo.configs.pretrained",
+    "smollm2_avlm": "examples.mimo.configs.pretrained",
+    "scale_1b_avlm": "examples.mimo.configs.pretrained",
 }
 
 
