@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,18 +38,15 @@ class Codebook(NamedTuple):
 
 
 def read_codebook(path: Path, shape: tuple[int, int]) -> Codebook:
-    """What `Codebook.write` wrote; ValueError, one line, for another shape, NaN or damage."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such codebook")
-    status = path.stat()
-    return _read_codebook(path, shape, status.st_size, status.st_mtime_ns)
+    """What `Codebook.write` wrote; ValueError, one line, for another shape, NaN or damage.
 
-
-@lru_cache(maxsize=8)
-def _read_codebook(path: Path, shape: tuple[int, int], num_bytes: int, modified: int) -> Codebook:
-    """Checks sizes before values are read; `modified` tells a new file from the one read before."""
+    Sizes are checked before values are read.
+    """
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        raise ValueError(f"{path}: no such codebook")
+    num_bytes = path.stat().st_size
     if num_bytes > 4 * math.prod(shape) + 2**16:
         raise ValueError(
             f"{path}: {num_bytes:,} bytes, but {shape[0]:,} centroids of {shape[1]:,} values take "

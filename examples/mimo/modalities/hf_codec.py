@@ -130,7 +130,8 @@ class HuggingFaceCodec(SoundCodec):
         for path in (config, weights):
             if not path.is_file():
                 raise ValueError(f"{path}: no such file; {self.origin}")
-        changed = tuple(path.stat().st_mtime_ns for path in (config, weights))
+        stats = [path.stat() for path in (config, weights)]
+        changed = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
         codec = _load(config, weights, changed)
         if codec.codebook_size != self.codebook_size:
             raise ValueError(
@@ -337,7 +338,7 @@ CODECS: dict[str, type[Codec]] = {"mimi": Mimi, "dac": Dac, "encodec": Encodec}
 
 
 @lru_cache(maxsize=4)
-def _load(config_path: Path, weights_path: Path, changed: tuple[int, ...]) -> Codec:
+def _load(config_path: Path, weights_path: Path, changed: tuple[tuple[int, ...], ...]) -> Codec:
     """Checks sizes before anything is built; `changed` tells new files from those read before."""
     import transformers
 
