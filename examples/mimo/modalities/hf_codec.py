@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from examples.mimo.modalities.files import MAX_SAMPLE_RATE_HZ
 from examples.mimo.modalities.speech import SoundCodec
 from examples.mimo.modalities.values import bounds, shown
 
@@ -268,24 +269,20 @@ class Dac(Codec):
         return [convolutions(self.model.decoder, looks_ahead=True)]
 
 
+@dataclass
 class Window:
     """A stage for a module whose outputs depend on `past` inputs before them and `future` after.
 
     `num_in` inputs make `num_out` outputs; parts of the sequence begin at multiples of `num_in`.
     """
 
-    def __init__(
-        self,
-        module: Callable[[torch.Tensor], torch.Tensor],
-        past: int,
-        future: int = 0,
-        num_in: int = 1,
-        num_out: int = 1,
-    ) -> None:
-        self.module, self.past, self.future = module, past, future
-        self.num_in, self.num_out = num_in, num_out
-        self.inputs: torch.Tensor | None = None
-        self.done = 0  # of the inputs kept, those whose outputs have been returned
+    module: Callable[[torch.Tensor], torch.Tensor]
+    past: int
+    future: int
+    num_in: int
+    num_out: int
+    inputs: torch.Tensor | None = None
+    done: int = 0  # of the inputs kept, those whose outputs have been returned
 
     def __call__(self, new: torch.Tensor, is_last: bool) -> torch.Tensor:
         inputs = new if self.inputs is None else torch.cat([self.inputs, new], dim=-1)
@@ -303,7 +300,7 @@ class Window:
 def convolutions(stack: nn.Module, looks_ahead: bool = False) -> Window:
     """A stage of convolutions, which are causal unless they look as far ahead as back."""
     past, num_out = _reach(stack, sides=2 if looks_ahead else 1)
-    return Window(stack, past, past if looks_ahead else 0, num_out=num_out)
+    return Window(stack, past, past if looks_ahead else 0, 1, num_out)
 
 
 def _reach(stack: nn.Module, sides: int = 1) -> tuple[int, int]:
@@ -345,19 +342,14 @@ def _load(config_path: Path, weights_path: Path, changed: tuple[tuple[int, ...],
     config = _read_config(config_path)
     codec_class = CODECS[config.model_type]
     model_class = getattr(transformers, f"{codec_class.__name__}Model")
-    try:
-        with torch.device("meta"):
-            needed = sum(tensor.numel() for tensor in model_class(config).state_dict().values())
-        state = _read_weights(weights_path, needed)
-        with _quiet():
-            # From tensors and a config, so that nothing else in the folder is looked at.
-            model, report = model_class.from_pretrained(
-                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
-            )
-    except (RuntimeError, TypeError, ArithmeticError, IndexError, KeyError) as error:
-        raise ValueError(
-            f"{weights_path}: not the weights of {config_path} ({_one_line(error)})"
-        ) from None
+    with _one_line_errors(config_path, f"no {config.model_type}"), torch.device("meta"):
+        needed = sum(tensor.numel() for tensor in model_class(config).state_dict().values())
+    state = _read_weights(weights_path, needed)
+    with _one_line_errors(weights_path, f"not the weights of {config_path}"), _quiet():
+        # From tensors and a config, so that nothing else in the folder is looked at.
+        model, report = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
     lacking = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
     if lacking:
         raise ValueError(
@@ -372,12 +364,10 @@ def _read_config(path: Path) -> Any:
 
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size:,} bytes, but a config is small")
-    try:
+    with _one_line_errors(path, "not JSON"):
         raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({_one_line(error)})") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in CODECS:
+    if not isinstance(kind, str) or kind not in CODECS:
         raise ValueError(f"{path}: model_type is {shown(kind)}; choose one of {', '.join(CODECS)}")
     config_class = getattr(transformers, f"{CODECS[kind].__name__}Config")
     # What shapes the model, and no name of code, of a quantiser, or of a file.
@@ -385,10 +375,13 @@ def _read_config(path: Path) -> Any:
     fields = {name: value for name, value in raw.items() if name in known}
     for name, value in fields.items():
         _check_size(path, name, value)
-    try:
+    with _one_line_errors(path, f"no config of {kind}"):
         config = config_class(**fields)
-    except Exception as error:  # transformers' own checks raise errors of many types
-        raise ValueError(f"{path}: not a config of {kind} ({_one_line(error)})") from None
+    if not 1_000 <= config.sampling_rate <= MAX_SAMPLE_RATE_HZ:
+        raise ValueError(f"{path}: sampling_rate is {config.sampling_rate:,} Hz, not that of sound")
+    with _one_line_errors(path, f"no config of {kind}"):
+        count = config.n_codebooks if kind == "dac" else config.num_quantizers
+    _check_size(path, "codebooks", count)
     for name, value in NEEDED.items():
         if getattr(config, name, value) != value:
             raise ValueError(
@@ -401,7 +394,8 @@ def _read_config(path: Path) -> Any:
 def _check_size(path: Path, name: str, value: Any) -> None:
     """ValueError for a number, or a list, that no codec has."""
     items = value if isinstance(value, list) else [value]
-    most = MAX_LAYERS if "layers" in name or "quantizers" in name else MAX_NUMBER
+    is_count = any(word in name for word in ("layers", "quantizers", "codebooks"))
+    most = MAX_LAYERS if is_count else MAX_NUMBER
     numbers = [item for item in items if isinstance(item, int | float)]
     if len(items) > MAX_ITEMS or not all(0 <= number <= most for number in numbers):
         raise ValueError(f"{path}: {name} is {shown(value)}, which is no size of a codec")
@@ -445,5 +439,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+@contextlib.contextmanager
+def _one_line_errors(path: Path, what: str) -> Iterator[None]:
+    """Turns the errors of transformers, of many types and lines, into one that names a file."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path}: {what} ({reason})") from None
