@@ -305,15 +305,15 @@ def test_bins_that_a_frame_cannot_tell_apart(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"centroids": np.zeros((8, 191), np.float32)}, "centroids F32 8 x 191"),
-        ({"centroids": np.zeros((7, 192), np.float32)}, "centroids F32 7 x 192"),
-        ({"centroids": np.zeros((8, 192), np.float16)}, "centroids F16 8 x 192"),
-        ({"centroids": np.zeros((8, 192), np.int32)}, "centroids I32 8 x 192"),
+        ({"centroids": np.zeros((8, 191), np.float32)}, "'centroids' F32 8 x 191"),
+        ({"centroids": np.zeros((7, 192), np.float32)}, "'centroids' F32 7 x 192"),
+        ({"centroids": np.zeros((8, 192), np.float16)}, "'centroids' F16 8 x 192"),
+        ({"centroids": np.zeros((8, 192), np.int32)}, "'centroids' I32 8 x 192"),
         ({"centroids": np.full((8, 192), np.nan, np.float32)}, "NaN"),
         ({"centroids": np.full((8, 192), 1e9, np.float32)}, "values beyond 20"),
         ({"level": np.full(1, np.inf, np.float32)}, "values beyond 20"),
-        ({"level": np.zeros(2, np.float32)}, "level F32 2"),
-        ({"more": np.zeros(2, np.float32)}, "more F32 2"),
+        ({"level": np.zeros(2, np.float32)}, "'level' F32 2"),
+        ({"more\nlines": np.zeros(2, np.float32)}, r"'more\nlines' F32 2"),
         ({"centroids": np.zeros((1000, 192), np.float32)}, "bytes, but 8 centroids of 192 values"),
     ],
 )

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from examples.mimo.modalities.values import shown
+
 # The vectors that the first centroids are chosen from, passes over all vectors, and how many are
 # compared at a time.
 FIRST_VECTORS, PASSES, BATCH = 4_096, 12, 2_048
@@ -59,7 +61,7 @@ def read_codebook(path: Path, shape: tuple[int, int]) -> Codebook:
             if tensors != {"centroids": ("F32", *shape), "level": ("F32", 1)}:
                 raise ValueError(
                     f"{path}: this codebook holds {_in_words(tensors)}, but the config needs "
-                    f"centroids F32 {shape[0]} x {shape[1]} and level F32 1; learn it again"
+                    f"'centroids' F32 {shape[0]} x {shape[1]} and 'level' F32 1; learn it again"
                 )
             centroids, level = file.get_tensor("centroids"), file.get_tensor("level")
     except SafetensorError as error:
@@ -72,7 +74,7 @@ def read_codebook(path: Path, shape: tuple[int, int]) -> Codebook:
 
 def _in_words(tensors: dict[str, tuple]) -> str:
     named = (
-        f"{name[:40]} {dtype} {' x '.join(map(str, size))}"
+        f"{shown(name)} {dtype} {' x '.join(map(str, size))}"
         for name, (dtype, *size) in sorted(tensors.items())[:4]
     )
     return ", ".join(named) or "no tensors"

@@ -94,12 +94,11 @@ class HuggingFaceCodec(SoundCodec):
 
     def decode_pieces(self, codes: Iterable[int]) -> Iterator[np.ndarray]:
         """Pieces of a quarter of a second; joined, they are `decode`'s sound up to rounding."""
-        codec, decode = self.load(), self._decoder()
-        frames = max(codec.first_frames, round(PIECE_SECONDS * codec.frames_per_second))
+        size, decode = self.load().piece_frames * self.unit, self._decoder()
         piece: list[int] = []
         for code in itertools.chain(codes, [None]):
             # A piece waits for another code, so that the last one is known and not empty.
-            if code is None or len(piece) == frames * self.unit:
+            if code is None or len(piece) == size:
                 samples = decode(piece, code is None)
                 if len(samples):
                     yield samples
@@ -166,15 +165,12 @@ class Codec(ABC):
         self.codebook_size: int = self.config.codebook_size
 
     @property
-    def frames_per_second(self) -> float:
-        """Of codes."""
-        return self.sample_rate_hz / _reach(self.model.decoder)[1]
-
-    @property
-    def first_frames(self) -> int:
-        """Frames that must begin a sound together, where padding mirrors what comes first."""
-        is_mirrored = getattr(self.config, "pad_mode", "") == "reflect"
-        return _reach(self.model.decoder)[0] if is_mirrored else 1
+    def piece_frames(self) -> int:
+        """Frames that are decoded at once while codes come in."""
+        reach, hop_samples = _reach(self.model.decoder)
+        frames = round(PIECE_SECONDS * self.sample_rate_hz / hop_samples)
+        # The first frames that padding mirrors must come together.
+        return max(1, frames, reach if getattr(self.config, "pad_mode", "") == "reflect" else 0)
 
     @abstractmethod
     def encode(self, samples: torch.Tensor, num_codebooks: int) -> torch.Tensor:
@@ -264,6 +260,11 @@ class Dac(Codec):
 
     def latents(self, codes: torch.Tensor) -> torch.Tensor:
         return self.model.quantizer.from_codes(codes)[0]
+
+    @property
+    def piece_frames(self) -> int:
+        """As many as are decoded again for what they border on."""
+        return max(super().piece_frames, 2 * _reach(self.model.decoder, sides=2)[0])
 
     def stages(self) -> list[Stage]:
         return [convolutions(self.model.decoder, looks_ahead=True)]
@@ -419,7 +420,7 @@ def _read_weights(path: Path, needed: int) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinite values")
+            raise ValueError(f"{path}: {shown(name)} holds NaN or infinite values")
     return state
 
 
