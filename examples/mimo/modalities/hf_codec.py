@@ -11,6 +11,7 @@ taken from it, the three classes are named here, and their code is that of trans
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import math
@@ -32,16 +33,10 @@ from examples.mimo.modalities.values import bounds, shown
 
 # What published configs have beside the fields of today's.
 OLD_FIELDS = {"mimi": ("frame_rate", "rope_theta")}
-# Fields that are the same in every codec that codes a mono sound as a whole; the stereo EnCodec
-# differs in the first four.
-NEEDED = {
-    "audio_channels": 1,
-    "normalize": False,
-    "chunk_length_s": None,
-    "norm_type": "weight_norm",
-    "use_causal_conv": True,
-    "trim_right_ratio": 1.0,
-}
+# What codecs of mono sound, coded as a whole, have in common; the stereo EnCodec has none of the
+# first five.
+NEEDED = {"audio_channels": 1, "normalize": False, "chunk_length_s": None}
+NEEDED |= {"norm_type": "weight_norm", "use_causal_conv": True, "trim_right_ratio": 1.0}
 # Layers take time to build before weights are looked for, and a ratio doubles their widths.
 MAX_CONFIG_BYTES, MAX_NUMBER, MAX_LAYERS, MAX_ITEMS = 2**20, 2**20, 256, 12
 # Decoded at once while codes come in.
@@ -203,12 +198,15 @@ class Mimi(Codec):
         from transformers import DynamicCache
 
         decoder, cache = self.model.decoder, DynamicCache(config=self.config)
+        # In older transformers the first two are the model's own, and its decoder is the third.
+        owner = decoder if hasattr(decoder, "upsample") else self.model
+        last = getattr(decoder, "decoder_seanet", decoder)
 
         def attend(states: torch.Tensor, is_last: bool) -> torch.Tensor:
-            output = decoder.decoder_transformer(states.transpose(1, 2), past_key_values=cache)
+            output = owner.decoder_transformer(states.transpose(1, 2), past_key_values=cache)
             return output.last_hidden_state.transpose(1, 2)
 
-        return [convolutions(decoder.upsample), attend, convolutions(decoder.decoder_seanet)]
+        return [convolutions(owner.upsample), attend, convolutions(last)]
 
 
 class Encodec(Codec):
@@ -372,7 +370,8 @@ def _read_config(path: Path) -> Any:
         raise ValueError(f"{path}: model_type is {shown(kind)}; choose one of {', '.join(CODECS)}")
     config_class = getattr(transformers, f"{CODECS[kind].__name__}Config")
     # What shapes the model, and no name of code, of a quantiser, or of a file.
-    known = {*config_class.__annotations__, *OLD_FIELDS.get(kind, ())}
+    general = inspect.signature(transformers.PreTrainedConfig).parameters
+    known = {*inspect.signature(config_class).parameters, *OLD_FIELDS.get(kind, ())} - {*general}
     fields = {name: value for name, value in raw.items() if name in known}
     for name, value in fields.items():
         _check_size(path, name, value)
