@@ -1,6 +1,6 @@
 """python -m benchmarks.codecs: what codecs of sound cost, on one thread.
 
-Ten seconds of eSpeak NG's speech through VectorQuantisedMel, learned from two minutes of the same
+Ten seconds of eSpeak NG's speech through VectorQuantisedMel, learned from four minutes of the same
 voice, and through Mimi, DAC and EnCodec of the sizes that are published. Their weights are random:
 the time is that of the real ones, the sound is not.
 """

@@ -127,7 +127,7 @@ def test_codebooks_take_turns(written):
     assert error_of(list, codec.decode_pieces([0, 64, 128, 1])).startswith("4 codes, but")
 
 
-def test_as_many_codebooks_as_asked(written, kind):
+def test_as_many_codebooks_as_the_config_says(written, kind):
     """Also where EnCodec has no bandwidth for so many; fewer are the first of more."""
     sound = noise(500)
     most = np.reshape(codec_in(written[kind][0], 4).encode(sound), (-1, 4))

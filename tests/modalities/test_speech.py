@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 import subprocess
 import sys
 
@@ -90,12 +91,12 @@ def test_sound_has_the_spectrum_of_its_centroids_better_than_of_torchaudio(codec
     book = codec.codebook()
     for sound in speech[1]:
         codes = codec.encode(sound)
-        wanted = book.centroids[codes]
-        mel = torch.from_numpy(10 ** (wanted + book.level)).float().view(-1, 64).T
+        expected = book.centroids[codes]
+        mel = torch.from_numpy(10 ** (expected + book.level)).float().view(-1, 64).T
         distances = []
         for decoded in (codec.decode(codes), griffin_lim(inverse(mel)).numpy()):
             patches, _ = codec.patches(np.resize(decoded, len(codes) * PATCH))
-            difference = np.maximum(patches - book.level, -4) - np.maximum(wanted, -4)
+            difference = np.maximum(patches - book.level, -4) - np.maximum(expected, -4)
             distances.append(10 * np.sqrt(np.square(difference).mean()))
         assert distances[0] < 3.5
         assert distances[0] < 0.8 * distances[1]
@@ -217,11 +218,11 @@ def test_k_means_finds_the_centres_of_clusters():
     centres = generator.normal(size=(20, 6)) * 10
     labels = generator.integers(0, 20, 3000)
     vectors = (centres[labels] + generator.normal(size=(3000, 6)) * 0.1).astype(np.float32)
-    found = k_means(vectors, 20)
-    places = nearest(centres, found)
+    centroids = k_means(vectors, 20)
+    places = nearest(centres, centroids)
     assert sorted(places) == list(range(20))
-    assert np.abs(found[places] - centres).max() < 0.05
-    assert np.array_equal(nearest(vectors, found), places[labels])
+    assert np.abs(centroids[places] - centres).max() < 0.05
+    assert np.array_equal(nearest(vectors, centroids), places[labels])
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au"])
@@ -241,6 +242,24 @@ def test_loud_samples_are_clipped(codec, tmp_path):
     samples, rate = soundfile.read(tmp_path / "a.wav")
     assert rate == RATE
     assert np.allclose(samples, [1, -1, 0.5], atol=1e-3)
+
+
+def test_the_page_s_example_runs(speech, tmp_path):
+    page = (ROOT / "docs/outputs.md").read_text()
+    block = next(code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "learn" in code)
+    (tmp_path / "speech").mkdir()
+    for number, sound in enumerate(speech[0]):
+        name = "hello" if number == 0 else f"{number}"
+        soundfile.write(tmp_path / f"speech/{name}.flac", sound, RATE)
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert soundfile.info(tmp_path / "hello-again.wav").frames == -(-len(speech[0][0]) // 768) * 768
 
 
 def error_of(call, *arguments):

@@ -35,7 +35,7 @@ from examples.mimo.modalities.values import bounds, shown
 OLD_FIELDS = {"mimi": ("frame_rate", "rope_theta")}
 # What codecs of mono sound, coded as a whole, have in common; the stereo EnCodec has none of the
 # first five.
-NEEDED = {"audio_channels": 1, "normalize": False, "chunk_length_s": None}
+NEEDED: dict[str, Any] = {"audio_channels": 1, "normalize": False, "chunk_length_s": None}
 NEEDED |= {"norm_type": "weight_norm", "use_causal_conv": True, "trim_right_ratio": 1.0}
 # Layers take time to build before weights are looked for, and a ratio doubles their widths.
 MAX_CONFIG_BYTES, MAX_NUMBER, MAX_LAYERS, MAX_ITEMS = 2**20, 2**20, 256, 12
