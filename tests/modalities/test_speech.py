@@ -351,7 +351,7 @@ def test_codebooks_of_another_shape_or_value_are_refused(small, change, message)
 
 def test_codebooks_that_are_missing_or_damaged_are_refused(small):
     path = os.path.join(small.folder, "centroids.safetensors")
-    assert error_of(small.decode, [0]) == f"{path}: no such codebook"
+    assert error_of(small.decode, [0]) == f"{path}: no such codebook; learn one first"
     os.mkdir(small.folder)
     for content in (b"", b"text", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}"):
         with open(path, "wb") as file:

@@ -47,7 +47,7 @@ def read_codebook(path: Path, shape: tuple[int, int]) -> Codebook:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise ValueError(f"{path}: no such codebook")
+        raise ValueError(f"{path}: no such codebook; learn one first")
     num_bytes = path.stat().st_size
     if num_bytes > 4 * math.prod(shape) + 2**16:
         raise ValueError(
