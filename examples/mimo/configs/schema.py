@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from examples.mimo.modalities.files import Blob
 from examples.mimo.modalities.values import (
     bounds,
     check,
@@ -132,6 +133,13 @@ class InputModality:
 
 
 @dataclass(frozen=True)
+class CodedItem(Blob):
+    """An item that is codes already: what the model put out in an earlier answer."""
+
+    codes: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
 class OutputModality:
     """The side of a modality that the model puts out: a range of token ids.
 
@@ -165,6 +173,8 @@ class OutputModality:
 
     def tokens_of(self, source: Source) -> list[int]:
         """The tokens of an output that is in a file; ValueError, one line, if there are none."""
+        if isinstance(source, CodedItem):
+            return self.tokens(source.codes)
         return self.tokens(self.codec.encode(self.read(source)))
 
     def tokens(self, codes: Sequence[int]) -> list[int]:
