@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from examples.mimo.modalities.files import Blob
 from examples.mimo.modalities.values import (
     bounds,
     check,
@@ -133,13 +132,6 @@ class InputModality:
 
 
 @dataclass(frozen=True)
-class CodedItem(Blob):
-    """An item that is codes already: what the model put out in an earlier answer."""
-
-    codes: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
 class OutputModality:
     """The side of a modality that the model puts out: a range of token ids.
 
@@ -173,6 +165,9 @@ class OutputModality:
 
     def tokens_of(self, source: Source) -> list[int]:
         """The tokens of an output that is in a file; ValueError, one line, if there are none."""
+        # Loads torch, which a config does without.
+        from examples.mimo.modalities.base import CodedItem
+
         if isinstance(source, CodedItem):
             return self.tokens(source.codes)
         return self.tokens(self.codec.encode(self.read(source)))

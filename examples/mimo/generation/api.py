@@ -351,7 +351,10 @@ class Mimo:
         codecs = {name: self.config.outputs[name].codec for name in outputs}
         return Generated(
             answer.text,
-            {n: [c.decode(codes) for codes in answer.outputs.get(n, [])] for n, c in codecs.items()},
+            {
+                n: [c.decode(codes) for codes in answer.outputs.get(n, [])]
+                for n, c in codecs.items()
+            },
         )
 
     def _parse_keywords(

@@ -127,8 +127,8 @@ NOTHING_REUSED = ReusedPrefix()
 class Engine:
     """Generates tokens for many sequences at once; any of `end_ids` ends its sequence.
 
-    `forbidden` tokens are never said in text. `prefix_cache` finished sequences are kept, for prompts
-    that start alike. With `cuda_graphs` tokens are decoded by CUDA graphs.
+    `forbidden` tokens are never said in text. `prefix_cache` finished sequences are kept, for
+    prompts that start alike. With `cuda_graphs` tokens are decoded by CUDA graphs.
     """
 
     def __init__(

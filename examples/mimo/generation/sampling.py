@@ -155,9 +155,7 @@ class AnswerState:
     `modality` is that of the open output.
     """
 
-    def __init__(
-        self, outputs: Mapping[str, OutputModality], others: Collection[int] = ()
-    ) -> None:
+    def __init__(self, outputs: Mapping[str, OutputModality], others: Collection[int] = ()) -> None:
         self.outputs, self.others = outputs, others
         self.modality: str | None = None
         self.codes: list[int] = []

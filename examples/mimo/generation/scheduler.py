@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.generation.engine import (
@@ -19,6 +20,7 @@ from examples.mimo.generation.engine import (
 )
 from examples.mimo.generation.sampling import AnswerState, Options
 from examples.mimo.generation.transformer import round_length
+from examples.mimo.modalities.base import CodedItem
 
 # What a tokenizer decodes the first bytes of an incomplete character to.
 REPLACEMENT_CHARACTER = "\ufffd"
@@ -200,6 +202,31 @@ class Piece:
     output: TokenOutput | None = None
     error: str | None = None
     codes: OutputPiece | None = None
+
+
+class AnswerParts:
+    """The parts of an answer as they are generated; an output is kept as its codes."""
+
+    def __init__(self, config: MimoConfig) -> None:
+        self.config = config
+        self.parts: list[dict[str, Any]] = []
+        self.outputs: list[tuple[str, list[int]]] = []
+
+    def add(self, piece: Piece) -> None:
+        """Append new text or new codes."""
+        if piece.text:
+            if not self.parts or self.parts[-1]["type"] != "text":
+                self.parts.append({"type": "text", "text": ""})
+            self.parts[-1]["text"] += piece.text
+        if piece.codes and piece.codes.codes:
+            modality, number = piece.codes.modality, piece.codes.number
+            if number == sum(modality == name for name, _ in self.outputs):
+                codes: list[int] = []
+                singular = self.config.outputs[modality].singular
+                item = CodedItem(f"{singular} {number} of an answer", b"", codes)
+                self.outputs.append((modality, codes))
+                self.parts.append({"type": singular, singular: item})
+            self.outputs[-1][1].extend(piece.codes.codes)
 
 
 @dataclass
