@@ -3,9 +3,10 @@
 python examples/mimo/evaluate.py --ckpt DIR --data DIR
 
 Writes `eval.json` beside the weights. An answer is right when it equals the sample's word for word;
-when the sample has an `ending`, the answer must end with that instead. `chance` is the score of
-guessing. Samples of one `group` are no independent trials, so the interval is a bootstrap over
-groups.
+when the sample has an `ending`, the answer must end with that instead. Text alone is judged, up to
+where the model would put out something else; spaces beside an output do not count. `chance` is the
+score of guessing. Samples of one `group` are no independent trials, so the interval is a bootstrap
+over groups.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def _score(
         on_rank_zero(functools.partial(reader.encode, question, files)) for question, _ in pairs
     ]
     clock = ProgressBar(title, len(records))
-    answers = answerer.answer(samples, Options(max_new_tokens=32), batch_size, progress=clock)
+    options = Options(max_new_tokens=32, outputs=())
+    answers = answerer.answer(samples, options, batch_size, progress=clock)
     hits = [
         is_right(record, expected, answer.text)
         for record, (_, expected), answer in zip(records, pairs, answers, strict=True)
