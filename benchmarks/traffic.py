@@ -396,7 +396,7 @@ def add_weights(sent: Traffic, parameters: float, replicas: int, layout: Layout)
 
 def rank_parameters(rank: Rank) -> float:
     """The parameters that a rank of the language model holds, its encoders' included."""
-    language, tp = model().language, rank.layout.tp
+    language, tp = model().built_language, rank.layout.tp
     width, middle = language.hidden_size, language.ffn_hidden_size
     heads = 2 * language.query_projection_size + 2 * language.kv_projection_size
     layer = width * (heads + 3 * middle) / tp + 2 * width  # all ranks have the two norms

@@ -6,7 +6,7 @@ from itertools import groupby
 
 import pytest
 
-from examples.mimo.configs import get_model_config, with_codec_folder
+from examples.mimo.configs import copy_codecs, get_model_config, with_codec_folder
 from examples.mimo.configs.schema import ModalityConfig
 from examples.mimo.data.batch import collate, collate_packed
 from examples.mimo.data.conversation import SampleEncoder
@@ -259,6 +259,20 @@ def test_a_codec_without_its_files_is_one_line(config, tokenizer, tmp_path):
     expected = f"{tmp_path}/codecs/speech/scale.json: no such file, but speech need it; tests write"
     with pytest.raises(ValueError, match=expected):
         SampleEncoder(bound, tokenizer, 256)
+
+
+def test_a_codec_is_no_link_to_elsewhere(config, tokenizer, tmp_path):
+    """What it leads to would be copied into the checkpoint."""
+    (tmp_path / "secret.json").write_text('{"scale": 1}')
+    folder = tmp_path / "data/codecs/speech"
+    folder.mkdir(parents=True)
+    (folder / "scale.json").symlink_to(tmp_path / "secret.json")
+    bound = with_codec_folder(config, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"speech/scale.json: a link that leads out of its folder"):
+        SampleEncoder(bound, tokenizer, 256)
+    with pytest.raises(ValueError, match="a link that leads out of its folder"):
+        copy_codecs(bound, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint/codecs/speech/scale.json").exists()
 
 
 @pytest.mark.parametrize("sides", [{}, {"token_id": 3, "codec": LevelCodec()}])

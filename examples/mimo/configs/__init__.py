@@ -7,9 +7,12 @@ import inspect
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from examples.mimo.configs.schema import MimoConfig
+
+if TYPE_CHECKING:
+    from examples.mimo.modalities.base import CodecConfig
 
 MODEL_PROVIDERS = {
     "tiny_avlm": "examples.mimo.configs.tiny_avlm",
@@ -102,14 +105,21 @@ def with_codec_folder(config: MimoConfig, root: Path) -> MimoConfig:
 def check_codecs(config: MimoConfig) -> None:
     """ValueError, one line, unless every codec has its files where its config says."""
     for name, output in config.outputs.items():
-        codec = output.codec
-        for file in codec.files:
-            path = Path(codec.folder) / file
-            if not codec.folder or not path.is_file():
-                where = path if codec.folder else file
-                raise ValueError(f"{where}: no such file, but {name} need it; {codec.origin}")
-            if (size := path.stat().st_size) > MAX_CODEC_BYTES:
-                raise ValueError(f"{path}: {size:,} bytes, more than {MAX_CODEC_BYTES:,}")
+        for file in output.codec.files:
+            _checked_file(name, output.codec, file)
+
+
+def _checked_file(name: str, codec: CodecConfig, file: str) -> Path:
+    path = Path(codec.folder) / file
+    if not codec.folder or not path.is_file():
+        where = path if codec.folder else file
+        raise ValueError(f"{where}: no such file, but {name} need it; {codec.origin}")
+    # It is copied with the model, and a link in a stranger's data may lead anywhere.
+    if not path.resolve().is_relative_to(Path(codec.folder).parent.parent.resolve()):
+        raise ValueError(f"{path}: a link that leads out of its folder; put the file itself there")
+    if (size := path.stat().st_size) > MAX_CODEC_BYTES:
+        raise ValueError(f"{path}: {size:,} bytes, more than {MAX_CODEC_BYTES:,}")
+    return path
 
 
 def holds_codecs(config: MimoConfig, root: Path) -> bool:
@@ -123,14 +133,14 @@ def holds_codecs(config: MimoConfig, root: Path) -> bool:
 
 def copy_codecs(config: MimoConfig, root: Path) -> None:
     """Put the codecs' files, those that are there, into the data folder or checkpoint `root`."""
-    target = with_codec_folder(config, root)
     for name, output in config.outputs.items():
-        folder = Path(target.outputs[name].codec.folder)
+        folder = root / CODECS / name
         for file in output.codec.files:
-            source = Path(output.codec.folder) / file
-            if source.is_file() and source.resolve() != (folder / file).resolve():
-                folder.mkdir(parents=True, exist_ok=True)
-                # Under its name only when whole: another process may read the one before.
-                draft = folder / f".{file}"
-                shutil.copyfile(source, draft)
-                draft.replace(folder / file)
+            source, target = Path(output.codec.folder) / file, folder / file
+            if not source.is_file() or source.resolve() == target.resolve():
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            # Under its name only when whole: another process may read the one before.
+            draft = folder / f".{file}"
+            shutil.copyfile(_checked_file(name, output.codec, file), draft)
+            draft.replace(target)

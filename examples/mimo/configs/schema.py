@@ -9,6 +9,7 @@ with `dataclasses.replace`.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -174,8 +175,9 @@ class OutputModality:
 
     def tokens(self, codes: Sequence[int]) -> list[int]:
         """Codes between their markers; ValueError, one line, for codes that are no output."""
+        codes = list(map(operator.index, codes))
         self.codec.check_codes(codes)
-        return [self.begin_id, *(self.first_id + int(code) for code in codes), self.end_id]
+        return [self.begin_id, *(self.first_id + code for code in codes), self.end_id]
 
 
 @dataclass(frozen=True)

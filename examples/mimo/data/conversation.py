@@ -53,7 +53,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class MediaPiece:
-    """The place of the `index`-th item of a modality that is shown, or else is put out."""
+    """The place of the `index`-th item of a modality, of those that are shown or that are said."""
 
     modality: str
     index: int
@@ -183,6 +183,7 @@ class SampleEncoder:
             sources = find_media(turns, record, self.config, find_file)
 
         media: dict[str, list[EncoderInputs]] = {}
+        # Of what is shown to the model (False), and of what it says.
         names: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}
         tokens: defaultdict[tuple[str, bool], list[list[int]]] = defaultdict(list)
         for modality, files in sources.items():
