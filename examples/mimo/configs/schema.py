@@ -166,6 +166,11 @@ class OutputModality:
 
     def tokens_of(self, source: Source) -> list[int]:
         """The tokens of an output that is in a file; ValueError, one line, if there are none."""
+        # Loads torch, which a config does without.
+        from examples.mimo.modalities.base import CodedItem
+
+        if isinstance(source, CodedItem):
+            return self.tokens(source.codes)
         return self.tokens(self.codec.encode(self.read(source)))
 
     def tokens(self, codes: Sequence[int]) -> list[int]:

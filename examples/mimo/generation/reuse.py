@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import EncoderInputs, Sample
+from examples.mimo.data.conversation import EncoderInputs, Sample, TokenSequence
 from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache, Positions
 from examples.mimo.modalities.values import upload
 
@@ -87,6 +87,25 @@ def usable_length(shared: int, prompt: PromptUnits) -> int:
         if item.start < usable < item.end:
             usable = item.start
     return usable
+
+
+def remaining_sample(sample: Sample, prompt: PromptUnits, start: int) -> Sample:
+    """The prompt from position `start` on, with the media items that begin there or later."""
+    if not start:
+        return sample
+    remaining = {(i.modality, i.number) for i in prompt.items if i.start >= start}
+
+    def select(name: str, values: list) -> list:
+        return [value for number, value in enumerate(values) if (name, number) in remaining]
+
+    media = {name: select(name, items) for name, items in sample.media.items()}
+    tokens = sample.tokens
+    return Sample(
+        sample.key,
+        TokenSequence(tokens.ids[start:], tokens.labels[start:], tokens.loss_mask[start:]),
+        {name: items for name, items in media.items() if items},
+        {name: select(name, files) for name, files in sample.sources.items()},
+    )
 
 
 class PrefixCache:

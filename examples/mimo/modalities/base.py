@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from examples.mimo.modalities.files import Source
+from examples.mimo.modalities.files import Blob, Source
 from examples.mimo.modalities.values import check, check_divisible, upload
 
 if TYPE_CHECKING:
@@ -305,6 +305,13 @@ class MLPProjectorConfig(ProjectorConfig):
     def flops(self, input_size: int, output_size: int) -> int:
         """Both layers' products."""
         return 2 * self.ffn_hidden_size * (input_size + output_size)
+
+
+@dataclass(frozen=True)
+class CodedItem(Blob):
+    """An item that is codes already: what the model put out in an earlier answer."""
+
+    codes: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
