@@ -7,8 +7,7 @@ The example is these files, in reading order:
     modalities/base.py        base classes of encoder, projector and codec configs
     modalities/image.py       images: preprocessing and ViT
     modalities/audio.py       audio: log-mel features and Whisper's encoder
-    model/layers.py           layer specs, core attention
-    model/encoder.py          the transformer that encoders share
+    model/layers.py           layer specs, core attention, the transformer that encoders share
     model/mimo.py             the model on one pipeline stage
     data/conversation.py      conversation -> token ids, labels, loss mask, encoder inputs
     data/datasets.py          samples from files

@@ -200,7 +200,7 @@ class EncoderConfig(ABC):
 
         `transformer_config` is the language model's: it says how things are computed.
         """
-        from examples.mimo.model.encoder import TransformerEncoder
+        from examples.mimo.model.layers import TransformerEncoder
 
         return TransformerEncoder(self, transformer_config, pg_collection)
 

@@ -35,8 +35,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from examples.mimo.configs.schema import InputModality, LanguageConfig, MimoConfig
 from examples.mimo.data.batch import Placeholders
 from examples.mimo.modalities.values import is_count, upload
-from examples.mimo.model.encoder import split_over
-from examples.mimo.model.layers import block_submodules, device
+from examples.mimo.model.layers import block_submodules, device, split_over
 from examples.mimo.model.parts import (
     ENCODER,
     FreshParts,

@@ -32,7 +32,7 @@ from megatron.training import initialize
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Placeholders
-from examples.mimo.model.encoder import split_over
+from examples.mimo.model.layers import split_over
 from examples.mimo.model.mimo import (
     Inputs,
     StageMimoModel,
