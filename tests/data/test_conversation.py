@@ -17,8 +17,8 @@ from examples.mimo.data.turns import (
     files_of_parts,
     find_media,
     parse_turns,
-    without_files,
 )
+from examples.mimo.shards.write import without_files
 
 
 def human(text):

@@ -8,12 +8,14 @@ import pytest
 from examples.mimo.configs import get_model_config, with_codec_folder
 from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.data.turns import FilesInside
-from examples.mimo.shards.manifest import read_entries, tar_samples
+from examples.mimo.shards.manifest import Entry, read_entries, read_record, tar_samples
 from examples.mimo.shards.show import inspect_shards, render_page
+from examples.mimo.shards.write import checked_parts
 from tests.helpers import outputs
 from tests.helpers.commands import TP2, launch_command, run_command, run_train
 
 pytest.importorskip("megatron.energon")
+from examples.mimo.shards.read import part_finder
 
 PROVIDER = ("--model-provider", outputs.SPEECH)
 NUM_SAMPLES = 24
@@ -80,6 +82,23 @@ def test_shards_are_prepared_from_shards(shards, reader, tmp_path):
     with tarfile.open(next(shards.glob("*.tar"))) as tar:
         assert sum(1 for _ in entries) == len([n for n in tar.getnames() if n.endswith(".json")])
     assert (tmp_path / "again/codecs/speech/scale.json").is_file()
+
+
+def test_sound_goes_in_and_out_of_one_list(aloud, tokenizer, tmp_path):
+    """The files of a question and of its answer, in the order of their places."""
+    outputs.write_codec(tmp_path, "audios")
+    spoken = with_codec_folder(outputs.with_spoken_audios(), tmp_path)
+    turns = [{"from": "human", "value": "<audio>?"}, {"from": "gpt", "value": "<audio>"}]
+    record = {"key": "a", "audios": ["1.wav", "3.wav"], "conversations": turns}
+    parts = checked_parts(Entry("line 1", record, FilesInside(aloud)), spoken)
+    assert json.loads(parts["json"])["audios"] == ["audios.0.wav", "audios.1.wav"]
+    encoder = SampleEncoder(spoken, tokenizer, 256)
+    again = encoder.encode(read_record("a", parts, spoken), part_finder("a", parts))
+    assert again.tokens == encoder.encode(record, FilesInside(aloud)).tokens
+    assert (again.sources, again.outputs) == (
+        {"audios": ["a.audios.0.wav"]},
+        {"audios": ["a.audios.1.wav"]},
+    )
 
 
 def test_a_folder_without_the_codec_is_one_line(shards, aloud, tmp_path):

@@ -22,7 +22,7 @@ import torch
 
 from examples.mimo.configs import check_codecs
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.tokenizer import Tokenizer, free_id_hint, is_ordinary_token
+from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.data.turns import (
     ASSISTANT,
     SYSTEM,
@@ -30,6 +30,7 @@ from examples.mimo.data.turns import (
     MediaPlace,
     TextEncoder,
     Turn,
+    check_tokenizer,
     conversation_of,
     errors_named,
     find_media,
@@ -132,28 +133,7 @@ class SampleEncoder:
 
     def __post_init__(self) -> None:
         check_codecs(self.config)
-        name, size = self.config.name, self.config.language.vocab_size
-        if self.tokenizer.size > size:
-            raise ValueError(
-                f"the tokenizer has {self.tokenizer.size} tokens, but {name}'s vocabulary holds "
-                f"{size}; use the tokenizer the data was prepared with"
-            )
-        # An item's token id must never come out of text: `tokenise` drops it there, since it would
-        # ask for an item, so an ordinary word in its place would vanish from what people write.
-        taken = {modality.token_id for modality in self.config.inputs.values()}
-        for modality in self.config.inputs.values():
-            token_id, placeholder = modality.token_id, modality.placeholder
-            if token_id in (self.tokenizer.bos_id, self.tokenizer.eos_id):
-                meaning = "the token that begins or ends a text"
-            elif is_ordinary_token(self.tokenizer, token_id, placeholder):
-                meaning = f"the ordinary token {self.tokenizer.decode([token_id])!r}"
-            else:
-                continue
-            raise ValueError(
-                f"{name}: token id {token_id} of {placeholder} is {meaning} in this tokenizer; "
-                f"choose an unused id{free_id_hint(self.tokenizer, taken)} in the config or with "
-                f"--hf-assign-unused-tokens {placeholder},ID, or the tokenizer of the model"
-            )
+        check_tokenizer(self.tokenizer, self.config)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:

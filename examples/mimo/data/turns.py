@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from examples.mimo.configs.schema import MimoConfig, ModalityConfig
-from examples.mimo.data.tokenizer import RESERVED, Tokenizer
+from examples.mimo.data.tokenizer import (
+    RESERVED,
+    Tokenizer,
+    free_id_hint,
+    is_ordinary_token,
+)
 from examples.mimo.modalities.files import Blob, Source
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -104,18 +109,6 @@ def files_of_parts(conversation: object) -> list[str]:
     turns = conversation if isinstance(conversation, list) else []
     files = [_file_of(part) for turn in turns for part in _places(turn)]
     return [file for file in files if isinstance(file, str)]
-
-
-def without_files(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns that parse, without the files that their parts name; the places stay."""
-    bare = []
-    for turn in conversation:
-        name = "content" if turn.get("value") is None else "value"
-        content = turn.get(name)
-        if isinstance(content, list):
-            content = [p if p["type"] == "text" else {"type": p["type"]} for p in content]
-        bare.append({**turn, name: content})
-    return bare
 
 
 def _places(turn: object) -> list[Mapping[str, Any]]:
@@ -347,6 +340,32 @@ def errors_named(where: str, drop: str = "") -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{where}: {reason}") from error
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: MimoConfig) -> None:
+    """ValueError unless a model's text and the places of what it takes fit its tokenizer."""
+    name, size = config.name, config.language.vocab_size
+    if tokenizer.size > size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} tokens, but {name}'s vocabulary holds {size}; use "
+            "the tokenizer the data was prepared with"
+        )
+    # An item's token id must never come out of text: `TextEncoder` drops it there, since it would
+    # ask for an item, so an ordinary word in its place would vanish from what people write.
+    taken = {modality.token_id for modality in config.inputs.values()}
+    for modality in config.inputs.values():
+        token_id, placeholder = modality.token_id, modality.placeholder
+        if token_id in (tokenizer.bos_id, tokenizer.eos_id):
+            meaning = "the token that begins or ends a text"
+        elif is_ordinary_token(tokenizer, token_id, placeholder):
+            meaning = f"the ordinary token {tokenizer.decode([token_id])!r}"
+        else:
+            continue
+        raise ValueError(
+            f"{name}: token id {token_id} of {placeholder} is {meaning} in this tokenizer; choose "
+            f"an unused id{free_id_hint(tokenizer, taken)} in the config or with "
+            f"--hf-assign-unused-tokens {placeholder},ID, or the tokenizer of the model"
+        )
 
 
 class TextEncoder:

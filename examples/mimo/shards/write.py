@@ -40,7 +40,6 @@ from examples.mimo.data.turns import (
     find_media,
     output_places,
     parse_turns,
-    without_files,
 )
 from examples.mimo.modalities.files import Blob, Source
 from examples.mimo.shards.manifest import (
@@ -385,6 +384,18 @@ def checked_parts(entry: Entry, config: MimoConfig) -> dict[str, bytes]:
     record["conversations"] = without_files(conversation_of(entry.record))
     record.pop("messages", None)  # the other name of the turns
     return {"json": json.dumps(record, ensure_ascii=False).encode(), **parts}
+
+
+def without_files(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns that parse, without the files that their parts name; the places stay."""
+    bare = []
+    for turn in conversation:
+        name = "content" if turn.get("value") is None else "value"
+        content = turn.get(name)
+        if isinstance(content, list):
+            content = [p if p["type"] == "text" else {"type": p["type"]} for p in content]
+        bare.append({**turn, name: content})
+    return bare
 
 
 def _read_file(source: Source) -> Blob:
