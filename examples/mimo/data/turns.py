@@ -20,12 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.mimo.configs.schema import MimoConfig, ModalityConfig
-from examples.mimo.data.tokenizer import (
-    RESERVED,
-    Tokenizer,
-    free_id_hint,
-    is_ordinary_token,
-)
+from examples.mimo.data.tokenizer import RESERVED, Tokenizer, free_id_hint, is_ordinary_token
 from examples.mimo.modalities.files import Blob, Source
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
