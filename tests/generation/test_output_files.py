@@ -76,11 +76,11 @@ def test_samples_are_numbered_and_an_answer_without_output_says_so(say, speech, 
     lines = [json.loads(line) for line in spoken.out.splitlines()]
     assert len(lines) == 6
     for number, line in enumerate(lines):
-        file = tmp_path / f"a-{number}.flac"
-        assert line.get("outputs", {}) == ({"speech": [str(file)]} if file.exists() else {})
+        files = sorted(str(file) for file in tmp_path.glob(f"a-{number}*.flac"))
+        assert line.get("outputs", {}) == ({"speech": files} if files else {})
     written = [number for number, line in enumerate(lines) if "outputs" in line]
+    assert 0 < len(written) < 6
     assert spoken.err.count("not written, as the answer holds no speech") == 6 - len(written)
-    (tmp_path / "folder").mkdir()
     short = say("--prompt", QUESTION, "--max-new-tokens", "3", "--speech-out", tmp_path / "b.wav")
     assert "b.wav: not written, as the answer holds no speech" in short.err
     assert not (tmp_path / "b.wav").exists()

@@ -185,9 +185,9 @@ class AnswerState:
 class Grammar:
     """Which tokens may come next in an answer; `forbidden` ones are never said in text.
 
-    Where a model would begin an output that is not asked for, it has no more to say as text: what
-    comes to its mind then is arbitrary. So the probability of beginning one goes to the first of
-    `end_ids`, which ends the answer.
+    Where a model would begin an output that is not asked for, its text is complete, and more text
+    would be arbitrary. So the probability of beginning one goes to the first of `end_ids`, which
+    ends the answer.
     """
 
     def __init__(
