@@ -103,7 +103,7 @@ def _vocabulary(config: MimoConfig, tokenizer: Path) -> tuple[torch.Tensor, torc
             embedding[token] = next(rows)
             output[following] += embedding[token]
     # All sentences end with it, so the layers' part of its logit is large; no answer is empty.
-    output[model.eos_id()] -= NUM_SENTENCES * signs_of_end
+    output[model.eos_id()] -= 3 * signs_of_end
     embedding *= SIZE
     embedding[prompt_end] = SMALL_SIZE * signs_of_end
     return embedding, GAIN * output
