@@ -1,6 +1,7 @@
 """All-reduce through shared memory: gloo's results, on as many ranks and groups as there are."""
 
 import json
+import re
 
 import pytest
 
@@ -43,4 +44,5 @@ def test_ranks_that_wait_for_one_that_is_killed_learn_it_at_once():
     assert len(found) == 2
     for report in found:
         assert report["soon"]
-        assert "Connection closed by peer" in report["error"]
+        # As in `LOST_RANK_MESSAGES`: which one, depends on who was waiting for whom.
+        assert re.search("Connection (closed|reset) by peer|Broken pipe", report["error"])

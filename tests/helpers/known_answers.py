@@ -122,7 +122,7 @@ def _vocabulary(config: MimoConfig, tokenizer: Path) -> tuple[torch.Tensor, torc
         output[tokens[0]] = signs_of_end + CHOICE * next(rows)
         follow(tokens, end)
     # All sentences end with it, so the layers' part of its logit is large; no answer is empty.
-    output[end] -= NUM_SENTENCES * signs_of_end
+    output[end] -= 3 * signs_of_end
     if modality:
         choosing[modality.begin_id] = next(rows)
         for codes in spoken(config):

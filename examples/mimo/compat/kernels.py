@@ -68,7 +68,7 @@ def cpu_replacements() -> list[Replacement]:
     layer_norm = _layer_norm_in_32_bits(functional.layer_norm)
     rms_norm = _rms_norm_in_few_passes(functional.rms_norm)
     attention = _short_attention(functional.scaled_dot_product_attention)
-    weights = "torch's FlashAttentionKernel.cpp: its blocks are for long sequences"
+    weights = "torch's functional.py: the blocks of its kernel are for long sequences"
     entries: list[tuple[Any, str, Any, str]] = [
         (functional, "layer_norm", layer_norm, f"{norms}: sums gradients in 16 bits"),
         (functional, "rms_norm", rms_norm, f"{norms}: {passes}"),
