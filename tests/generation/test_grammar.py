@@ -323,10 +323,16 @@ def test_an_earlier_answer_is_its_codes_and_is_reused(model, monkeypatch):
     """Decoding and encoding again would give other codes, which the prefix cache does not hold."""
     from examples.mimo.generation.scheduler import AnswerParts
 
-    question = f"{QUESTION} {QUESTION}"  # shorter prefixes are computed anew
-    parts = AnswerParts(model.config)
-    for piece in model.stream_answer(prompt(model, question)):
-        parts.add(piece)
+    # Shorter prefixes are computed anew; the text in front of the codes must be encoded as it was.
+    for number in range(30):
+        question, parts = f"{QUESTION} {QUESTION} {number}", AnswerParts(model.config)
+        for piece in model.stream_answer(prompt(model, question)):
+            parts.add(piece)
+        text = model.tokenizer.encode(piece.answer.text)
+        if piece.answer.tokens[: len(text)] == text:
+            break
+    else:
+        pytest.fail("no answer's text has the tokens that it was made of")
     codes = piece.answer.outputs["speech"][0]
     assert parts.outputs == [("speech", codes)]
     assert [part["type"] for part in parts.parts] == ["text", "speech"]
