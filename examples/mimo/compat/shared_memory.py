@@ -51,7 +51,7 @@ class SharedMemory:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.rank, self.size, self.turn = group.rank(), group.size(), 0
+        self.rank, self.size, self.turn, self.memory = group.rank(), group.size(), 0, -1
         self.timeout = group._get_backend(CPU).options._timeout.total_seconds()
         self.link = socket.socket(socket.AF_UNIX)
         self.link.settimeout(self.timeout)
@@ -65,8 +65,10 @@ class SharedMemory:
         self.works = all(answers)
         if self.works:
             self._share()
-        else:
-            self.link.close()
+            return
+        self.link.close()
+        if self.memory >= 0:
+            os.close(self.memory)
 
     def _reach(self, name: str) -> bool:
         """Whether the first rank listens and has memory; whether another one reaches it."""

@@ -183,32 +183,33 @@ class PackedSequence(PackedSeqParams):
 class PaddedBatches:
     """A packed sequence's samples of similar lengths side by side, so that one call takes many.
 
-    `shapes` are (length, samples) of each batch. `rows` (N,) are the tokens in all of them, any in
-    the places `padding`, and `places` (S,) is where each token is in these.
+    `shapes` are (length, samples) of each batch. `tokens` (N,) says which token of the sequence
+    stands in each place of all batches, any one in the places `padding`; `places` (S,) says where
+    each token of the sequence stands.
     """
 
     shapes: list[tuple[int, int]]
-    rows: torch.Tensor
+    tokens: torch.Tensor
     places: torch.Tensor
     padding: torch.Tensor
 
-    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+    def split(self, sequence: torch.Tensor) -> list[torch.Tensor]:
         """(S, 1, ...) -> (length, samples, ...) of each batch, zeros for padding."""
-        flat = Rows.apply(tokens.squeeze(1), self.rows, self.places, self.padding)
+        flat = Rearrange.apply(sequence.squeeze(1), self.tokens, self.places, self.padding)
         parts = flat.split([length * samples for length, samples in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def join(self, batches: list[torch.Tensor]) -> torch.Tensor:
         """(length, samples, ...) of each batch -> (S, 1, ...)."""
         flat = torch.cat([batch.flatten(0, 1) for batch in batches])
-        return Rows.apply(flat, self.places, self.rows, self.padding)[:, None]
+        return Rearrange.apply(flat, self.places, self.tokens, self.padding)[:, None]
 
 
 def pad_batches(lengths: Sequence[int], device: torch.device) -> PaddedBatches:
     """Batches of samples that follow one another in a sequence, the longest ones first."""
     starts = [0, *accumulate(lengths)]
     left = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    shapes, rows = [], []
+    shapes, in_batches = [], []
     while left:
         longest = lengths[left[0]]
         batch = [sample for sample in left if lengths[sample] >= LEAST_FILLED * longest]
@@ -217,38 +218,39 @@ def pad_batches(lengths: Sequence[int], device: torch.device) -> PaddedBatches:
         ends = torch.tensor([starts[sample + 1] for sample in batch])
         tokens = first + torch.arange(longest)[:, None]
         shapes.append((longest, len(batch)))
-        rows.append(tokens.where(tokens < ends, starts[-1]).flatten())
-    in_batches = torch.cat(rows)
-    places, padding = in_batches.argsort().tensor_split([starts[-1]])
-    tensors = in_batches.clamp(max=starts[-1] - 1), places, padding
+        in_batches.append(tokens.where(tokens < ends, starts[-1]).flatten())
+    flat = torch.cat(in_batches)
+    places, padding = flat.argsort().tensor_split([starts[-1]])
+    tensors = flat.clamp(max=starts[-1] - 1), places, padding
     return PaddedBatches(shapes, *(upload(tensor, device) for tensor in tensors))
 
 
-class Rows(torch.autograd.Function):
-    """Rows of a tensor, each once, and zeros in the places `padding`, if they are more; or back.
+class Rearrange(torch.autograd.Function):
+    """A tensor's entries along dim 0 in another order, with zeros at `padding` where they are more.
 
-    So a row's gradient is that of the place it went to, which `inverse` names; nothing is added up.
+    Each is taken once, so its gradient is that of the place it went to, which `inverse` says, and
+    nothing is added up.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         whole: torch.Tensor,
-        rows: torch.Tensor,
+        indices: torch.Tensor,
         inverse: torch.Tensor,
         padding: torch.Tensor,
     ) -> torch.Tensor:
         ctx.inverse, ctx.padding = inverse, padding
-        return _take(whole, rows, padding)
+        return _take(whole, indices, padding)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _take(gradients[0], ctx.inverse, ctx.padding), None, None, None
 
 
-def _take(whole: torch.Tensor, rows: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    taken = whole.index_select(0, rows)
-    return taken.index_fill_(0, padding, 0) if len(rows) > len(whole) else taken
+def _take(whole: torch.Tensor, indices: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    taken = whole.index_select(0, indices)
+    return taken.index_fill_(0, padding, 0) if len(indices) > len(whole) else taken
 
 
 def pack_sequence(
