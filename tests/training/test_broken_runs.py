@@ -18,6 +18,7 @@ PATIENCE_SECONDS = 120
 # Ranks that are between two iterations exchange what the terminal shows.
 WHERE = r"in: (iteration \d+, (computing|reading a batch)|after iteration \d+)"
 FAILING_RANK = "tests/helpers/failing_rank.py"
+SIGNALLED_RANK = "tests/helpers/signalled_rank.py"
 # Two samples an iteration.
 ONE_EACH = ("--micro-batch-size", "1", "--global-batch-size", "2")
 # Where rank 1 works on samples that another rank reads too.
@@ -95,6 +96,18 @@ def test_any_error_of_one_rank_ends_the_others_at_once(error, layout):
     assert f"{error}: {'the disk is gone'!r}".replace("'", "") in done.stderr.replace("'", "")
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py [rank ")]
     assert [line[15] for line in said] == ["0"], done.stderr
+
+
+@pytest.mark.parametrize("error", ["ValueError", "KeyError"])
+@pytest.mark.parametrize("seconds", ["0.1", "1"], ids=["error first", "signal first"])
+def test_a_rank_that_meets_an_error_as_it_is_ended_says_one_of_the_two(error, seconds):
+    done = ranks.run(SIGNALLED_RANK, seconds, error)
+    ended = [line for line in done.stderr.splitlines() if "ended from outside in: " in line]
+    errors = re.findall(r"^(?:KeyError|.*\berror): '?the disk is gone", done.stderr, re.M)
+    said, unsaid, status = (ended, errors, 128 + signal.SIGTERM)
+    if seconds == "0.1":
+        said, unsaid, status = (errors, ended, 2 if error == "ValueError" else 1)
+    assert (len(said), len(unsaid), done.returncode) == (1, 0, status), done.stderr
 
 
 @pytest.mark.parametrize("error", ["OutOfMemoryError", "MemoryError"])

@@ -19,6 +19,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -30,10 +31,8 @@ from typing import Any, NoReturn
 ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
-    # Energon shows a bar for every buffer that it fills.
-    "TQDM_DISABLE": "1",
-    # Megatron overlaps communication with computation by the order of kernel launches.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "TQDM_DISABLE": "1",  # Energon shows a bar for every buffer that it fills
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps by the order of kernel launches
     # cuDNN's attention plans anew for every shape; torch then takes its flash kernels first.
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
     # Else a CUDA graph with NCCL's kernels may read memory that moved: see below.
@@ -79,6 +78,7 @@ class RunError(ValueError):
 
 
 _command = ""
+last_word = threading.Lock()  # held by the thread that says why this process ends, and ends it
 
 
 def run(command: str, main: Callable[[], None]) -> None:
@@ -98,8 +98,7 @@ def run(command: str, main: Callable[[], None]) -> None:
         main()
         leave_process_group()
     except SystemExit:
-        # Megatron exits this way on --exit-interval and on signals.
-        leave_process_group()
+        leave_process_group()  # Megatron exits this way on --exit-interval and on signals
         raise
     except KeyboardInterrupt:
         _exit_now(130)
@@ -109,6 +108,7 @@ def run(command: str, main: Callable[[], None]) -> None:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         _say_nothing_more()
+        last_word.acquire()
         sys.excepthook(*sys.exc_info())
         _exit_now(1)
 
@@ -120,8 +120,7 @@ def one_line(error: BaseException) -> str | None:
         first = str(error).split(". ")[0].split("\n")[0]
         return f"the ranks cannot meet at {address} (MASTER_ADDR, MASTER_PORT): {first}"
     if isinstance(error, ValueError):
-        # The traceback of a worker that reads data comes with its error.
-        text = str(error)
+        text = str(error)  # of a worker that reads data, with its traceback
         if "Original Traceback (most recent call last)" in text:
             text = text.rpartition(f"{type(error).__name__}: ")[2]
         return " ".join(text.split())
@@ -166,6 +165,7 @@ def _report(command: str, line: str, error: Exception) -> NoReturn:
         # rank is faster. A rank that outlives the wait met an error that rank 0 did not.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(RANK_ZERO_REPORTS_WITHIN)
+    last_word.acquire()
     if line and count_reports(of_the_run) == of_the_run:
         names_rank = rank != "0" or (_every_rank_reports and not single)
         log_line(f"{command}{f' [rank {rank}]' * names_rank}: error: {line}")

@@ -339,7 +339,10 @@ class RunObserver:
             while signal.SIGTERM not in os.read(reading, 1):
                 pass
             # While ranks start, and where a rank has said why the run ends, this says nothing new.
-            if self.phase != STARTING and not command.count_reports():
+            tells = self.phase != STARTING and not command.count_reports()
+            if not command.last_word.acquire(blocking=False):
+                return  # the main thread met an error, says it, and ends the process
+            if tells:
                 rank = os.environ.get("RANK", "0")
                 command.log_line(f"train.py [rank {rank}]: ended from outside in: {self.phase}")
             os._exit(128 + signal.SIGTERM)
