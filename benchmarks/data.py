@@ -89,9 +89,7 @@ def measure(folder: Path) -> tuple[str, bool]:
         json.loads(line) for line in spoken_shapes.write(folder, SAMPLES).read_text().splitlines()
     ]
     config = get_model_config("llava_avlm")
-    image_encoder, audio_encoder = (
-        config.modalities[name].encoder for name in ("images", "audios")
-    )
+    image_encoder, audio_encoder = (config.inputs[name].encoder for name in ("images", "audios"))
     pictures = [folder / file for record in records for file in record["images"]]
     sounds = [folder / file for record in records for file in record["audios"]]
     assert all(file.suffix in AUDIO_SUFFIXES for file in sounds)
@@ -150,9 +148,7 @@ def by_stage(
 ) -> dict[str, float]:
     """Seconds per file or sample, the median of the rounds."""
     tokenizer = load_tokenizer(folder)
-    image_encoder, audio_encoder = (
-        config.modalities[name].encoder for name in ("images", "audios")
-    )
+    image_encoder, audio_encoder = (config.inputs[name].encoder for name in ("images", "audios"))
     raw_pictures, raw_sounds = (
         [image_encoder.read(f) for f in pictures],
         [audio_encoder.read(f) for f in sounds],
@@ -161,7 +157,7 @@ def by_stage(
     samples = [reader.encode(record, find) for record in records]
     pieces = [to_pieces(parse_turns(r["conversations"], config), config) for r in records]
     counts = [
-        {name: [config.modalities[name].encoder.num_tokens(i) for i in items]
+        {(name, False): [config.inputs[name].tokens_of(inputs) for inputs in items]
          for name, items in sample.media.items()}
         for sample in samples
     ]  # fmt: skip

@@ -164,9 +164,9 @@ def prompts(config: MimoConfig, count: int, seed: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for number in range(count):
-        media = {n: [m.encoder.mock_inputs(generator)] for n, m in config.modalities.items()}
+        media = {n: [m.encoder.mock_inputs(generator)] for n, m in config.inputs.items()}
         ids = []
-        for name, modality in config.modalities.items():
+        for name, modality in config.inputs.items():
             ids += [modality.token_id] * modality.encoder.num_tokens(media[name][0])
         words = torch.randint(6, 8000, (PROMPT - len(ids),), generator=generator)
         tokens = TokenSequence(ids + words.tolist(), [0] * PROMPT, [0] * PROMPT)

@@ -245,8 +245,7 @@ def flops_of_iterations(iterations: int) -> list[tuple[int, int, int]]:
     from megatron.training import get_args
 
     from examples.mimo.configs import get_model_config
-    from examples.mimo.data.datasets import MockDataset
-    from examples.mimo.training.pretrain import collate_function
+    from examples.mimo.training.inputs import MockDataset, collate_function
     from tests.helpers.training_flops import training_flops
 
     args = get_args()
@@ -263,7 +262,7 @@ def flops_of_iterations(iterations: int) -> list[tuple[int, int, int]]:
             assert batch.input_ids is not None
             media_tokens = {
                 name: int((batch.input_ids == modality.token_id).sum())
-                for name, modality in config.modalities.items()
+                for name, modality in config.inputs.items()
             }
             items = {name: len(files) for name, files in batch.items.items()}
             lengths = [len(sample.tokens.ids) for sample in micro_batch]
@@ -321,9 +320,9 @@ def generate(model: str, prompt: int, tokens: int, batches: Sequence[tuple[int, 
     import torch
 
     from examples.mimo.configs import get_model_config
-    from examples.mimo.data.datasets import MockDataset
     from examples.mimo.generation.engine import Engine, SequenceRequest
     from examples.mimo.planner.flops import language_layer_flops
+    from examples.mimo.training.inputs import MockDataset
 
     config = get_model_config(model)
     built = random_model(config)

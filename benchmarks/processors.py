@@ -127,7 +127,7 @@ def shipped_that_differ() -> list[str]:
     files = {"clip": "CLIP, 336 px", "siglip": "SigLIP, 384 px", "dinov2": "DINOv2"}
     wrong = []
     for model in ("llava_vlm", "qwen3_avlm", "smollm2_avlm"):
-        encoder: Any = get_model_config(model).modalities["images"].encoder
+        encoder: Any = get_model_config(model).inputs["images"].encoder
         family, kind, settings = IMAGE_CASES[files[encoder.family]]
         expected = vit_of(family, kind(**settings))
         fields = ("fit", "resize_side", "resample", "normalization", "image_size")

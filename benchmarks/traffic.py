@@ -18,11 +18,11 @@ from itertools import pairwise
 import torch
 
 from examples.mimo.configs import get_model_config
-from examples.mimo.configs.schema import MimoConfig, ModalityConfig
+from examples.mimo.configs.schema import InputModality, MimoConfig
 from examples.mimo.data.batch import collate
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.modalities.values import is_count
 from examples.mimo.parallel.context import DESCRIPTION_BYTES
+from examples.mimo.training.inputs import MockDataset
 
 SEED, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, LAYERS, HEADS = 11, 2, 16, 8, 8
 # The first iteration and the last do more than one in the middle of a run.
@@ -169,9 +169,9 @@ class Rank:
         return self.stage == self.layout.pp - 1
 
     @property
-    def modalities(self) -> dict[str, ModalityConfig]:
+    def modalities(self) -> dict[str, InputModality]:
         """Those whose encoders it holds."""
-        return model().modalities if self.is_first and not self.layout.encoders else {}
+        return model().inputs if self.is_first and not self.layout.encoders else {}
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def micro_batch(first: int, multiple: int, cp: int) -> MicroBatch:
     parts = batch.tensors["loss_mask"].chunk(2 * cp, dim=1)
     targets = [int(parts[r].sum() + parts[2 * cp - 1 - r].sum()) for r in range(cp)]
     tokens, carried = {}, {}
-    for name, modality in config.modalities.items():
+    for name, modality in config.inputs.items():
         items = [inputs for sample in samples for inputs in sample.media.get(name, [])]
         tokens[name] = [modality.encoder.num_tokens(inputs) for inputs in items]
         sent = [tensor for item in items for key, tensor in item.items() if not is_count(key)]
@@ -307,7 +307,7 @@ def add_tensor_parallel(sent: Traffic, batch: MicroBatch, rank: Rank) -> None:
         sent.add(TENSOR, 1, 2 * part * sum(tokens) * encoder.output_size * NUMBER)  # backward
 
 
-def dummy_tokens(modality: ModalityConfig) -> list[int]:
+def dummy_tokens(modality: InputModality) -> list[int]:
     """Of the input that an encoder works on where a micro-batch has none for it."""
     item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
     return [modality.encoder.num_tokens({name: tensor[:1] for name, tensor in item.items()})]
@@ -380,7 +380,7 @@ def encoder_traffic(layout: Layout, name: str, replica: int) -> Traffic:
         tokens = sum(shares(batch.tokens[name], replicas)[replica])
         sent.add(BRIDGE, 1, tokens * config.language.hidden_size * NUMBER)
         sent.add(BRIDGE, 1, 2 * INTEGER)
-    add_weights(sent, encoder_parameters(config.modalities[name], 1), replicas, layout)
+    add_weights(sent, encoder_parameters(config.inputs[name], 1), replicas, layout)
     return sent
 
 
@@ -396,7 +396,7 @@ def add_weights(sent: Traffic, parameters: float, replicas: int, layout: Layout)
 
 def rank_parameters(rank: Rank) -> float:
     """The parameters that a rank of the language model holds, its encoders' included."""
-    language, tp = model().language, rank.layout.tp
+    language, tp = model().built_language, rank.layout.tp
     width, middle = language.hidden_size, language.ffn_hidden_size
     heads = 2 * language.query_projection_size + 2 * language.kv_projection_size
     layer = width * (heads + 3 * middle) / tp + 2 * width  # all ranks have the two norms
@@ -406,7 +406,7 @@ def rank_parameters(rank: Rank) -> float:
     return total + sum(encoder_parameters(m, tp) for m in rank.modalities.values())
 
 
-def encoder_parameters(modality: ModalityConfig, tp: int) -> float:
+def encoder_parameters(modality: InputModality, tp: int) -> float:
     """An encoder's and its projector's, on one of `tp` ranks."""
     encoder, width = modality.encoder, modality.encoder.hidden_size
     middle = encoder.ffn_hidden_size

@@ -41,11 +41,11 @@ from examples.mimo.compat import kernels
 from examples.mimo.configs import get_model_config
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.hf.from_hf import from_hf, initialize_single_process
 from examples.mimo.hf.io import Folder
 from examples.mimo.hf.weights import family_for_export
 from examples.mimo.modalities.base import MLPProjectorConfig, first_tokens
+from examples.mimo.training.inputs import MockDataset
 
 ROOT = Path(__file__).parents[1]
 SEED, WARM_UP, LEARNING_RATE = 7, 2, 1e-4
@@ -120,9 +120,9 @@ class Peer(torch.nn.Module):
 
     def __init__(self, config: MimoConfig) -> None:
         super().__init__()
-        language, vit = config.language, config.modalities["images"].encoder
-        whisper = config.modalities["audios"].encoder
-        self.token_ids = {name: m.token_id for name, m in config.modalities.items()}
+        language, vit = config.language, config.inputs["images"].encoder
+        whisper = config.inputs["audios"].encoder
+        self.token_ids = {name: m.token_id for name, m in config.inputs.items()}
         self.frames_per_token = whisper.frames_per_token
         self.language = hf.LlamaForCausalLM(family_for_export(language).config(language))
         clip = hf.CLIPVisionModel(family_for_export(vit).config(vit))
@@ -137,7 +137,7 @@ class Peer(torch.nn.Module):
                     torch.nn.GELU(),
                     torch.nn.Linear(modality.projector.ffn_hidden_size, language.hidden_size),
                 )
-                for name, modality in config.modalities.items()
+                for name, modality in config.inputs.items()
             }
         )
 

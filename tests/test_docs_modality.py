@@ -10,8 +10,8 @@ from PIL import Image
 
 from examples.mimo.configs import get_model_config
 from examples.mimo.data.batch import collate
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.modalities.files import Blob
+from examples.mimo.training.inputs import MockDataset
 from tests.helpers.commands import ROOT
 
 

@@ -1,17 +1,16 @@
-"""A language model that sees pictures and hears sound, from Megatron-Core's parallel blocks.
+"""A language model that sees, hears and speaks, from Megatron-Core's parallel blocks.
 
 The example is these files, in reading order:
 
     configs/schema.py         what a model is: language model, and a dict of modalities
     configs/tiny_avlm.py      the demo's model
-    modalities/base.py        base classes of encoder and projector configs
+    modalities/base.py        base classes of encoder, projector and codec configs
     modalities/image.py       images: preprocessing and ViT
     modalities/audio.py       audio: log-mel features and Whisper's encoder
-    model/layers.py           layer specs, core attention
-    model/encoder.py          the transformer that encoders share
+    model/layers.py           layer specs, core attention, the transformer that encoders share
     model/mimo.py             the model on one pipeline stage
     data/conversation.py      conversation -> token ids, labels, loss mask, encoder inputs
-    data/datasets.py          samples from files, and mock samples
+    data/datasets.py          samples from files
     data/batch.py             collation and broadcast
     training/pretrain.py      model and data providers, forward step, loss
     train.py                  the command that trains

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from examples.mimo.cli import command
 from examples.mimo.cli.overrides import (
-    add_modality_flags,
     check_flags,
     inference_parser,
     media_paths,
     options_from_flags,
+    output_paths,
+    parse_with_modalities,
     with_modality_flags,
 )
 
@@ -50,9 +51,8 @@ def answer(known: argparse.Namespace, parser: argparse.ArgumentParser, stdout: T
     from examples.mimo.generation.api import Mimo
 
     checkpoint = open_checkpoint(known.ckpt, verify=known.verify_integrity)
-    add_modality_flags(parser, checkpoint.config)
-    args = parser.parse_args()
-    options = options_from_flags(args)
+    args = parse_with_modalities(parser, checkpoint.config)
+    options = options_from_flags(args, checkpoint.config)
     prompt = check_flags(args, checkpoint.config)
     config = with_modality_flags(checkpoint.config, args)
     checkpoint = dataclasses.replace(checkpoint, config=config)
@@ -60,7 +60,7 @@ def answer(known: argparse.Namespace, parser: argparse.ArgumentParser, stdout: T
     if args.interactive:
         from examples.mimo.generation.sessions import ChatSession
 
-        ChatSession(model, options, stdout).run(sys.stdin)
+        ChatSession(model, options, stdout, output_paths(model.config, args)).run(sys.stdin)
     elif args.input:
         from examples.mimo.generation.sessions import answer_file
 
@@ -75,7 +75,7 @@ def answer_prompt(
     """Answer one prompt about the files of the flags; rank 0 prints."""
     from examples.mimo.data.turns import prompt_content
     from examples.mimo.generation.api import on_rank_zero
-    from examples.mimo.generation.sessions import answer_fields
+    from examples.mimo.generation.sessions import answer_fields, save_as
 
     paths = media_paths(model.config, args)
     content = prompt_content(prompt, paths)
@@ -88,14 +88,21 @@ def answer_prompt(
                 print(piece.text, end="", file=stdout, flush=True)
         if is_rank_zero:
             print(file=stdout)
-        return
-    # Every rank generates; one prints.
-    answers = model.answer([sample] * args.samples, options, args.batch_size)
+        answers = [piece.answer] if piece.answer else []
+    else:
+        # Every rank generates; one prints.
+        answers = model.answer([sample] * args.samples, options, args.batch_size)
     names = {name: [str(path) for path in files] for name, files in paths.items()}
-    for result in answers if is_rank_zero else ():
-        fields = {"prompt": prompt, **names, **answer_fields(result)}
-        line = json.dumps(fields, ensure_ascii=False, allow_nan=False)
-        print(line if args.json else result.text, file=stdout)
+    for number, result in enumerate(answers):
+        files: dict[str, list[str]] = {}
+        try:
+            for name, path in output_paths(model.config, args).items():
+                files |= save_as(model, result, name, path, number if args.samples > 1 else None)
+        finally:  # what cannot be written takes no text with it
+            fields = {"prompt": prompt, **names, **answer_fields(result, files)}
+            line = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+            if is_rank_zero and not args.stream:
+                print(line if args.json else result.text, file=stdout)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
 def convert_from_hf(args: argparse.Namespace, rest: list[str]) -> None:
     """Write a checkpoint; `rest` are the flags that the model's modalities add."""
     from examples.mimo.cli.overrides import with_fields
-    from examples.mimo.configs import get_model_config
+    from examples.mimo.configs import check_codecs, get_model_config, with_codec_folder
     from examples.mimo.hf.from_hf import from_hf, initialize_single_process
     from examples.mimo.hf.io import Folder
 
@@ -45,6 +45,10 @@ def convert_from_hf(args: argparse.Namespace, rest: list[str]) -> None:
     folders: dict[str, Folder] = {}
     if args.folders:
         folders = _folders_of_parts(config, args.folders)
+    if codecs := args.codecs or args.folders:
+        config = with_codec_folder(config, codecs)
+        if args.codecs:
+            check_codecs(config)
     if args.llava:
         modality = _llava_modality(config)
         parts = ("language", f"{modality}.encoder", f"{modality}.projector")
@@ -52,7 +56,7 @@ def convert_from_hf(args: argparse.Namespace, rest: list[str]) -> None:
     if args.language_model:
         folders["language"] = Folder(args.language_model)
     parser = command.Parser(prog="convert.py from-hf", allow_abbrev=False)
-    for name in config.modalities:
+    for name in config.inputs:
         parser.add_argument(f"--{name}", type=Path, dest=f"{name}.encoder")
         parser.add_argument(f"--{name}-projector", type=Path, dest=f"{name}.projector")
     paths = vars(parser.parse_args(rest))
@@ -142,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="what to-hf wrote: PART folders; flags for single parts take precedence",
+    )
+    from_hf.add_argument(
+        "--codecs",
+        type=Path,
+        metavar="DIR",
+        help="a folder with codecs/MODALITY for the model's outputs: a data folder, a checkpoint, "
+        "or what to-hf wrote (default: --folders); else training takes those of its data",
     )
     from_hf.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="as in train.py"

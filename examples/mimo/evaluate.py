@@ -3,9 +3,9 @@
 python examples/mimo/evaluate.py --ckpt DIR --data DIR
 
 Writes `eval.json` beside the weights. An answer is right when it equals the sample's word for word;
-when the sample has an `ending`, the answer must end with that instead. `chance` is the score of
-guessing. Samples of one `group` are no independent trials, so the interval is a bootstrap over
-groups.
+when the sample has an `ending`, the answer must end with that instead. Of an answer with outputs
+the words are judged. `chance` is the score of guessing. Samples of one `group` are no independent
+trials, so the interval is a bootstrap over groups.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from examples.mimo.generation.api import Mimo
 
 BOOTSTRAP_DRAWS = 2_000
+MAX_NEW_TOKENS = 32
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     score = functools.partial(_score, answerer, args.data, args.batch_size)
     for split in splits:
         scores["scores"][split] = score(records[split], split)
-    for name, modality in answerer.config.modalities.items():
+    for name, modality in answerer.config.inputs.items():
         title = f"{first}, {modality.singular} blanked"
         with_media = [r for r in records[first] if _has_media(r, name, answerer.config)]
         if with_media:
@@ -89,7 +90,8 @@ def _has_media(record: dict[str, Any], name: str, config: MimoConfig) -> bool:
     from examples.mimo.data.turns import conversation_of, parse_turns
 
     turns = parse_turns(conversation_of(record), config)
-    return any(place.modality == name for turn in turns for place in turn.places)
+    places = [place for turn in turns for place in turn.places]
+    return any(place.modality == name and not place.is_output for place in places)
 
 
 def heldout_splits(data: Path) -> list[str]:
@@ -109,7 +111,6 @@ def _score(
     from examples.mimo.data.conversation import Sample
     from examples.mimo.data.turns import (
         FilesInside,
-        conversation_of,
         errors_named,
         without_last_answer,
     )
@@ -122,25 +123,29 @@ def _score(
         key = record.get("key")
         where = f"{root}, {title}, line {number}" if key is None else f"sample {key}"
         with errors_named(where):
-            turns, expected = without_last_answer(conversation_of(record), answerer.config)
+            question, expected = without_last_answer(record, answerer.config)
             if expected is None and "ending" not in record:
                 raise ValueError(
                     "no answer to compare with; end the conversation with one, or give an 'ending'"
                 )
-        pairs.append((turns, expected))
-
-    def question(record: dict[str, Any], turns: Any) -> Sample:
-        return reader.encode({**record, "conversations": turns}, files)
-
-    samples = [
-        on_rank_zero(functools.partial(question, record, turns))
-        for record, (turns, _) in zip(records, pairs, strict=True)
+        pairs.append((question, expected))
+    samples: list[Sample] = [
+        on_rank_zero(functools.partial(reader.encode, question, files)) for question, _ in pairs
     ]
     clock = ProgressBar(title, len(records))
-    answers = answerer.answer(samples, Options(max_new_tokens=32), batch_size, progress=clock)
+    config = answerer.config
+    # Text that comes first is all there is to wait for.
+    options = Options(max_new_tokens=MAX_NEW_TOKENS, outputs=())
+    if any(_ends_with_text(record, config) for record in records):
+        options = Options(max_new_tokens=config.language.seq_length)
+    answers = answerer.answer(samples, options, batch_size, progress=clock)
+    texts = [answer.text for answer in answers]
+    if config.outputs:  # beside one of them there is a space or none
+        texts = [" ".join(text.split()) for text in texts]
+        pairs = [(question, text and " ".join(text.split())) for question, text in pairs]
     hits = [
-        is_right(record, expected, answer.text)
-        for record, (_, expected), answer in zip(records, pairs, answers, strict=True)
+        is_right(record, expected, text)
+        for record, (_, expected), text in zip(records, pairs, texts, strict=True)
     ]
     score = {
         "samples": len(hits),
@@ -151,6 +156,16 @@ def _score(
     }
     chances = [record["chance"] for record in records if "chance" in record]
     return score | ({"chance": sum(chances) / len(chances)} if chances else {})
+
+
+def _ends_with_text(record: dict[str, Any], config: MimoConfig) -> bool:
+    """Whether there is text behind the first output of the answer that is expected."""
+    from examples.mimo.data.turns import ASSISTANT, conversation_of, parse_turns
+
+    (answer,) = parse_turns(conversation_of(record)[-1:], config)
+    is_output = [not isinstance(part, str) for part in answer.parts]
+    behind = answer.parts[is_output.index(True) :] if any(is_output) else ()
+    return answer.role == ASSISTANT and any(isinstance(p, str) and p.strip() for p in behind)
 
 
 def is_right(record: dict[str, Any], expected: str | None, text: str) -> bool:

@@ -63,8 +63,7 @@ def sensor_series(args: argparse.Namespace) -> None:
     """Writes simulated sensor readings with questions about them."""
     model = DatasetModel(args.model_provider or "sensor_lm", tuple(args.config_fields))
     with _complete_folder(args, model) as draft:
-        config = _config(model)
-        _demo("sensors.series").write_series(draft, config, args.seed, args.samples)
+        _demo("sensors.series").write_series(draft, _config(model), args.seed, args.samples)
 
 
 def real_weights(args: argparse.Namespace) -> None:
@@ -134,7 +133,7 @@ def webdataset(args: argparse.Namespace) -> None:
     if tokenizer_path and not tokenizer_path.exists():
         raise ValueError(f"--tokenizer {tokenizer_path}: no such file or folder")
     model = _model(args, manifest_folder, media)
-    config = _config(model)
+    config = _config(model, media)
     from examples.mimo.shards.write import WriteOptions, prepare_shards
 
     options = WriteOptions(
@@ -161,7 +160,7 @@ def show(args: argparse.Namespace) -> None:
     """Prints statistics of a folder of shards and writes a page of samples."""
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
-    config = _config(_model(args, args.folder))
+    config = _config(_model(args, args.folder), args.folder)
     from examples.mimo.data.conversation import SampleEncoder
     from examples.mimo.data.tokenizer import load_tokenizer
     from examples.mimo.shards.show import inspect_shards, render_page
@@ -176,15 +175,16 @@ def show(args: argparse.Namespace) -> None:
     command.log_line(f"{output}: {len(shown)} samples as {config.name} sees them")
 
 
-def _config(model: DatasetModel) -> MimoConfig:
-    """The config of a model, whose import takes seconds; ValueError if there is none."""
+def _config(model: DatasetModel, root: Path = Path()) -> MimoConfig:
+    """The config of a model, whose import takes seconds, with the codecs in the folder `root`."""
     from examples.mimo import compat
 
     compat.install()
     from examples.mimo.cli.overrides import with_fields
-    from examples.mimo.configs import get_model_config
+    from examples.mimo.configs import get_model_config, with_codec_folder
 
-    return with_fields(get_model_config(model.model_provider), model.config_fields)
+    config = with_fields(get_model_config(model.model_provider), model.config_fields)
+    return with_codec_folder(config, root)
 
 
 def _model(args: argparse.Namespace, *folders: Path) -> DatasetModel:

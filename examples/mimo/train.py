@@ -51,6 +51,7 @@ def train(argv: list[str]) -> None:
     from examples.mimo.cli.arguments import balance_stages, megatron_refusals, parse_arguments
     from examples.mimo.cli.observer import RunObserver
     from examples.mimo.cli.output import prepare_outputs
+    from examples.mimo.model.parts import EncodersAhead
     from examples.mimo.training import inputs
     from examples.mimo.training import pretrain as providers
     from examples.mimo.training.layout import prepare_noncolocated
@@ -62,7 +63,7 @@ def train(argv: list[str]) -> None:
         # Megatron lowered the root logger's level when it was imported.
         logging.getLogger().setLevel(logging.WARNING)
     inputs.check_inputs(args, config)
-    providers.check_data(args, config)
+    inputs.check_data(args, config)
     observer = RunObserver(args, config)
     prepare_outputs(args, config)
     with observer.explains_errors(), megatron_refusals():
@@ -75,7 +76,7 @@ def train(argv: list[str]) -> None:
     # So far all ranks had the same input and failed alike; from here on one may fail alone.
     command.report_every_rank()
     inputs.begin_integrity_check(args)
-    ahead = inputs.EncodersAhead() if args.run_encoders_ahead else None
+    ahead = EncodersAhead() if args.run_encoders_ahead else None
     with observer.explains_errors():
         noncolocated = prepare_noncolocated(
             args, providers.transformer_config(args), compat.install_for_noncolocated

@@ -8,9 +8,9 @@ from examples.mimo.cli.arguments import balance_stages, parse_arguments
 from examples.mimo.cli.flags import DATASET_PROVIDERS, NEEDS, SHARDED, help_parser
 from examples.mimo.cli.overrides import whisper_assignments, with_fields
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
-from examples.mimo.training import pretrain
+from examples.mimo.training import inputs
 from examples.mimo.training.layout import padding_multiple
-from tests.helpers import ranks
+from tests.helpers import outputs, ranks
 from tests.helpers.commands import PP2, ROOT, TP2
 
 COMMANDS = sorted(
@@ -71,9 +71,17 @@ def test_configs_have_the_sizes_of_released_whispers(name, released):
     assert with_fields(config, sizes) == config
 
 
+def test_megatron_counts_the_rows_of_codes(parse):
+    args, config = parse(1, "--model-provider", outputs.SPEECH)
+    assert (args.vocab_size, args.padded_vocab_size) == (512, 640)
+    assert (config.language.vocab_size, config.vocab_size) == (512, 640)
+    _, larger = parse(1, "--model-provider", outputs.SPEECH, "--vocab-size", "600")
+    assert larger.outputs["speech"].begin_id == 600
+
+
 def test_training_has_every_provider_that_the_flag_offers():
-    assert set(pretrain.DATASETS) == set(DATASET_PROVIDERS)
-    sharded = {name for name, build in pretrain.DATASETS.items() if build == pretrain.SHARDS}
+    assert set(inputs.DATASETS) == set(DATASET_PROVIDERS)
+    sharded = {name for name, build in inputs.DATASETS.items() if build == inputs.SHARDS}
     assert sharded == set(SHARDED)
 
 

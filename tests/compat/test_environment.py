@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from examples.mimo import compat
 from examples.mimo.cli import command
-from examples.mimo.model.encoder import encoder_transformer_config
+from examples.mimo.model.parts import encoder_transformer_config
 from tests.helpers.commands import ROOT
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

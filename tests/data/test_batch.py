@@ -5,8 +5,9 @@ import torch
 
 from examples.mimo.data.batch import collate, collate_packed
 from examples.mimo.data.conversation import BadSample, Sample, SampleEncoder, TokenSequence
-from examples.mimo.data.datasets import ConversationDataset, MockDataset
+from examples.mimo.data.datasets import ConversationDataset
 from examples.mimo.parallel.placement import join_batches
+from examples.mimo.training.inputs import MockDataset
 
 
 def test_collate_pads_without_loss_and_keeps_media_in_order(tiny):
@@ -54,7 +55,7 @@ def test_mock_samples_mix_media_and_fit(tiny):
     }
     assert all(48 <= len(s.tokens.ids) <= 96 for s in samples)
     for sample in samples:
-        for name, modality in tiny.modalities.items():
+        for name, modality in tiny.inputs.items():
             counted = sum(modality.encoder.num_tokens(i) for i in sample.media.get(name, []))
             assert sample.tokens.ids.count(modality.token_id) == counted
 

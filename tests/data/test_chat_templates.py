@@ -16,7 +16,7 @@ from examples.mimo.configs import get_model_config
 from examples.mimo.data.conversation import SampleEncoder
 from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.data.turns import TextEncoder
-from examples.mimo.generation.api import forbidden_tokens
+from examples.mimo.generation.sampling import forbidden_tokens
 from tests.helpers import tokenizers
 
 

@@ -17,8 +17,8 @@ from examples.mimo.data.turns import (
     files_of_parts,
     find_media,
     parse_turns,
-    without_files,
 )
+from examples.mimo.shards.write import without_files
 
 
 def human(text):
@@ -29,9 +29,18 @@ def gpt(text):
     return {"from": "gpt", "value": text}
 
 
+def placeholders(counts, config):
+    """The tokens of items that take so many placeholders."""
+    return {
+        (name, False): [[config.modalities[name].token_id] * number for number in numbers]
+        for name, numbers in counts.items()
+    }
+
+
 def tokens_of(turns, counts, config, tokenizer):
     pieces = to_pieces(parse_turns(turns, config), config)
-    return tokenise(pieces, counts, config, TextEncoder(tokenizer, config))
+    items = placeholders(counts, config)
+    return tokenise(pieces, items, config, TextEncoder(tokenizer, config))
 
 
 def target_answers(tokens, tokenizer):
@@ -176,7 +185,7 @@ def test_nothing_of_a_part_is_left_out(tiny):
 def test_in_parts_a_placeholder_is_a_word(tiny, tokenizer):
     words = "What does <image> mean in <audio>?"
     tokens = tokens_of([human([{"type": "text", "text": words}])], {}, tiny, tokenizer)
-    assert not {m.token_id for m in tiny.modalities.values()} & {*tokens.ids}
+    assert not {m.token_id for m in tiny.inputs.values()} & {*tokens.ids}
     assert tokenizer.decode(tokens.ids) == f"{words}\n"
 
 
@@ -238,7 +247,10 @@ def test_a_system_turn_stands_in_the_place_of_the_templates_own(tiny):
         ),
         ([{"from": "human", "value": [{"type": {}}]}], "type {}; tiny_avlm takes text"),
         ([{"from": "human", "value": [{"type": "image", "path": 3}]}], "must name its file, not 3"),
-        ([{"from": "gpt", "value": [{"type": "image"}]}], "an answer holds a part that is no text"),
+        (
+            [{"from": "gpt", "value": [{"type": "image"}]}],
+            "an answer holds <image>, but tiny_avlm says text",
+        ),
     ],
 )
 def test_parse_turns_refuses(tiny, conversations, message):

@@ -39,11 +39,13 @@ encoded = []
 if pp == 1:
     for name, modality in model.model.modality_submodules.items():
         modality.register_forward_hook(lambda *_, name=name: encoded.append(name))
-greedy = Options(max_new_tokens=12)
-drawn = Options(12, Sampling(temperature=1.5, top_k=40, repetition_penalty=1.2, seed=7))
-scored = Options(max_new_tokens=12, logprobs=True, prompt_logprobs=True)
+# Of a model with outputs an answer takes its text, and then that.
+steps = 24 if model.config.outputs else 12
+greedy = Options(steps)
+drawn = Options(steps, Sampling(temperature=1.5, top_k=40, repetition_penalty=1.2, seed=7))
+scored = Options(steps, logprobs=True, prompt_logprobs=True)
 penalties = Sampling(2.0, frequency_penalty=-1.5, presence_penalty=-0.5, seed=7)
-penalised = Options(12, penalties, logprobs=True, top_logprobs=5)
+penalised = Options(steps, penalties, logprobs=True, top_logprobs=5)
 
 
 def tokens(options, **more):
@@ -80,13 +82,15 @@ result = {
     "drawn": tokens(drawn),
     "drawn alone": tokens(drawn, batch_size=1),
     "penalised": tokens(penalised),
-    "unpenalised": tokens(Options(12, Sampling(2.0, seed=7))),
+    "unpenalised": tokens(Options(steps, Sampling(2.0, seed=7))),
     "top": [
         [piece.output.top_logprobs for piece in model.stream_answer(sample, penalised)]
         for sample in samples
     ],
     "logprobs": [answer.logprobs for answer in told],
     "prompt logprobs": [answer.prompt_logprobs for answer in told],
+    "outputs": [answer.outputs for answer in told],
+    "text alone": tokens(Options(steps, outputs=())),
 }
 
 

@@ -8,7 +8,8 @@ import soundfile
 from PIL import Image
 
 from examples.mimo import avlm_inference
-from tests.helpers import known_answers
+from examples.mimo.configs import get_model_config, with_codec_folder
+from tests.helpers import known_answers, outputs
 from tests.helpers.commands import run_train
 from tests.helpers.served import Served
 
@@ -27,6 +28,16 @@ def checkpoint(data_folder, tiny, build_model, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return folder / "saved"
+
+
+@pytest.fixture(scope="session")
+def aloud(data_folder, tmp_path_factory, build_model):
+    """Known answers with an output behind the text, as they were written."""
+    folder = tmp_path_factory.mktemp("aloud")
+    outputs.write_codec(folder)
+    config = with_codec_folder(get_model_config(outputs.SPEECH), folder)
+    known_answers.write_checkpoint(config, data_folder, folder / "checkpoint")
+    return folder / "checkpoint"
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import soundfile
 
-from examples.mimo.generation.api import forbidden_tokens
+from examples.mimo.generation.sampling import forbidden_tokens
 from tests.helpers import ranks
 from tests.helpers.commands import launch_command, run_command, run_train
 

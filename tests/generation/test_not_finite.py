@@ -184,7 +184,8 @@ def test_log_probabilities_are_numbers():
     """Of a token that is hopelessly unlikely, of forbidden ones, of a small vocabulary."""
     logits = torch.tensor([[0.0, 3e38, -3e38, 1.0, 2.0]])
     columns = torch.zeros(1, 1 + 2 * 7, dtype=torch.float64)
-    fill_logprobs(columns, torch.tensor([2]), logits, torch.tensor([0, 3]), num_top=7)
+    allowed = logits.index_fill(1, torch.tensor([0, 3]), float("-inf"))
+    fill_logprobs(columns, torch.tensor([2]), logits, allowed, num_top=7)
     assert torch.isfinite(columns[0, 0])
     tokens, logprobs = columns[0, 1:8].tolist(), columns[0, 8:].tolist()
     assert [t for t, p in zip(tokens, logprobs, strict=True) if p > float("-inf")] == [1, 4, 2]

@@ -2,11 +2,13 @@
 
 import pytest
 import sentencepiece
+import torch
 
+from examples.mimo.configs.tiny_avlm import tiny_avlm
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.generation.engine import LENGTH, STOP, TokenOutput
-from examples.mimo.generation.sampling import Options
+from examples.mimo.generation.sampling import Grammar, Options
 from examples.mimo.generation.scheduler import Scheduler
 from tests.helpers import tokenizers
 
@@ -29,6 +31,7 @@ class Scripted:
     def __init__(self, tokens, eos_id):
         self.tokens, self.eos_id, self.sequences = tokens, eos_id, []
         self.count = self.stopped = 0
+        self.grammar = Grammar(tiny_avlm(), (), (eos_id,), torch.device("cpu"))
 
     def start(self, requests):
         return self.step()

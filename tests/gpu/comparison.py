@@ -37,7 +37,7 @@ def build(config):
 def batch_of(config):
     """Four samples with both modalities."""
     from examples.mimo.data.batch import collate
-    from examples.mimo.data.datasets import MockDataset
+    from examples.mimo.training.inputs import MockDataset
 
     return collate([MockDataset(config, 128, 4, seed=0)[i] for i in range(4)])
 

@@ -13,8 +13,8 @@ from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.checkpoint.loading import load_model
 from examples.mimo.cli import command
 from examples.mimo.data.batch import to_device
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.generation.engine import Engine, SequenceRequest
+from examples.mimo.training.inputs import MockDataset
 from tests.gpu import comparison
 from tests.helpers.commands import launch_command, python_path
 from tests.helpers.ranks import ROOT
@@ -86,7 +86,7 @@ def test_a_saved_model_answers_in_bf16(start, cuda_graphs):
     while engine.sequences:
         outputs += engine.step()
     assert [o.finish for o in outputs] == [None] * 15 + ["length"] * 3
-    assert all(0 <= o.token < opened.config.language.vocab_size for o in outputs)
+    assert all(0 <= o.token < opened.config.vocab_size for o in outputs)
 
 
 @torch.no_grad()

@@ -35,12 +35,12 @@ from examples.mimo.cli.arguments import parse_arguments
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, collate_packed
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.generation.transformer import CachedTransformer
 from examples.mimo.hf import from_hf
 from examples.mimo.hf.from_hf import initialize_single_process
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
 from examples.mimo.model.parts import part_names
+from examples.mimo.training.inputs import MockDataset
 
 # Local norms have names of their own; in checkpoints they have those of the fused layers.
 FUSED = {
@@ -127,7 +127,7 @@ def batches(config: MimoConfig) -> list[Batch]:
     """The same samples with text and media, padded and packed."""
     dataset = MockDataset(config, 96, num_samples=3, seed=5)
     samples = [dataset[number] for number in range(3)]
-    assert all(any(name in sample.media for sample in samples) for name in config.modalities)
+    assert all(any(name in sample.media for sample in samples) for name in config.inputs)
     return [collate(samples), collate_packed(samples)]
 
 

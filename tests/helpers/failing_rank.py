@@ -20,8 +20,8 @@ from examples.mimo.cli import command
 command.prepare_environment()
 compat.install()
 
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.train import main
+from examples.mimo.training.inputs import MockDataset
 
 error = sys.argv.pop(1)
 read = MockDataset.__getitem__

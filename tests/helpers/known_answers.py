@@ -2,14 +2,15 @@
 
 The answer to any prompt is one of NUM_SENTENCES sentences of SENTENCE_LENGTH tokens and the
 end-of-text token. Which one depends on the whole prompt, its pictures and its recordings; how a
-sentence goes on depends on its last token alone.
+sentence goes on depends on its last token alone. Behind the sentence of a model with an output
+stands one of `spoken`; which one depends on everything before.
 
 - A token's embedding is a row of signs, orthogonal for the tokens of sentences, and SIZE times as
   large as what layers add. The output row of a token is the signs of its predecessor in its
   sentence, so the right token's logit stands about GAIN * hidden_size above the others.
 - The first tokens of all sentences follow the last token of the prompt alike. Its embedding is
   small, so what the layers make of the prompt decides between them, each along a direction of its
-  own.
+  own. So do the first codes of outputs follow the begin marker.
 - All other weights are random. Those of linear layers are scaled to keep the size of their
   inputs, so that attention, MLPs, encoders and projectors matter.
 """
@@ -72,6 +73,17 @@ def sentences(data: Path) -> list[str]:
     return [model.decode(tokens) for tokens in _sentences(model)]
 
 
+def spoken(config: MimoConfig) -> list[list[int]]:
+    """The codes of all outputs that it ever puts out when it is greedy: one, two and three units.
+
+    No code stands in two of them, or twice.
+    """
+    (output,) = config.outputs.values()
+    unit = output.codec.unit
+    codes = [iter(output.codec.allowed(position)) for position in range(unit)]
+    return [[next(codes[n % unit]) for n in range(count * unit)] for count in (1, 2, 2, 3)]
+
+
 def _sentences(model: sentencepiece.SentencePieceProcessor) -> list[list[int]]:
     """Different pieces of two letters and more; no sentence begins with a space."""
     pieces = {
@@ -88,7 +100,7 @@ def _sentences(model: sentencepiece.SentencePieceProcessor) -> list[list[int]]:
 def _vocabulary(config: MimoConfig, tokenizer: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The embeddings and the output layer, (V, H) each."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    size, width = config.language.vocab_size, config.language.hidden_size
+    size, width = config.vocab_size, config.language.hidden_size
     signs = random.Random(0)
     embedding = torch.tensor(
         [[signs.choice((-1.0, 1.0)) for _ in range(width)] for _ in range(size)]
@@ -97,15 +109,30 @@ def _vocabulary(config: MimoConfig, tokenizer: Path) -> tuple[torch.Tensor, torc
     rows = iter(_hadamard(width))
     (prompt_end,) = model.encode(config.chat.human.split("{}")[1])
     signs_of_end = next(rows)
-    for tokens in _sentences(model):
-        output[tokens[0]] = signs_of_end + CHOICE * next(rows)
-        for token, following in zip(tokens, [*tokens[1:], model.eos_id()], strict=True):
+    choosing = {prompt_end: signs_of_end}
+
+    def follow(tokens: list[int], end: int) -> None:
+        for token, following in zip(tokens, [*tokens[1:], end], strict=True):
             embedding[token] = next(rows)
             output[following] += embedding[token]
+
+    modality = next(iter(config.outputs.values()), None)
+    end = modality.begin_id if modality else model.eos_id()
+    for tokens in _sentences(model):
+        output[tokens[0]] = signs_of_end + CHOICE * next(rows)
+        follow(tokens, end)
     # All sentences end with it, so the layers' part of its logit is large; no answer is empty.
-    output[model.eos_id()] -= 3 * signs_of_end
+    output[end] -= 3 * signs_of_end
+    if modality:
+        choosing[modality.begin_id] = next(rows)
+        for codes in spoken(config):
+            tokens = [modality.first_id + code for code in codes]
+            output[tokens[0]] = choosing[modality.begin_id] + CHOICE * next(rows)
+            follow(tokens, modality.end_id)
+        follow([modality.end_id], model.eos_id())
     embedding *= SIZE
-    embedding[prompt_end] = SMALL_SIZE * signs_of_end
+    for token, signs_of_token in choosing.items():
+        embedding[token] = SMALL_SIZE * signs_of_token
     return embedding, GAIN * output
 
 

@@ -32,6 +32,7 @@ from examples.mimo.model import parts
 from examples.mimo.model.mimo import StageMimoModel
 from examples.mimo.parallel import context
 from examples.mimo.train import main
+from examples.mimo.training import inputs
 from examples.mimo.training import pretrain as providers
 from tests.helpers.mock_variants import TextFirst
 
@@ -77,7 +78,7 @@ def text_first() -> None:
     def datasets(args: Namespace, config: MimoConfig, num_train: int, num_valid: int) -> Any:
         return TextFirst(config, args.seq_length, num_train, args.seed), None
 
-    providers.DATASETS["mock"] = datasets
+    inputs.DATASETS["mock"] = datasets
 
 
 def freeze_embedding() -> None:

@@ -6,7 +6,7 @@ import torch
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import Sample
-from examples.mimo.data.datasets import MockDataset
+from examples.mimo.training.inputs import MockDataset
 
 MOCK_SAMPLES = 160
 

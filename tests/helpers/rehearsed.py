@@ -116,8 +116,8 @@ def engine_and_requests(folder: Path, cuda_graphs: bool) -> Any:
     """An engine for what was saved, and three prompts of different lengths."""
     from examples.mimo.checkpoint.description import open_checkpoint
     from examples.mimo.checkpoint.loading import load_model
-    from examples.mimo.data.datasets import MockDataset
     from examples.mimo.generation.engine import Engine, SequenceRequest
+    from examples.mimo.training.inputs import MockDataset
 
     opened = open_checkpoint(folder / CHECKPOINT)
     model = load_model(opened)

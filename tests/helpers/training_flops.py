@@ -43,7 +43,7 @@ def training_flops(
     """
     total = 0
     reached = False
-    for name, modality in config.modalities.items():
+    for name, modality in config.inputs.items():
         encoder_trains = f"{name}.encoder" not in frozen
         projector_trains = f"{name}.projector" not in frozen
         # Nothing before an encoder trains, but the layers behind its first pass gradients on.
@@ -55,5 +55,5 @@ def training_flops(
         reached |= encoder_trains or projector_trains
     trains = "language" not in frozen
     targets = sum(sequences) if targets is None else targets
-    language = language_flops(config.language, sequences, targets)
+    language = language_flops(config.built_language, sequences, targets)
     return total + language.trained(trains, passes_on=reached or trains)

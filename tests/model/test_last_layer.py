@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from examples.mimo.data.batch import collate, locate
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.parts import LastLayer
+from examples.mimo.training.inputs import MockDataset
 
 
 def batch_of(config, has_targets):
@@ -13,7 +13,7 @@ def batch_of(config, has_targets):
     batch = collate(samples)
     if not has_targets:
         batch.tensors["loss_mask"].zero_()
-    locate(batch, {name: modality.token_id for name, modality in config.modalities.items()})
+    locate(batch, {name: modality.token_id for name, modality in config.inputs.items()})
     return batch
 
 

@@ -5,9 +5,9 @@ import torch
 
 from examples.mimo.data.batch import collate, locate
 from examples.mimo.data.conversation import Sample, TokenSequence
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model import parts as parts_file
 from examples.mimo.model.parts import MediaCountError, freeze_parts, part_names, parts
+from examples.mimo.training.inputs import MockDataset
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def test_media_embeddings_are_at_their_placeholders(tiny, model):
     with torch.no_grad():
         sequence = model.embed(batch.input_ids, batch.modality_inputs).transpose(0, 1)
         media = model.encode(batch.modality_inputs)
-        for name, modality in tiny.modalities.items():
+        for name, modality in tiny.inputs.items():
             assert torch.equal(sequence[batch.input_ids == modality.token_id], media[name])
-        text = sum(batch.input_ids == m.token_id for m in tiny.modalities.values()) == 0
+        text = sum(batch.input_ids == m.token_id for m in tiny.inputs.values()) == 0
         words = model.language_model.embedding.word_embeddings.weight[batch.input_ids[text]]
     assert torch.equal(sequence[text], words)
 
@@ -165,7 +165,7 @@ def test_encoders_run_in_the_order_of_the_config(tiny, model):
     inputs = batch_of(tiny, {"images", "audios"}).modality_inputs
     for names in (("images", "audios"), ("audios", "images"), ("audios",), ()):
         encoded = model.encode({name: inputs[name] for name in names})
-        assert list(encoded) == list(tiny.modalities)
+        assert list(encoded) == list(tiny.inputs)
         assert {name for name, media in encoded.items() if len(media)} == set(names)
 
 

@@ -20,7 +20,7 @@ MILLIONS = {
 
 def splits_over(config, tp):
     """Whether all heads of a config are divisible by a tensor-parallel size."""
-    heads = [modality.encoder.num_attention_heads for modality in config.modalities.values()]
+    heads = [modality.encoder.num_attention_heads for modality in config.inputs.values()]
     heads += [config.language.num_attention_heads, config.language.num_query_groups]
     return not any(number % tp for number in heads)
 
@@ -91,7 +91,7 @@ def test_parts_are_as_large_as_ever(name):
 def test_every_config_builds_all_its_parts(name):
     config = get_model_config(name)
     parts = count(name, 1)["parts"]
-    expected = {f"{m}.{side}" for m in config.modalities for side in ("encoder", "projector")}
+    expected = {f"{m}.{side}" for m in config.inputs for side in ("encoder", "projector")}
     assert set(parts) == {*expected, "language"}
     assert set(config.frozen) <= set(parts)
     assert all(size > 0 for size in parts.values())

@@ -1,9 +1,11 @@
 """`make layouts` compares the same layouts in the same way and writes the table."""
 
+import dataclasses
+
 import pytest
 
-from examples.mimo.data.datasets import MockDataset
-from tests.helpers import layouts
+from examples.mimo.training.inputs import MockDataset
+from tests.helpers import layouts, outputs
 from tests.helpers.mock_variants import TextFirst
 
 
@@ -65,6 +67,35 @@ def test_a_layout_computes_what_one_process_computes(layout, references, tmp_pat
     assert difference.within_bounds(layout.bf16), difference
 
 
+# The same of a model that answers aloud: its codes are tokens of the language model.
+OUTPUTS = ("--model-provider", outputs.SPEECH)
+WITH_OUTPUTS = (
+    "TP 2, sequence parallel",
+    "PP 2, 2 virtual stages",
+    "CP 2 x PP 2",
+    "packed",
+    "packed, TP 2 x CP 2, sequence parallel",
+    "non-colocated: encoders 1 + 1, language DP 2, packed",
+)
+
+
+@pytest.mark.parametrize("name", WITH_OUTPUTS)
+def test_a_layout_computes_the_same_of_outputs(name, references, tmp_path):
+    layout = next(layout for layout in layouts.LAYOUTS if layout.name == name)
+    difference = references.difference(dataclasses.replace(layout, model=OUTPUTS), tmp_path)
+    assert difference.within_bounds(bf16=False), difference
+
+
+def test_the_batches_with_outputs_hold_codes_that_are_targets(references):
+    config = outputs.with_speech()
+    samples = [MockDataset(config, 128, 80, seed=11)[i] for i in range(80)]
+    assert 10 < sum(bool(sample.outputs) for sample in samples) < 70
+    gradient = references.run(model=OUTPUTS).gradients["language_model.output_layer.weight"]
+    speech = config.outputs["speech"]
+    assert gradient.shape[0] == config.vocab_size
+    assert all(row.norm() > 0 for row in gradient[speech.begin_id : speech.ids.stop])
+
+
 def test_the_comparison_sees_every_parameter_layer_and_loss(references, tiny, build_model):
     one = references.run()
     layers = {name.split(".layers.")[1].split(".")[0] for name in one.gradients if "layers" in name}
@@ -88,5 +119,5 @@ def test_the_batches_mix_samples_with_and_without_media(tiny):
 def test_of_every_four_samples_the_first_two_are_text_alone(tiny):
     samples = [TextFirst(tiny, 128, 80, seed=11)[i] for i in range(80)]
     assert [bool(sample.media) for sample in samples] == [False, False, True, True] * 20
-    assert {name for sample in samples for name in sample.media} == set(tiny.modalities)
+    assert {name for sample in samples for name in sample.media} == set(tiny.inputs)
     assert len({sample.key for sample in samples}) > 20

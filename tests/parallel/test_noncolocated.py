@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from examples.mimo.data.batch import Placeholders, collate, collate_packed
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.parallel.context import share_of
 from examples.mimo.parallel.placement import Placement, take_share
 from examples.mimo.training import layout
+from examples.mimo.training.inputs import MockDataset
 from tests.helpers import layouts
 from tests.helpers.commands import run_train
 
@@ -69,7 +69,7 @@ def test_shares_of_a_batch_split_its_media_and_keep_its_text(tiny):
 
 def test_embeddings_are_counted_by_sample_packed_or_not(tiny):
     samples = [MockDataset(tiny, 128, 6, seed=0)[i] for i in range(6)]
-    for name, modality in tiny.modalities.items():
+    for name, modality in tiny.inputs.items():
         expected = [sample.tokens.ids.count(modality.token_id) for sample in samples]
         assert sum(expected) > 0
         for batch in (collate(samples), collate_packed(samples)):

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from examples.mimo.cli.arguments import parse_with_preset
 from examples.mimo.configs import get_model_config
 from examples.mimo.data.batch import collate
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.mimo import build_mimo_model
+from examples.mimo.training.inputs import MockDataset
 from examples.mimo.training.pretrain import transformer_config
 
 
@@ -44,7 +44,7 @@ def main():
         model(batch.input_ids, labels, batch.modality_inputs).sum().backward()
     counts = {
         name: sum(counter.get_flop_counts()[f"StageMimoModel.modality_submodules.{name}"].values())
-        for name in config.modalities
+        for name in config.inputs
     }
     Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(counts))
     torch.distributed.destroy_process_group()

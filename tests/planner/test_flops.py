@@ -5,8 +5,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.mimo.data.batch import collate, locate
-from examples.mimo.data.datasets import MockDataset
 from examples.mimo.model.parts import freeze_parts
+from examples.mimo.training.inputs import MockDataset
 from tests.helpers.ranks import run as run_ranks
 from tests.helpers.training_flops import training_flops
 
@@ -38,7 +38,7 @@ def test_the_count_is_what_runs(tiny, build_model, frozen, targets_alone):
         )
         losses.sum().backward()
     media_tokens = {
-        name: int((batch.input_ids == m.token_id).sum()) for name, m in tiny.modalities.items()
+        name: int((batch.input_ids == m.token_id).sum()) for name, m in tiny.inputs.items()
     }
     items = {name: len(files) for name, files in batch.items.items()}
     counted = training_flops(tiny, [batch.seq_length] * 4, items, media_tokens, frozen, targets)

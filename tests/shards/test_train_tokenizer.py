@@ -13,11 +13,11 @@ TEXTS = [f"What is {n} times {m}? It is {n * m}." for n in range(30) for m in ra
 
 
 def with_token_ids(config, **ids):
-    modalities = {
-        name: dataclasses.replace(modality, token_id=ids[name])
-        for name, modality in config.modalities.items()
+    inputs = {
+        name: dataclasses.replace(config.modalities[name], token_id=ids[name])
+        for name in config.inputs
     }
-    return dataclasses.replace(config, modalities=modalities)
+    return dataclasses.replace(config, modalities={**config.modalities, **inputs})
 
 
 def trained(path, config, vocab_size=None):

@@ -58,7 +58,7 @@ def test_a_batch_may_have_no_target():
 def test_exact_match_needs_every_target_of_a_sequence(tiny, build_model):
     stage = build_model(tiny)
     labels = torch.tensor([[3, 4, 5], [3, 4, 5], [3, 4, 5]])
-    logits = torch.nn.functional.one_hot(labels, tiny.language.vocab_size).float() * 10
+    logits = torch.nn.functional.one_hot(labels, tiny.vocab_size).float() * 10
     logits[0, 0] = 0
     logits[0, 0, 9] = 10
     logits[1, 2] = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.mimo.data.datasets import MockDataset
+from examples.mimo.training.inputs import MockDataset
 from tests.helpers import ranks
 from tests.helpers.commands import TP2, run_command, run_train
 
@@ -69,13 +69,13 @@ def together(tmp_path_factory):
 
 
 def test_every_rank_has_a_hash_seed_and_an_order_of_sets_of_its_own(tiny):
-    done = ranks.run("tests/helpers/set_order.py", *tiny.modalities, processes=4)
+    done = ranks.run("tests/helpers/set_order.py", *tiny.inputs, processes=4)
     assert done.returncode == 0, done.stderr
     orders, hashes = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
     assert len(set(hashes)) == 4
     assert len(set(map(tuple, orders))) == 2
     # The tests below launch two ranks.
-    two = ranks.run("tests/helpers/set_order.py", *tiny.modalities, processes=2).stdout
+    two = ranks.run("tests/helpers/set_order.py", *tiny.inputs, processes=2).stdout
     assert len({tuple(json.loads(line)[0]) for line in two.splitlines()}) == 2
 
 

@@ -30,7 +30,7 @@ def flags_for(model, dataset, data_folder):
     config = get_model_config(model)
     if config.language.hidden_size > 128:
         flags += [*SMALL, "--set"]
-        flags += [f"{name}.encoder.{size}" for name in config.modalities for size in SMALL_ENCODER]
+        flags += [f"{name}.encoder.{size}" for name in config.inputs for size in SMALL_ENCODER]
     if dataset == "spoken_questions":
         flags += ["--data-path", str(data_folder)]
     if model == "qwen3_avlm":

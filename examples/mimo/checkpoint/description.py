@@ -1,4 +1,4 @@
-"""What a folder is for: `mimo.json` beside weights, `about.json` beside data, the tokenizer."""
+"""What a folder is for: `mimo.json` beside weights, `about.json` beside data; tokenizer, codecs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from examples.mimo.checkpoint.integrity import (
     read_json,
     sealed,
 )
-from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+from examples.mimo.configs import (
+    CODECS,
+    MODEL_PROVIDERS,
+    copy_codecs,
+    get_model_config,
+    with_codec_folder,
+)
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import copy_tokenizer
 from examples.mimo.modalities.values import as_tuples, rules, shown
@@ -34,7 +40,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 # Megatron's name for weights of no iteration, such as converted ones.
 RELEASE = "release"
 TOKENIZER = "tokenizer"
-SECTIONS = ("sources", TOKENIZER)
+LANGUAGE = "language"
+# Folders beside the description, whose files' digests it holds.
+FOLDERS = (TOKENIZER, CODECS)
+SECTIONS = ("sources", *FOLDERS)
 # Megatron's: the format of the weights beside it.
 FORMAT_FILE = "metadata.json"
 FORMAT_KEYS = (
@@ -75,9 +84,9 @@ def save_description(
     tokenizer: Path | None,
     sources: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the tokenizer's files and `mimo.json` into `folder`, whole or not at all.
+    """Write the tokenizer's files, the codecs' and `mimo.json` into `folder`.
 
-    The second holds digests of the first, and of itself.
+    The last, whole or not at all, holds digests of the others, and of itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / TOKENIZER
@@ -90,11 +99,12 @@ def save_description(
             draft.replace(target)
         else:
             shutil.rmtree(draft)
+    copy_codecs(config, folder)
     description = {
         "format": FORMAT,
         "config": to_dict(config),
         "sources": dict(sources or {}),
-        TOKENIZER: file_digests(target) if target.is_dir() else {},
+        **{name: file_digests(folder / name) for name in FOLDERS if (folder / name).is_dir()},
     }
     file = folder / f".{FILE_NAME}.{os.getpid()}"
     file.write_text(sealed(description), encoding="utf-8")
@@ -127,6 +137,7 @@ def open_checkpoint(folder: Path, flag: str = "--ckpt", verify: bool = False) ->
     weights = latest_weights(folder, flag)
     if verify:
         check_small_files(weights, f"{flag} {folder}")
+    config = with_codec_folder(config, folder)
     return Checkpoint(folder, weights, config, saved.get("sources", {}), flag, verify)
 
 
@@ -152,9 +163,9 @@ def _read_description(folder: Path, flag: str, verify: bool) -> dict[str, Any]:
         raise ValueError(f"{flag} {folder}: {FILE_NAME} {error}; {COPY}") from None
     if verify and is_as_sealed is False:
         raise ValueError(f"{flag} {folder}: {FILE_NAME} {CHANGED}; {REMEDY}")
-    if verify and TOKENIZER in saved:
+    for name in FOLDERS if verify else ():
         try:
-            check_file_digests(folder / TOKENIZER, saved[TOKENIZER])
+            check_file_digests(folder / name, saved[name]) if name in saved else None
         except ValueError as error:
             raise ValueError(f"{flag} {folder}: {error}") from None
     if saved.get("format") != FORMAT:
@@ -208,7 +219,7 @@ def check_parts(
     fresh_parts: Collection[str],
 ) -> None:
     """ValueError, one line, when `config` has a part that the checkpoint lacks and is not fresh."""
-    for name in [name for name in config.modalities if name not in checkpoint_config.modalities]:
+    for name in [name for name in config.inputs if name not in checkpoint_config.inputs]:
         missing = [
             part for part in (f"{name}.encoder", f"{name}.projector") if part not in fresh_parts
         ]
@@ -222,6 +233,12 @@ def check_parts(
                 f"{flag} {folder}: this checkpoint has no {' and no '.join(missing)}; "
                 f"{remedy.get(flag, default)}"
             )
+    for name in config.outputs:
+        if name not in checkpoint_config.outputs and LANGUAGE not in fresh_parts:
+            raise ValueError(
+                f"{flag} {folder}: this checkpoint's vocabulary has no codes of {name}; export it "
+                "with convert.py to-hf, and import it with from-hf as this model"
+            )
 
 
 def paths_of_fresh(
@@ -229,7 +246,9 @@ def paths_of_fresh(
 ) -> tuple[str, ...]:
     """Prefixes of the field paths whose values may differ from the checkpoint's."""
     added = [name for name in config.modalities if name not in checkpoint_config.modalities]
-    paths = [part if part == "language" else f"modalities.{part}" for part in fresh_parts]
+    paths = [part if part == LANGUAGE else f"modalities.{part}" for part in fresh_parts]
+    if LANGUAGE in fresh_parts:  # and with it the rows of all codes
+        paths += [f"modalities.{name}.codec" for name in config.outputs]
     return tuple(f"{path}." for path in [*paths, *(f"modalities.{name}" for name in added)])
 
 
@@ -306,9 +325,14 @@ def _others(folder: Path) -> str:
     return f"the last one there is {name}; write {number} into it to load that"
 
 
-def to_dict(config: MimoConfig) -> dict[str, Any]:
-    """The config as JSON-ready values."""
-    return dataclasses.asdict(config)
+def to_dict(config: Any) -> Any:
+    """A config as JSON-ready values, without fields that say that they are not `saved`."""
+    if dataclasses.is_dataclass(config):
+        fields = (f for f in dataclasses.fields(config) if f.metadata.get("saved", True))
+        return {field.name: to_dict(getattr(config, field.name)) for field in fields}
+    if isinstance(config, dict):
+        return {name: to_dict(value) for name, value in config.items()}
+    return config
 
 
 def overlay(base: Any, values: Any, where: str = "config") -> Any:
@@ -319,10 +343,10 @@ def overlay(base: Any, values: Any, where: str = "config") -> Any:
     value that its field's type and bounds do not allow.
     """
     if dataclasses.is_dataclass(base) and not isinstance(base, type):
-        names = [f.name for f in dataclasses.fields(base)]
+        names = [f.name for f in dataclasses.fields(base) if f.metadata.get("saved", True)]
         if isinstance(values, dict):
             # A field that is younger than the checkpoint has its default, which means "as before".
-            defaults = {f.name: f.default for f in dataclasses.fields(base)}
+            defaults = {f.name: f.default for f in dataclasses.fields(base) if f.name in names}
             values = {n: d for n, d in defaults.items() if d is not dataclasses.MISSING} | values
         _same_keys(set(names), values, where)
         fields = {name: _field_value(base, name, values[name], f"{where}.{name}") for name in names}

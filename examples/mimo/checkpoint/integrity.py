@@ -83,10 +83,12 @@ def read_json(
 
 def file_digests(folder: Path) -> dict[str, str]:
     """The digest of every file in a folder of small files, by its path in the folder."""
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in sorted(_files(folder))
-    }
+    return {name: _file_digest(folder / name) for name in sorted(_files(folder))}
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_file_digests(folder: Path, expected: Mapping[str, str]) -> None:

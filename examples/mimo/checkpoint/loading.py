@@ -119,9 +119,9 @@ def check_size(checkpoint: Checkpoint) -> None:
     """
     config = checkpoint.config
     language = config.language
-    least = language.vocab_size * language.hidden_size
+    least = config.vocab_size * language.hidden_size
     least += 2 * language.num_layers * language.hidden_size * language.ffn_hidden_size
-    for name, modality in config.modalities.items():
+    for name, modality in config.inputs.items():
         encoder = modality.encoder
         if encoder.sequence_length * encoder.hidden_size > MAX_POSITIONS:
             raise ValueError(

@@ -50,7 +50,7 @@ from examples.mimo.configs.schema import LanguageConfig, MimoConfig
 from examples.mimo.model.layers import has_transformer_engine
 from examples.mimo.model.parts import check_freeze, part_names
 from examples.mimo.planner.pipeline import even_split, layout_flag
-from examples.mimo.training.inputs import check_schedule, check_shapes, starting_point
+from examples.mimo.training.inputs import check_schedule, check_shapes, starting_point, with_codecs
 from examples.mimo.training.layout import (
     check_encoder_layout,
     check_layout,
@@ -152,8 +152,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, MimoConfig
     check_shapes(args)
     if args.balance_stages:
         _split_evenly(args)
+    config = with_codecs(args, resolve(preset, args))
+    if config.outputs:  # of the whole table Megatron counts operations and memory
+        args.padded_vocab_size = config.vocab_size
     _validate(args)
-    return args, resolve(preset, args)
+    return args, config
 
 
 def balance_stages(args: argparse.Namespace, config: MimoConfig) -> None:
@@ -161,7 +164,7 @@ def balance_stages(args: argparse.Namespace, config: MimoConfig) -> None:
     if not args.balance_stages:
         return
     from examples.mimo.planner.pipeline import COUNTED_SAMPLES, balanced_split, workload
-    from examples.mimo.training.pretrain import first_batches
+    from examples.mimo.training.inputs import first_batches
 
     work = workload(config, first_batches(args, config, COUNTED_SAMPLES))
     split = balanced_split(config, run_shape(args), work)
@@ -343,10 +346,10 @@ def expand_fresh(args: argparse.Namespace, config: MimoConfig) -> list[str]:
     parts: dict[str, None] = {}
     for name in args.fresh:
         modality = [f"{name}.encoder", f"{name}.projector"]
-        named = modality if name in config.modalities else [name]
+        named = modality if name in config.inputs else [name]
         if named[0] not in known:
             raise ValueError(
-                f"--fresh {name}: {config.name} has the modalities {', '.join(config.modalities)} "
+                f"--fresh {name}: {config.name} has the modalities {', '.join(config.inputs)} "
                 f"and the parts {', '.join(known)}"
             )
         parts |= dict.fromkeys(named)

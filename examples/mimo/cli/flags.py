@@ -47,7 +47,7 @@ REFUSED_FLAGS = {
     "mock_data": "use --dataset-provider mock",
     "vocab_file": "use --tokenizer-model",
     "merge_file": "use --tokenizer-model",
-    "make_vocab_size_divisible_by": "use --vocab-size, the size of the embedding table",
+    "make_vocab_size_divisible_by": "use --vocab-size, the size of the text's vocabulary",
     "chat_template": "the chat template is in the model's config",
     "eod_mask_loss": "the end of an answer is always a target token",
     "reset_position_ids": "packed conversations attend to themselves alone",
@@ -196,7 +196,7 @@ NEEDS = (
             "--encoder-tensor-model-parallel-size",
             "--encoder-data-parallel-size",
         ),
-        lambda args, config: bool(config.modalities),
+        lambda args, config: bool(config.inputs),
         "the model has no encoders; drop the flag",
     ),
     Need(

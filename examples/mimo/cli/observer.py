@@ -376,7 +376,7 @@ class RunObserver:
         Last comes a number that depends on which samples the group read; None when it needs none.
         """
         group, counts, self.counts = mpu.get_data_parallel_group(), self.counts, BatchCounts()
-        names = sorted(self.config.modalities)
+        names = sorted(self.config.inputs)
         values = torch.tensor(
             [
                 counts.tokens,

@@ -36,6 +36,7 @@ from examples.mimo.planner.pipeline import (
     predicted_split,
     workload,
 )
+from examples.mimo.training import inputs
 from examples.mimo.training.inputs import fresh_parts, starting_point, tokenizer_path
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
@@ -44,7 +45,6 @@ from examples.mimo.training.layout import (
     rank_groups,
     run_shape,
 )
-from examples.mimo.training.pretrain import first_batches
 
 # A file that a checkpoint has before it is whole: weights, their index, positions in the data.
 # What an iteration's folder may hold before it is whole.
@@ -129,7 +129,7 @@ def describe_run(args: argparse.Namespace, config: MimoConfig, chunks: list[Stag
         *describe_fresh(args),
     ]
     if len(by_group) > 1 and args.rank == 0:
-        work = workload(config, first_batches(args, config, COUNTED_SAMPLES))
+        work = workload(config, inputs.first_batches(args, config, COUNTED_SAMPLES))
         split = predicted_split(config, run_shape(args), chunks[0].config, work)
         lines.append(f"pipeline: {describe_pipeline(split)}")
     return "\n".join(lines)

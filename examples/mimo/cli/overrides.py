@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import re
+import tempfile
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -71,7 +74,7 @@ def with_fields(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
 def with_token_ids(config: MimoConfig, assignments: Iterable[str]) -> MimoConfig:
     """`config` with other ids for placeholders: `<audio>,32002`."""
     modalities = dict(config.modalities)
-    names = {modality.placeholder: name for name, modality in modalities.items()}
+    names = {modality.placeholder: name for name, modality in config.inputs.items()}
     for assignment in assignments:
         placeholder, _, number = assignment.rpartition(",")
         if placeholder not in names or not number.isdigit():
@@ -96,12 +99,12 @@ def with_preprocessing(
 
     chosen = {assignment.partition("=")[0] for assignment in assignments}
     modalities = dict(config.modalities)
-    for name, modality in config.modalities.items():
+    for name, modality in config.inputs.items():
         part = f"{name}.encoder"
         source = checkpoint.sources.get(part, {})
-        if name not in checkpoint.config.modalities or "preprocessor" not in source:
+        if name not in checkpoint.config.inputs or "preprocessor" not in source:
             continue
-        imported: Any = checkpoint.config.modalities[name].encoder
+        imported: Any = checkpoint.config.inputs[name].encoder
         # Another encoder is refused elsewhere, with the fields that differ.
         if weight_fields(imported) == weight_fields(modality.encoder):
             where = f"{checkpoint.folder}: preprocessor of {part}"
@@ -110,7 +113,7 @@ def with_preprocessing(
             changes = {field: getattr(imported, field) for field in unchosen(fields, part, chosen)}
             encoder: Any = modality.encoder
             encoder = dataclasses.replace(encoder, **changes)
-            modalities[name] = dataclasses.replace(modality, encoder=encoder)
+            modalities[name] = dataclasses.replace(modalities[name], encoder=encoder)
     return dataclasses.replace(config, modalities=modalities)
 
 
@@ -124,7 +127,7 @@ def whisper_assignments(config: MimoConfig, name: str | None) -> list[str]:
     if size not in WHISPER_SIZES:
         known = ", ".join(f"openai/whisper-{size}" for size in WHISPER_SIZES)
         raise ValueError(f"--audio-encoder-model {name}: choose one of {known}")
-    encoders = [n for n, m in config.modalities.items() if isinstance(m.encoder, WhisperConfig)]
+    encoders = [n for n, m in config.inputs.items() if isinstance(m.encoder, WhisperConfig)]
     if not encoders:
         raise ValueError(f"--audio-encoder-model {name}: {config.name} has no Whisper encoder")
     fields = dict(zip(WHISPER_FIELDS, WHISPER_SIZES[size], strict=True))
@@ -237,7 +240,8 @@ def inference_parser() -> argparse.ArgumentParser:
         epilog="Each modality of the checkpoint has a flag for its files, --NAME-path: "
         "--image-path FILE and --audio-path FILE for the models of this package. Repeat it for "
         "several files; in the prompt, <image> and <audio> say where they go (else in front). "
-        "--audio-overflow truncate cuts a recording that is too long.",
+        "--audio-overflow truncate cuts a recording that is too long. What else "
+        "than text it puts out has a flag too, --NAME-out FILE, and is written there.",
     )
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="what train.py --save wrote")
@@ -286,20 +290,34 @@ def add_integrity_flag(parser: argparse.ArgumentParser, flag: str = "--ckpt") ->
 
 
 def add_modality_flags(parser: argparse.ArgumentParser, config: MimoConfig) -> None:
-    """Add --NAME-path, and a flag for each encoder field that may change when answering."""
-    for modality in config.modalities.values():
+    """Add --NAME-path, --NAME-out, and one for each encoder field that may change in answering."""
+    for modality in config.inputs.values():
         flag = _flag(modality.singular)
         parser.add_argument(f"{flag}-path", type=Path, action="append", default=[], metavar="FILE")
         for field in _changeable_fields(modality.encoder):
             parser.add_argument(
                 flag + _flag(field.name).removeprefix("-"), choices=field.metadata["choices"]
             )
+    for output in config.outputs.values():
+        parser.add_argument(f"{_flag(output.singular)}-out", type=Path, metavar="FILE")
+
+
+def parse_with_modalities(
+    parser: argparse.ArgumentParser, config: MimoConfig
+) -> argparse.Namespace:
+    """The command line, with the flags of this model's modalities."""
+    add_modality_flags(parser, config)
+    for word in parser.parse_known_args()[1]:
+        if re.fullmatch(r"--[\w-]+-out(=.*)?", word):
+            known = ", ".join(["text", *config.outputs])
+            raise ValueError(f"{word.split('=')[0]}: {config.name} puts out {known}")
+    return parser.parse_args()
 
 
 def with_modality_flags(config: MimoConfig, args: argparse.Namespace) -> MimoConfig:
     """The config with the encoder fields that flags change."""
-    modalities = {}
-    for name, modality in config.modalities.items():
+    modalities = dict(config.modalities)
+    for name, modality in config.inputs.items():
         changes = {}
         for field in _changeable_fields(modality.encoder):
             value = getattr(args, f"{modality.singular}_{field.name}")
@@ -307,13 +325,49 @@ def with_modality_flags(config: MimoConfig, args: argparse.Namespace) -> MimoCon
                 changes[field.name] = value
         encoder: Any = modality.encoder
         encoder = dataclasses.replace(encoder, **changes)
-        modalities[name] = dataclasses.replace(modality, encoder=encoder)
+        modalities[name] = dataclasses.replace(modalities[name], encoder=encoder)
     return dataclasses.replace(config, modalities=modalities)
 
 
 def media_paths(config: MimoConfig, args: argparse.Namespace) -> dict[str, list[Path]]:
     """The files that the flags name, by modality."""
-    return {n: getattr(args, f"{m.singular}_path") for n, m in config.modalities.items()}
+    return {n: getattr(args, f"{m.singular}_path") for n, m in config.inputs.items()}
+
+
+def output_paths(config: MimoConfig, args: argparse.Namespace) -> dict[str, Path]:
+    """Where the flags want outputs, by modality."""
+    paths = {name: getattr(args, f"{o.singular}_out") for name, o in config.outputs.items()}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def check_output_paths(config: MimoConfig, args: argparse.Namespace) -> None:
+    """ValueError, one line, where an output could not be written once there is an answer."""
+    from examples.mimo.data.turns import errors_named
+
+    paths = output_paths(config, args)
+    for name, path in paths.items():
+        flag = f"{_flag(config.outputs[name].singular)}-out"
+        if args.input:
+            raise ValueError(f"{flag} does not go with --input: files go to {args.output}.files")
+        if args.interactive:
+            if not path.is_dir():
+                raise ValueError(f"{flag} {path}: no such folder, which --interactive needs")
+        elif path.is_dir():
+            raise ValueError(f"{flag} {path}: this is a folder; name a file")
+        elif not path.absolute().parent.is_dir():
+            raise ValueError(f"{flag} {path}: its folder does not exist")
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise ValueError(f"{flag} {path}: it cannot be written; name another place")
+        if list(paths.values()).count(path) > 1 and not args.interactive:
+            raise ValueError(f"{flag} {path}: another flag names this file too")
+        # The smallest output there is shows whether the codec can write such a file.
+        codec = config.outputs[name].codec
+        codes = [codec.allowed(position).start for position in range(codec.unit)]
+        with tempfile.TemporaryDirectory() as folder:
+            file = path.name if not args.interactive else f"output{(codec.suffixes or ('',))[0]}"
+            trial = Path(folder) / file
+            with errors_named(f"{flag} {path}", drop=f"{trial}: "):
+                codec.save(codec.decode(codes), trial)
 
 
 def _flag(name: str) -> str:
@@ -339,7 +393,7 @@ def check_flags(args: argparse.Namespace, config: MimoConfig) -> str:
         raise ValueError("--input and --output go together: questions and answers, as JSON lines")
     mode = "--input" if args.input else "--interactive" if args.interactive else ""
     paths = media_paths(config, args)
-    others = [f"{_flag(config.modalities[name].singular)}-path" for name in paths if paths[name]]
+    others = [f"{_flag(config.inputs[name].singular)}-path" for name in paths if paths[name]]
     others += [f"--{name}" for name in ("prompt", "json", "stream") if getattr(args, name)]
     if mode and others:
         raise ValueError(f"{others[0]} does not go with {mode}")
@@ -349,22 +403,32 @@ def check_flags(args: argparse.Namespace, config: MimoConfig) -> str:
         raise ValueError("--stream shows the text of one answer; leave out --json and --samples")
     if args.logprobs and not (args.json or args.input):
         raise ValueError("--logprobs needs --json or --input")
+    check_output_paths(config, args)
     prompt = config.prompt if args.prompt is None else args.prompt
     if not mode and not prompt.strip() and not any(paths.values()):
         raise ValueError("nothing to answer: give --prompt or a file")
     return prompt
 
 
-def options_from_flags(args: argparse.Namespace) -> Options:
-    """The sampling options; ValueError that names the flag."""
+def options_from_flags(args: argparse.Namespace, config: MimoConfig) -> Options:
+    """How to answer; ValueError that names the flag.
+
+    An answer to --prompt holds the outputs that a file is named for, others all that there are.
+    """
     # Imports torch, which --help does without.
     from examples.mimo.generation.sampling import Options, Sampling
 
     try:
         fields = (field.name for field in dataclasses.fields(Sampling))
         sampling = Sampling(**{name: getattr(args, name) for name in fields})
+        is_single = not (args.input or args.interactive)
         return Options(
-            args.max_new_tokens, sampling, tuple(args.stop), args.logprobs, args.logprobs
+            args.max_new_tokens,
+            sampling,
+            tuple(args.stop),
+            args.logprobs,
+            args.logprobs,
+            outputs=tuple(output_paths(config, args)) if is_single else None,
         )
     except ValueError as error:
         name, _, rest = str(error).partition(" ")

@@ -1,13 +1,18 @@
-"""Model registry: `--model-provider` names, and the functions that return their configs."""
+"""Model registry, `--model-provider` names and what returns their configs; the codecs' files."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import shutil
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from examples.mimo.configs.schema import MimoConfig
+
+if TYPE_CHECKING:
+    from examples.mimo.modalities.base import CodecConfig
 
 MODEL_PROVIDERS = {
     "tiny_avlm": "examples.mimo.configs.tiny_avlm",
@@ -81,3 +86,61 @@ def _one_line(error: Exception) -> str:
     """The error's first line, with its type unless that is this package's own ValueError."""
     text = next(iter(str(error).splitlines()), "")
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+# In a data folder or a checkpoint, codecs/MODALITY/FILE; a codec is small beside a model.
+CODECS = "codecs"
+MAX_CODEC_BYTES = 2 * 2**30
+
+
+def with_codec_folder(config: MimoConfig, root: Path) -> MimoConfig:
+    """`config` with codecs that have their files in the data folder or checkpoint `root`."""
+    modalities = dict(config.modalities)
+    for name, output in config.outputs.items():
+        codec = replace(output.codec, folder=str(root / CODECS / name))
+        modalities[name] = replace(modalities[name], codec=codec)
+    return replace(config, modalities=modalities)
+
+
+def check_codecs(config: MimoConfig) -> None:
+    """ValueError, one line, unless every codec has its files where its config says."""
+    for name, output in config.outputs.items():
+        for file in output.codec.files:
+            _checked_file(name, output.codec, file)
+
+
+def _checked_file(name: str, codec: CodecConfig, file: str) -> Path:
+    path = Path(codec.folder) / file
+    if not codec.folder or not path.is_file():
+        where = path if codec.folder else file
+        raise ValueError(f"{where}: no such file, but {name} need it; {codec.origin}")
+    # It is copied with the model, and a link in a stranger's data may lead anywhere.
+    if not path.resolve().is_relative_to(Path(codec.folder).parent.parent.resolve()):
+        raise ValueError(f"{path}: a link that leads out of its folder; put the file itself there")
+    if (size := path.stat().st_size) > MAX_CODEC_BYTES:
+        raise ValueError(f"{path}: {size:,} bytes, more than {MAX_CODEC_BYTES:,}")
+    return path
+
+
+def holds_codecs(config: MimoConfig, root: Path) -> bool:
+    """Whether every file of every codec is in the data folder or checkpoint `root`."""
+    try:
+        check_codecs(with_codec_folder(config, root))
+    except ValueError:
+        return False
+    return True
+
+
+def copy_codecs(config: MimoConfig, root: Path) -> None:
+    """Put the codecs' files, those that are there, into the data folder or checkpoint `root`."""
+    for name, output in config.outputs.items():
+        folder = root / CODECS / name
+        for file in output.codec.files:
+            source, target = Path(output.codec.folder) / file, folder / file
+            if not source.is_file() or source.resolve() == target.resolve():
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            # Under its name only when whole: another process may read the one before.
+            draft = folder / f".{file}"
+            shutil.copyfile(_checked_file(name, output.codec, file), draft)
+            draft.replace(target)

@@ -1,34 +1,47 @@
 """Model configs: dataclasses that describe a whole model, without importing Megatron.
 
-A `MimoConfig` holds a language model and a dict of modalities. A modality is an encoder, a
-projector (see `modalities/base.py` for both) and the placeholder that stands for it in text.
-A variant is a function that derives from another config with `dataclasses.replace`.
+A `MimoConfig` holds a language model and a dict of modalities. What the model takes in has an
+encoder and a projector, what it puts out a codec (see `modalities/base.py` for all three); a
+placeholder stands for either in text. A variant is a function that derives from another config
+with `dataclasses.replace`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from examples.mimo.modalities.values import bounds, check, check_divisible
+from examples.mimo.modalities.values import (
+    bounds,
+    check,
+    check_divisible,
+    check_modalities,
+)
 
 if TYPE_CHECKING:
-    from examples.mimo.modalities.base import EncoderConfig, ProjectorConfig
+    import torch
 
-# Names that mean something else where modalities are told apart by name: a part of the model,
-# Megatron's word for the text embeddings, and the fields of a data record.
-RESERVED_NAMES = ("language", "text", "key", "conversations", "messages")
+    from examples.mimo.modalities.base import CodecConfig, EncoderConfig, ProjectorConfig
+    from examples.mimo.modalities.files import Source
 
 # Metadata of fields that two runs of one model may choose differently: no weight depends on them.
 FREE = {"shapes_weights": False}
+
+# With codes in it a vocabulary is a multiple of this, which tensor-parallel sizes divide.
+VOCABULARY_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
     """A Llama-shaped GPT: RMSNorm, rotary positions, SwiGLU, grouped queries, no biases.
 
-    `vocab_size` is the size of the embedding table; it must be divisible by the
-    tensor-parallel size. `head_dim` is hidden_size / num_attention_heads when None.
+    `vocab_size` is the size of the text's vocabulary, and of the embedding table unless the model
+    has outputs; it must be divisible by the tensor-parallel size. `head_dim` is hidden_size /
+    num_attention_heads when None.
     `rope_scaling_factor` stretches rotary positions as Llama 3 does, from 8,192 positions.
     `qkv_bias` and `qk_norm` are what Qwen2 and Qwen3 add.
     """
@@ -72,16 +85,22 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class ModalityConfig:
-    """One kind of input; `singular` names it in flags (`--image-path`) and messages."""
+    """One kind of input or output; `singular` names it in flags (`--image-path`) and messages.
+
+    With an encoder and a projector users show it to the model: the placeholder in their text
+    becomes a run of `token_id`, one for each embedding. With a codec the model answers with it: the
+    placeholder in an answer becomes codes. It may have both.
+    """
 
     singular: str
     placeholder: str
-    token_id: int = field(metadata=bounds(0, 2**24))
-    encoder: EncoderConfig
-    projector: ProjectorConfig
+    token_id: int | None = field(default=None, metadata=bounds(0, 2**24))
+    encoder: EncoderConfig | None = None
+    projector: ProjectorConfig | None = None
+    codec: CodecConfig | None = None
 
     def __post_init__(self) -> None:
-        for values in (self, self.encoder, self.projector):
+        for values in filter(None, (self, self.encoder, self.projector, self.codec)):
             check(values)
         if not self.singular.isidentifier():
             raise ValueError(
@@ -90,6 +109,75 @@ class ModalityConfig:
             )
         if not self.placeholder.strip():
             raise ValueError(f"{self.singular}: the placeholder is empty; write <{self.singular}>")
+        is_given = [part is not None for part in (self.encoder, self.projector, self.token_id)]
+        if any(is_given) != all(is_given) or not (self.encoder or self.codec):
+            raise ValueError(
+                f"{self.singular}: an input needs encoder, projector and token_id, an output a "
+                "codec; give a modality one of the two or both"
+            )
+
+
+@dataclass(frozen=True)
+class InputModality:
+    """The side of a modality that the model takes in."""
+
+    singular: str
+    placeholder: str
+    token_id: int
+    encoder: EncoderConfig
+    projector: ProjectorConfig
+
+    def tokens_of(self, inputs: dict[str, torch.Tensor]) -> list[int]:
+        """The placeholders of an item that became these encoder inputs."""
+        return [self.token_id] * self.encoder.num_tokens(inputs)
+
+
+@dataclass(frozen=True)
+class OutputModality:
+    """The side of a modality that the model puts out: a range of token ids.
+
+    An output is the token `begin_id`, codes, of which code 0 is the token `first_id`, and `end_id`.
+    """
+
+    singular: str
+    placeholder: str
+    codec: CodecConfig
+    begin_id: int
+    encoder: EncoderConfig | None = None
+
+    @property
+    def end_id(self) -> int:
+        """The token behind the codes."""
+        return self.begin_id + 1
+
+    @property
+    def first_id(self) -> int:
+        """The token of code 0."""
+        return self.begin_id + 2
+
+    @property
+    def ids(self) -> range:
+        """Markers and codes."""
+        return range(self.begin_id, self.first_id + self.codec.num_codes)
+
+    def read(self, source: Source) -> Any:
+        """A decoded file, as the codec takes it."""
+        return (self.encoder or self.codec).read(source)
+
+    def tokens_of(self, source: Source) -> list[int]:
+        """The tokens of an output that is in a file; ValueError, one line, if there are none."""
+        # Loads torch, which a config does without.
+        from examples.mimo.modalities.base import CodedItem
+
+        if isinstance(source, CodedItem):
+            return self.tokens(source.codes)
+        return self.tokens(self.codec.encode(self.read(source)))
+
+    def tokens(self, codes: Sequence[int]) -> list[int]:
+        """Codes between their markers; ValueError, one line, for codes that are no output."""
+        codes = list(map(operator.index, codes))
+        self.codec.check_codes(codes)
+        return [self.begin_id, *(self.first_id + code for code in codes), self.end_id]
 
 
 @dataclass(frozen=True)
@@ -145,30 +233,39 @@ class MimoConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        for name, modality in self.modalities.items():
-            if not name.isidentifier() or name in RESERVED_NAMES:
-                raise ValueError(
-                    f"{self.name}: a modality cannot be called {name!r}; use letters, digits and "
-                    f"underscores, and none of {', '.join(RESERVED_NAMES)}"
-                )
-            if not 0 <= modality.token_id < self.language.vocab_size:
-                raise ValueError(
-                    f"{self.name}: token id {modality.token_id} of {name} is outside the "
-                    f"vocabulary of {self.language.vocab_size}"
-                )
-            for other, item in self.modalities.items():
-                if item.placeholder != modality.placeholder in item.placeholder:
-                    raise ValueError(
-                        f"{self.name}: {name}'s placeholder {modality.placeholder} is a part of "
-                        f"{other}'s {item.placeholder}; choose another"
-                    )
-        for attribute in ("token_id", "placeholder", "singular"):
-            owners: dict[Any, str] = {}
-            for name, modality in self.modalities.items():
-                value = getattr(modality, attribute)
-                if value in owners:
-                    same = f"{attribute.replace('_', ' ')} {value}"
-                    raise ValueError(
-                        f"{self.name}: {name} and {owners[value]} share {same}; give each its own"
-                    )
-                owners[value] = name
+        check_modalities(self.name, self.modalities, self.language.vocab_size)
+        check(self.built_language)  # with all codes in it
+
+    @cached_property
+    def inputs(self) -> dict[str, InputModality]:
+        """What the model takes: the modalities with an encoder."""
+        return {
+            name: InputModality(m.singular, m.placeholder, m.token_id, m.encoder, m.projector)
+            for name, m in self.modalities.items()
+            if m.encoder and m.projector and m.token_id is not None
+        }
+
+    @cached_property
+    def outputs(self) -> dict[str, OutputModality]:
+        """What the model puts out: the modalities with a codec, their ids behind the text's."""
+        outputs: dict[str, OutputModality] = {}
+        begin_id = self.language.vocab_size
+        for name, m in self.modalities.items():
+            if m.codec:
+                output = OutputModality(m.singular, m.placeholder, m.codec, begin_id, m.encoder)
+                outputs[name], begin_id = output, output.ids.stop
+        return outputs
+
+    @cached_property
+    def built_language(self) -> LanguageConfig:
+        """The language model as it is built: its vocabulary is the text's tokens and all codes."""
+        if not self.outputs:
+            return self.language
+        end = max(output.ids.stop for output in self.outputs.values())
+        rounded = -(-end // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return dataclasses.replace(self.language, vocab_size=rounded)
+
+    @property
+    def vocab_size(self) -> int:
+        """The size of the embedding table."""
+        return self.built_language.vocab_size

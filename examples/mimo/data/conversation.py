@@ -1,24 +1,28 @@
 """Turns conversations with media into samples: token ids, labels, loss mask, encoder inputs.
 
 `SampleEncoder.encode` is the only path: training, evaluation and inference all call it. A
-conversation is cut into pieces: the template's text, what people said, and media items. Labels come
-from the pieces; nothing searches for an answer in the ids. Only the template and the pieces make
-control tokens and placeholders: what a person typed never does.
+conversation is cut into pieces: the template's text, what people said, media that the model is
+shown, and outputs that it answers with. What it is shown becomes placeholders and encoder inputs;
+an output becomes the codes of its codec, which are tokens as words are, and targets as an answer's
+words are. Labels come from the pieces; nothing searches for an answer in the ids. Only the template
+and the pieces make control tokens, placeholders and codes: what a person typed never does.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 import torch
 
+from examples.mimo.configs import check_codecs
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.tokenizer import Tokenizer, free_id_hint, is_ordinary_token
+from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.data.turns import (
     ASSISTANT,
     SYSTEM,
@@ -26,12 +30,15 @@ from examples.mimo.data.turns import (
     MediaPlace,
     TextEncoder,
     Turn,
+    check_tokenizer,
     conversation_of,
     errors_named,
     find_media,
+    output_places,
     parse_turns,
     with_leading_places,
 )
+from examples.mimo.modalities.files import Source
 
 EncoderInputs = dict[str, torch.Tensor]
 
@@ -47,10 +54,11 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class MediaPiece:
-    """The place of the `index`-th item of a modality."""
+    """The place of the `index`-th item of a modality, of those that are shown or that are said."""
 
     modality: str
     index: int
+    is_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class EndPiece:
 
 
 Piece = TextPiece | MediaPiece | EndPiece
+# Modality and whether it is an output -> the tokens of each item: placeholders, or codes.
+ItemTokens = Mapping[tuple[str, bool], Sequence[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -91,14 +101,15 @@ class Sample:
     """One conversation, ready for `collate`.
 
     `media[modality]` holds the encoder inputs of each item, `sources[modality]` the names of the
-    files they came from. `skipped` are samples that could not be read and that this one stands
-    in for.
+    files they came from, `outputs[modality]` of those that answers consist of. `skipped` are
+    samples that could not be read and that this one stands in for.
     """
 
     key: str
     tokens: TokenSequence
     media: dict[str, list[EncoderInputs]]
     sources: dict[str, list[str]]
+    outputs: dict[str, list[str]] = field(default_factory=dict)
     skipped: tuple[BadSample, ...] = ()
 
 
@@ -109,7 +120,8 @@ class SampleEncoder:
     `seq_length` is the most tokens of a sample. `augment` varies the media where `encode` is given
     a generator; `blank` names modalities whose content is wiped out, to measure how much the model
     uses it. Records that are `answered` end with a question: files that have no place go in front
-    of it, and earlier answers may be empty. ValueError for a tokenizer that does not fit the model.
+    of it, and earlier answers may be empty. ValueError for a tokenizer that does not fit the model,
+    and for a codec without its files.
     """
 
     config: MimoConfig
@@ -120,28 +132,8 @@ class SampleEncoder:
     answered: bool = False
 
     def __post_init__(self) -> None:
-        name, size = self.config.name, self.config.language.vocab_size
-        if self.tokenizer.size > size:
-            raise ValueError(
-                f"the tokenizer has {self.tokenizer.size} tokens, but {name}'s vocabulary holds "
-                f"{size}; use the tokenizer the data was prepared with"
-            )
-        # An item's token id must never come out of text: `tokenise` drops it there, since it would
-        # ask for an item, so an ordinary word in its place would vanish from what people write.
-        taken = {modality.token_id for modality in self.config.modalities.values()}
-        for modality in self.config.modalities.values():
-            token_id, placeholder = modality.token_id, modality.placeholder
-            if token_id in (self.tokenizer.bos_id, self.tokenizer.eos_id):
-                meaning = "the token that begins or ends a text"
-            elif is_ordinary_token(self.tokenizer, token_id, placeholder):
-                meaning = f"the ordinary token {self.tokenizer.decode([token_id])!r}"
-            else:
-                continue
-            raise ValueError(
-                f"{name}: token id {token_id} of {placeholder} is {meaning} in this tokenizer; "
-                f"choose an unused id{free_id_hint(self.tokenizer, taken)} in the config or with "
-                f"--hf-assign-unused-tokens {placeholder},ID, or the tokenizer of the model"
-            )
+        check_codecs(self.config)
+        check_tokenizer(self.tokenizer, self.config)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -171,43 +163,55 @@ class SampleEncoder:
             sources = find_media(turns, record, self.config, find_file)
 
         media: dict[str, list[EncoderInputs]] = {}
-        num_tokens: dict[str, list[int]] = {}
+        # Of what is shown to the model (False), and of what it says.
+        names: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}
+        tokens: defaultdict[tuple[str, bool], list[list[int]]] = defaultdict(list)
         for modality, files in sources.items():
-            encoder = self.config.modalities[modality].encoder
-            for file in files:
+            for file, is_output in zip(files, output_places(turns, modality), strict=True):
                 with errors_named(f"{where}, {file}, {modality}", drop=f"{file}: "):
-                    raw = encoder.read(file)
-                    if modality in self.blank:
-                        raw = encoder.blank(raw)
-                    if self.augment and generator is not None:
-                        raw = encoder.augment(raw, generator)
-                    inputs = encoder.preprocess(raw)
-                    media.setdefault(modality, []).append(inputs)
-                    num_tokens.setdefault(modality, []).append(encoder.num_tokens(inputs))
+                    if is_output:
+                        run = self.config.outputs[modality].tokens_of(file)
+                    else:
+                        inputs = self._encoder_inputs(modality, file, generator)
+                        media.setdefault(modality, []).append(inputs)
+                        run = self.config.inputs[modality].tokens_of(inputs)
+                tokens[modality, is_output].append(run)
+                names[is_output].setdefault(modality, []).append(str(file))
                 # After each item, so that no more are decoded than could fit.
-                self._check_length(sum(map(sum, num_tokens.values())), num_tokens, where)
+                self._check_length(sum(map(len, chain(*tokens.values()))), tokens, where)
 
         with errors_named(where):
             pieces = to_pieces(turns, self.config)
-            tokens = tokenise(pieces, num_tokens, self.config, self.text_encoder)
-        self._check_length(len(tokens.ids), num_tokens, where)
-        names = {modality: [str(file) for file in sources[modality]] for modality in media}
-        return Sample(name if key is None else str(key), tokens, media, names)
+            sequence = tokenise(pieces, tokens, self.config, self.text_encoder)
+        self._check_length(len(sequence.ids), tokens, where)
+        key = name if key is None else str(key)
+        return Sample(key, sequence, media, names[False], names[True])
 
-    def _check_length(
-        self, length: int, num_tokens: Mapping[str, Sequence[int]], where: str
-    ) -> None:
+    def _encoder_inputs(
+        self, modality: str, file: Source, generator: np.random.Generator | None
+    ) -> EncoderInputs:
+        encoder = self.config.inputs[modality].encoder
+        raw = encoder.read(file)
+        if modality in self.blank:
+            raw = encoder.blank(raw)
+        if self.augment and generator is not None:
+            raw = encoder.augment(raw, generator)
+        return encoder.preprocess(raw)
+
+    def _check_length(self, length: int, tokens: ItemTokens, where: str) -> None:
         if length > self.seq_length:
-            spent = ", ".join(f"{sum(n)} for {name}" for name, n in num_tokens.items())
+            counts = [f"{sum(map(len, runs))} for {name}" for (name, _), runs in tokens.items()]
             raise ValueError(
-                f"{where}: {length} tokens ({spent or 'all text'}) do not fit a sequence of "
-                f"{self.seq_length}; shorten the conversation, or train with a longer --seq-length"
+                f"{where}: {length} tokens ({', '.join(counts) or 'all text'}) do not fit a "
+                f"sequence of {self.seq_length}; shorten the conversation, or train with a longer "
+                "--seq-length"
             )
 
 
 def to_pieces(turns: Sequence[Turn], config: MimoConfig) -> list[Piece]:
     """The turns in the config's chat template; after a question, with what begins an answer."""
-    chat, counts = config.chat, dict.fromkeys(config.modalities, 0)
+    chat = config.chat
+    counts: Counter[tuple[str, bool]] = Counter()
     pieces: list[Piece] = []
 
     def add(text: str, has_loss: bool = False, is_template: bool = True) -> None:
@@ -225,8 +229,9 @@ def to_pieces(turns: Sequence[Turn], config: MimoConfig) -> list[Piece]:
         add(before, is_answer)
         for part in turn.parts:
             if isinstance(part, MediaPlace):
-                pieces.append(MediaPiece(part.modality, counts[part.modality]))
-                counts[part.modality] += 1
+                item = part.modality, part.is_output
+                pieces.append(MediaPiece(part.modality, counts[item], part.is_output))
+                counts[item] += 1
             else:
                 add(part, is_answer, is_template=False)
         add(after, is_answer)
@@ -238,12 +243,9 @@ def to_pieces(turns: Sequence[Turn], config: MimoConfig) -> list[Piece]:
 
 
 def tokenise(
-    pieces: Sequence[Piece],
-    num_tokens: Mapping[str, Sequence[int]],
-    config: MimoConfig,
-    encoder: TextEncoder,
+    pieces: Sequence[Piece], tokens: ItemTokens, config: MimoConfig, encoder: TextEncoder
 ) -> TokenSequence:
-    """The tokens of a conversation; `num_tokens[modality][i]` is what item i takes.
+    """The tokens of a conversation whose media take `tokens`.
 
     An answer ends with the end-of-text token, which is a target too. The last token has no
     successor, so its label is 0 without loss.
@@ -254,7 +256,7 @@ def tokenise(
     goes_on = False
     # Text between two tokens is encoded as a whole, whoever wrote it, as words may cross the seam.
     # An answer is encoded apart from its question, which is all that the model will be given.
-    runs = _runs(pieces, num_tokens, config, encoder)
+    runs = _runs(pieces, tokens, encoder)
     for (is_text, has_loss), run in groupby(runs, key=lambda r: (isinstance(r[0], str), r[1])):
         parts = [part for part, _ in run]
         if is_text:
@@ -268,16 +270,12 @@ def tokenise(
 
 
 def _runs(
-    pieces: Sequence[Piece],
-    num_tokens: Mapping[str, Sequence[int]],
-    config: MimoConfig,
-    encoder: TextEncoder,
+    pieces: Sequence[Piece], tokens: ItemTokens, encoder: TextEncoder
 ) -> Iterator[tuple[Any, bool]]:
     """Plain text, or the ids of control tokens and media, each with whether it carries loss."""
     for piece in pieces:
         if isinstance(piece, MediaPiece):
-            token_id = config.modalities[piece.modality].token_id
-            yield [token_id] * num_tokens[piece.modality][piece.index], False
+            yield tokens[piece.modality, piece.is_output][piece.index], piece.is_output
         elif isinstance(piece, EndPiece):
             yield [encoder.tokenizer.eos_id], True
         elif piece.is_template:

@@ -1,4 +1,4 @@
-"""Datasets: conversations from a folder, and mock conversations without files.
+"""Conversations from a folder.
 
 Sample `i` is a function of `i` and the seed alone, so a run resumes at any sample.
 """
@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import BadSample, Sample, SampleEncoder, TokenSequence
+from examples.mimo.data.conversation import BadSample, Sample, SampleEncoder
 from examples.mimo.data.turns import FilesInside, errors_named, refuse_other_modalities
 from examples.mimo.modalities.files import json_lines
 
@@ -97,49 +96,3 @@ class ConversationDataset(torch.utils.data.Dataset[Sample]):
             order = np.random.default_rng([self.seed, epoch, 1])  # 1: no sample's seed
             self._epoch, self._order = epoch, order.permutation(len(self.records))
         return int(self._order[(position + offset) % len(self.records)])
-
-
-class MockDataset(torch.utils.data.Dataset[Sample]):
-    """Random conversations of any size without files.
-
-    A sample holds zero, one or two items of each modality as far as they fit, at random positions
-    in random text; the second half of its text carries loss.
-    """
-
-    def __init__(self, config: MimoConfig, seq_length: int, num_samples: int, seed: int) -> None:
-        self.config = config
-        self.seq_length = seq_length
-        self.num_samples = num_samples
-        self.seed = seed
-        special = {m.token_id for m in config.modalities.values()}
-        self.words = [i for i in range(1, config.language.vocab_size) if i not in special]
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> Sample:
-        numbers = np.random.default_rng([self.seed, index, 2])
-        noise = torch.Generator().manual_seed(int(numbers.integers(2**62)))
-        length = int(numbers.integers(self.seq_length // 2, self.seq_length + 1))
-        media: dict[str, list[dict[str, torch.Tensor]]] = {}
-        spans: list[list[int]] = []
-        room = length // 2  # for media; the other half is text
-        for name, modality in self.config.modalities.items():
-            for _ in range(numbers.integers(3)):
-                item = modality.encoder.mock_inputs(noise)
-                count = modality.encoder.num_tokens(item)
-                if count <= room:
-                    room -= count
-                    media.setdefault(name, []).append(item)
-                    spans.append([modality.token_id] * count)
-        text = numbers.choice(self.words, length - sum(map(len, spans))).tolist()
-        question = len(text) // 2
-        cuts = sorted(numbers.integers(0, question + 1, len(spans)).tolist())
-        ids: list[int] = []
-        for start, stop, span in zip([0, *cuts], [*cuts, question], [*spans, []], strict=True):
-            ids += text[start:stop] + span
-        is_target = [0] * len(ids) + [1] * (len(text) - question)
-        ids += text[question:]
-        tokens = TokenSequence(ids, [*ids[1:], 0], [*is_target[1:], 0])
-        sources = {name: ["mock"] * len(items) for name, items in media.items()}
-        return Sample(f"mock-{index}", tokens, media, sources)

@@ -388,7 +388,7 @@ def train_tokenizer(
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     size = config.language.vocab_size if vocab_size is None else vocab_size
-    placeholders = {m.placeholder: m.token_id for m in config.modalities.values()}
+    placeholders = {m.placeholder: m.token_id for m in config.inputs.values()}
     _check_vocab_size(size, placeholders, config)
     model = io.BytesIO()
     try:

@@ -1,7 +1,8 @@
 """Conversations as the world writes them: turns of text with places of media, and the files there.
 
 A turn is `{"from": "human", "value": ...}` or `{"role": "user", "content": ...}`. What it says is
-- a string, in which a user's placeholders, such as `<image>`, are places of media;
+- a string, in which a user's placeholders, such as `<image>`, are places of media, and an answer's
+  those of what the model puts out, such as `<speech>`;
 - or a list of parts, `{"type": "text", "text": ...}` and `{"type": "image"}`. Their text is taken
   as it is: there `<image>` is a word. A place may name its file, `{"type": "image", "image": F}`;
   the others take the files of the record, `"images": [F, ...]`, in order.
@@ -18,8 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.tokenizer import RESERVED, Tokenizer
+from examples.mimo.configs.schema import MimoConfig, ModalityConfig
+from examples.mimo.data.tokenizer import RESERVED, Tokenizer, free_id_hint, is_ordinary_token
 from examples.mimo.modalities.files import Blob, Source
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -43,10 +44,14 @@ FindFile = Callable[[str], Source]
 
 @dataclass(frozen=True)
 class MediaPlace:
-    """Where an item of a modality goes; `file` is its own, else it is the record's next one."""
+    """Where an item of a modality goes; `file` is its own, else it is the record's next one.
+
+    In an answer it `is_output`: the model is trained to say it.
+    """
 
     modality: str
     file: str | Source | None = None
+    is_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,21 @@ def conversation_of(record: Mapping[str, Any]) -> Any:
     return first_of(record, "conversations", "messages")
 
 
-def without_last_answer(conversation: Any, config: MimoConfig) -> tuple[Any, str | None]:
-    """The turns that a model is to answer, and the answer that they end with, or None."""
-    last = conversation[-1] if isinstance(conversation, list) and conversation else None
+def without_last_answer(
+    record: Mapping[str, Any], config: MimoConfig
+) -> tuple[dict[str, Any], str | None]:
+    """The record that a model is to answer, and the text of the answer it ends with, or None."""
+    turns = conversation_of(record)
+    last = turns[-1] if isinstance(turns, list) and turns else None
     if not isinstance(last, Mapping) or _role(last) != ASSISTANT:
-        return conversation, None
+        return {**record, "conversations": turns}, None
     (answer,) = parse_turns([last], config)
-    return conversation[:-1], answer.text
+    # The files of its places are the last ones that the record lists.
+    without = {**record, "conversations": turns[:-1]}
+    for place in answer.places:
+        if place.file is None and isinstance(files := without.get(place.modality), list):
+            without[place.modality] = files[:-1]
+    return without, answer.text
 
 
 def files_of_parts(conversation: object) -> list[str]:
@@ -91,18 +104,6 @@ def files_of_parts(conversation: object) -> list[str]:
     turns = conversation if isinstance(conversation, list) else []
     files = [_file_of(part) for turn in turns for part in _places(turn)]
     return [file for file in files if isinstance(file, str)]
-
-
-def without_files(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns that parse, without the files that their parts name; the places stay."""
-    bare = []
-    for turn in conversation:
-        name = "content" if turn.get("value") is None else "value"
-        content = turn.get(name)
-        if isinstance(content, list):
-            content = [p if p["type"] == "text" else {"type": p["type"]} for p in content]
-        bare.append({**turn, name: content})
-    return bare
 
 
 def _places(turn: object) -> list[Mapping[str, Any]]:
@@ -157,15 +158,25 @@ def parse_turns(
 def _parse_content(
     content: str | list[Any] | None, role: str, config: MimoConfig
 ) -> tuple[str | MediaPlace, ...]:
+    is_answer = role == ASSISTANT
     if isinstance(content, str):
-        return split_at_placeholders(content, config) if role == USER else (content,)
-    parts = tuple(_parse_part(part, config) for part in content or ())
-    if role == ASSISTANT and any(isinstance(part, MediaPlace) for part in parts):
-        raise ValueError("an answer holds a part that is no text; models of this package say text")
+        # In an answer `<image>` is a word, unless the model draws.
+        names = config.outputs if is_answer else config.modalities if role == USER else ()
+        parts = split_at_placeholders(content, {n: config.modalities[n] for n in names}, is_answer)
+    else:
+        parts = tuple(_parse_part(part, config, is_answer) for part in content or ())
+    known = config.outputs if is_answer else config.inputs
+    for part in parts:
+        if isinstance(part, MediaPlace) and part.modality not in known:
+            whose, does = ("an answer", "says") if is_answer else (f"a turn from {role}", "takes")
+            raise ValueError(
+                f"{whose} holds {config.modalities[part.modality].placeholder}, but {config.name} "
+                f"{does} {', '.join(['text', *known])}"
+            )
     return parts
 
 
-def _parse_part(part: object, config: MimoConfig) -> str | MediaPlace:
+def _parse_part(part: object, config: MimoConfig, is_answer: bool) -> str | MediaPlace:
     if not isinstance(part, Mapping):
         raise ValueError(f"a part must be an object with a type, not {part!r:.60}")
     kind, text = part.get("type"), part.get("text")
@@ -180,7 +191,7 @@ def _parse_part(part: object, config: MimoConfig) -> str | MediaPlace:
         if not isinstance(file, str | Path | Blob | None):
             raise ValueError(f"a part of type {kind} must name its file, not {file!r:.60}")
         _refuse_other(kind, text)
-        return MediaPlace(files[kind], file)
+        return MediaPlace(files[kind], file, is_answer)
     known = ", ".join(["text", *(m.singular for m in config.modalities.values())])
     raise ValueError(f"a part has the type {kind!r:.60}; {config.name} takes {known}")
 
@@ -191,9 +202,11 @@ def _refuse_other(kind: str, content: object) -> None:
         raise ValueError(f"a part of type {kind} holds {content!r:.60} too; give it its own part")
 
 
-def split_at_placeholders(text: str, config: MimoConfig) -> tuple[str | MediaPlace, ...]:
-    """Text cut at the placeholders, which are places."""
-    places = {m.placeholder: MediaPlace(name) for name, m in config.modalities.items()}
+def split_at_placeholders(
+    text: str, modalities: Mapping[str, ModalityConfig], is_answer: bool
+) -> tuple[str | MediaPlace, ...]:
+    """Text cut at the placeholders of these modalities, which are places."""
+    places = {m.placeholder: MediaPlace(n, None, is_answer) for n, m in modalities.items()}
     # Split with a group keeps what it splits at; "(?!)" matches nowhere.
     pattern = f"({'|'.join(map(re.escape, places)) or '(?!)'})"
     return tuple(places.get(part, part) for part in re.split(pattern, text) if part)
@@ -214,7 +227,7 @@ def with_leading_places(
     if turns[-1].places:
         return list(turns)
     leading: list[str | MediaPlace] = []
-    for name in config.modalities:
+    for name in config.inputs:
         files = record.get(name)
         num_files = len(files) if isinstance(files, list) else 0
         places = [place for turn in turns for place in turn.places if place.modality == name]
@@ -272,6 +285,11 @@ def find_media(
     return media
 
 
+def output_places(turns: Sequence[Turn], modality: str) -> list[bool]:
+    """Of each item of a modality, in the order of `find_media`, whether the model says it."""
+    return [p.is_output for turn in turns for p in turn.places if p.modality == modality]
+
+
 def _find(name: str, find_file: FindFile) -> Source:
     if ADDRESS.match(name):
         raise ValueError(
@@ -319,6 +337,32 @@ def errors_named(where: str, drop: str = "") -> Iterator[None]:
         raise ValueError(f"{where}: {reason}") from error
 
 
+def check_tokenizer(tokenizer: Tokenizer, config: MimoConfig) -> None:
+    """ValueError unless a model's text and the places of what it takes fit its tokenizer."""
+    name, size = config.name, config.language.vocab_size
+    if tokenizer.size > size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} tokens, but {name}'s vocabulary holds {size}; use "
+            "the tokenizer the data was prepared with"
+        )
+    # An item's token id must never come out of text: `TextEncoder` drops it there, since it would
+    # ask for an item, so an ordinary word in its place would vanish from what people write.
+    taken = {modality.token_id for modality in config.inputs.values()}
+    for modality in config.inputs.values():
+        token_id, placeholder = modality.token_id, modality.placeholder
+        if token_id in (tokenizer.bos_id, tokenizer.eos_id):
+            meaning = "the token that begins or ends a text"
+        elif is_ordinary_token(tokenizer, token_id, placeholder):
+            meaning = f"the ordinary token {tokenizer.decode([token_id])!r}"
+        else:
+            continue
+        raise ValueError(
+            f"{name}: token id {token_id} of {placeholder} is {meaning} in this tokenizer; choose "
+            f"an unused id{free_id_hint(tokenizer, taken)} in the config or with "
+            f"--hf-assign-unused-tokens {placeholder},ID, or the tokenizer of the model"
+        )
+
+
 class TextEncoder:
     """Encodes a conversation's text: only the template makes control tokens, people never do.
 
@@ -328,7 +372,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer, config: MimoConfig) -> None:
         self.tokenizer = tokenizer
-        placeholders = {modality.token_id for modality in config.modalities.values()}
+        placeholders = {modality.token_id for modality in config.inputs.values()}
         template = " ".join(text or "" for text in vars(config.chat).values())
         self.control = {
             spelling: token_id

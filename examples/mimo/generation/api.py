@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -16,9 +17,15 @@ from examples.mimo.checkpoint.description import Checkpoint, open_checkpoint
 from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import Sample, SampleEncoder
-from examples.mimo.data.tokenizer import Tokenizer, is_ordinary_token, load_tokenizer
+from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.data.turns import FindFile, prompt_content
-from examples.mimo.generation.sampling import DEFAULT_OPTIONS, Options, Sampling
+from examples.mimo.generation.sampling import (
+    DEFAULT_OPTIONS,
+    Options,
+    Sampling,
+    check_outputs,
+    forbidden_tokens,
+)
 from examples.mimo.modalities.files import Blob, Source
 
 if TYPE_CHECKING:
@@ -34,14 +41,30 @@ Record = Mapping[str, Any]
 Prompt = str | list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Generated:
+    """The text of an answer, and the decoded items of its outputs: `answer.speech` is a list."""
+
+    text: str
+    outputs: dict[str, list[Any]]
+
+    def __getattr__(self, name: str) -> list[Any]:
+        """The items of a modality that was asked for."""
+        outputs = vars(self).get("outputs", {})
+        if name not in outputs:
+            raise AttributeError(f"no output {name!r}: {', '.join(outputs) or 'text alone'}")
+        return outputs[name]
+
+
 class Mimo:
     """A model that answers prompts about media.
 
         model = Mimo.load("demo/checkpoint")
         answer = model.generate("What is it?", images=["digit.png"], audios=["question.wav"])
 
-    Media are named by the model's modalities (`model.config.modalities`). On several ranks every
-    rank makes the same calls, and all get the same answers.
+    Media are named by the model's modalities (`model.config.inputs`), and so are the outputs that
+    one may ask for (`model.config.outputs`). On several ranks every rank makes the same calls, and
+    all get the same answers.
     """
 
     @classmethod
@@ -91,23 +114,56 @@ class Mimo:
 
     @overload
     def generate(
-        self, prompt: Prompt | None = None, *, batch_size: int = BATCH_SIZE, **keywords: Any
+        self,
+        prompt: Prompt | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        outputs: None = None,
+        **keywords: Any,
     ) -> str: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], *, batch_size: int = BATCH_SIZE, **keywords: Any
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        batch_size: int = BATCH_SIZE,
+        outputs: None = None,
+        **keywords: Any,
     ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        outputs: Sequence[str],
+        **keywords: Any,
+    ) -> Generated: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        batch_size: int = BATCH_SIZE,
+        outputs: Sequence[str],
+        **keywords: Any,
+    ) -> list[Generated]: ...
 
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
         *,
         batch_size: int = BATCH_SIZE,
+        outputs: Sequence[str] | None = None,
         **keywords: Any,
-    ) -> str | list[str]:
+    ) -> str | Generated | list[str] | list[Generated]:
         """Answer a prompt with a str, or a list of prompts with a list of str.
 
+        With `outputs`, such as `outputs=["speech"]`, an answer is a `Generated` with text and
+        decoded items; without, it is text alone, and ends where the model would put out more.
         `keywords` are the files of each modality, such as `images=["a.png", Path("b.png")]` or
         the bytes of files, and the fields of `Sampling`, `max_new_tokens` and `stop` (a str or a
         list). For a list of prompts the media are a list for each prompt: `images=[["a.png"], []]`.
@@ -116,7 +172,7 @@ class Mimo:
         are in a list of parts, which a prompt may be as well: `[{"type": "image"}, {"type": "text",
         "text": "What does <image> mean?"}]`.
         """
-        options, media = self._parse_keywords(keywords)
+        options, media = self._parse_keywords(keywords, outputs or ())
         is_single = prompt is None or isinstance(prompt, str) or _is_parts(prompt)
         if is_single:
             records = [self._record(prompt, media, "prompt")]
@@ -133,12 +189,19 @@ class Mimo:
                 for n, text in enumerate(prompt)
             ]
         samples = on_rank_zero(lambda: [self.encode(record) for record in records])
-        texts = [answer.text for answer in self.answer(samples, options, batch_size)]
-        return texts[0] if is_single else texts
+        answers = self.answer(samples, options, batch_size)
+        if outputs is None:
+            texts = [answer.text for answer in answers]
+            return texts[0] if is_single else texts
+        generated = on_rank_zero(lambda: [self._decode(a, outputs) for a in answers])
+        return generated[0] if is_single else generated
 
     def stream(self, prompt: Prompt | None = None, **keywords: Any) -> Iterator[str]:
-        """Answer one prompt in pieces of text, as they are generated; keywords as `generate`."""
-        options, media = self._parse_keywords(keywords)
+        """Answer one prompt in pieces of text, as they are generated; keywords as `generate`.
+
+        `stream_answer` gives the codes of outputs too.
+        """
+        options, media = self._parse_keywords(keywords, outputs=())
         record = self._record(prompt, media, "prompt")
         sample = on_rank_zero(lambda: self.encode(record))
         return (piece.text for piece in self.stream_answer(sample, options) if piece.text)
@@ -187,10 +250,14 @@ class Mimo:
         """
         return self.sample_encoder(blank).encode(record, find_file)
 
-    def scheduler(self) -> Scheduler:
-        """A scheduler without answers; ValueError while another one is at work."""
+    def scheduler(self, options: Options = DEFAULT_OPTIONS) -> Scheduler:
+        """A scheduler without answers; ValueError while another one is at work.
+
+        ValueError too if `options` ask for an output that the model lacks.
+        """
         from examples.mimo.generation.scheduler import Scheduler
 
+        check_outputs(options.outputs or (), self.config)
         if self.engine.sequences:
             raise ValueError("other answers are being generated; close or finish them first")
         return Scheduler(self.engine, self.tokenizer, self.config.language.seq_length)
@@ -231,7 +298,7 @@ class Mimo:
         from examples.mimo.generation.engine import LENGTH
         from examples.mimo.generation.scheduler import Answer
 
-        scheduler = self.scheduler()
+        scheduler = self.scheduler(options)
         waiting: list[tuple[int, Sample]] = []
         try:
             while True:
@@ -266,7 +333,7 @@ class Mimo:
 
         ValueError when the model cannot go on, or the key/value cache is too small.
         """
-        scheduler = self.scheduler()
+        scheduler = self.scheduler(options)
         if error := scheduler.cache_error(sample, options):
             raise ValueError(f"sample {sample.key}: {error}")
         try:
@@ -280,10 +347,22 @@ class Mimo:
         finally:
             scheduler.cancel_all()
 
-    def _parse_keywords(self, keywords: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+    def _decode(self, answer: Answer, outputs: Sequence[str]) -> Generated:
+        codecs = {name: self.config.outputs[name].codec for name in outputs}
+        return Generated(
+            answer.text,
+            {
+                n: [c.decode(codes) for codes in answer.outputs.get(n, [])]
+                for n, c in codecs.items()
+            },
+        )
+
+    def _parse_keywords(
+        self, keywords: Mapping[str, Any], outputs: Sequence[str]
+    ) -> tuple[Options, dict[str, Any]]:
         """Options and media from `generate`'s keywords; ValueError for a name that is neither."""
         sampling_names = [f.name for f in dataclasses.fields(Sampling)]
-        names = [*self.config.modalities, "max_new_tokens", *sampling_names, "stop"]
+        names = [*self.config.inputs, "max_new_tokens", *sampling_names, "stop"]
         for name in keywords:
             if name not in names:
                 raise ValueError(
@@ -295,8 +374,9 @@ class Mimo:
             keywords.get("max_new_tokens", DEFAULT_OPTIONS.max_new_tokens),
             Sampling(**{name: keywords[name] for name in sampling_names if name in keywords}),
             (stop,) if isinstance(stop, str) else tuple(stop),
+            outputs=check_outputs(outputs, self.config),
         )
-        return options, {n: keywords[n] for n in self.config.modalities if keywords.get(n)}
+        return options, {n: keywords[n] for n in self.config.inputs if keywords.get(n)}
 
     def _record(self, prompt: Any, media: Mapping[str, Any], key: str) -> Record:
         prompt = self.config.prompt if prompt is None else prompt
@@ -337,18 +417,6 @@ def _source(file: object, name: str) -> Source:
     if isinstance(file, Blob):
         return file
     raise ValueError(f"{name} must be a path or the bytes of a file, not {file!r:.60}")
-
-
-def forbidden_tokens(tokenizer: Tokenizer, config: MimoConfig) -> set[int]:
-    """Ids that no answer may hold: padding of the vocabulary, placeholders, the padding token.
-
-    Many tokenizers pad with the end-of-text token, and some with a word; both stay allowed.
-    """
-    beyond = range(tokenizer.size, config.language.vocab_size)
-    placeholders = (modality.token_id for modality in config.modalities.values())
-    pad_id = tokenizer.pad_id
-    padding = {pad_id} if pad_id >= 0 and not is_ordinary_token(tokenizer, pad_id) else set()
-    return {*beyond, *placeholders, *padding} - tokenizer.end_ids
 
 
 def on_rank_zero[T](function: Callable[[], T]) -> T:

@@ -16,19 +16,22 @@ from megatron.core import mpu
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Batch, collate, locate, to_device
-from examples.mimo.data.conversation import Sample, TokenSequence
+from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.reuse import (
     DecodingGraphs,
     PrefixCache,
     PromptUnits,
     Unit,
     prompt_units,
+    remaining_sample,
     reserve_on_all_ranks,
     shared_length,
     usable_length,
 )
 from examples.mimo.generation.sampling import (
     GREEDY,
+    AnswerState,
+    Grammar,
     Sampling,
     SequenceGenerator,
     choose,
@@ -57,6 +60,7 @@ class SequenceRequest:
     logprobs: bool = False
     prompt_logprobs: bool = False
     top_logprobs: int = 0
+    outputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class ActiveSequence:
     request: SequenceRequest
     prompt: PromptUnits
     generator: SequenceGenerator
+    state: AnswerState
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -122,8 +127,8 @@ NOTHING_REUSED = ReusedPrefix()
 class Engine:
     """Generates tokens for many sequences at once; any of `end_ids` ends its sequence.
 
-    `forbidden` tokens are never chosen. `prefix_cache` finished sequences are kept, for prompts
-    that start alike. With `cuda_graphs` tokens are decoded by CUDA graphs.
+    `forbidden` tokens are never said in text. `prefix_cache` finished sequences are kept, for
+    prompts that start alike. With `cuda_graphs` tokens are decoded by CUDA graphs.
     """
 
     def __init__(
@@ -139,7 +144,7 @@ class Engine:
         self.transformer = CachedTransformer(model)
         self.graphs = DecodingGraphs(self.transformer) if cuda_graphs else None
         self.device = self.transformer.device
-        self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.long, device=self.device)
+        self.grammar = Grammar(config, forbidden, self.end_ids, self.device)
         self.prefix_cache, self.max_prefix_tokens = PrefixCache(prefix_cache), float("inf")
         self.cache = self.transformer.new_cache()
         self.sequences: list[ActiveSequence] = []
@@ -152,6 +157,7 @@ class Engine:
                 request,
                 prompt_units(request.sample, self.config),
                 SequenceGenerator(request.sampling.seed),
+                self.grammar.start(request.outputs),
             )
             for request in requests
         ]
@@ -256,7 +262,7 @@ class Engine:
             if prefix.cache is not None:
                 self.cache.write_slot(slot, prefix.cache, prefix.slot, start)
         sequences = [sequence for sequence, _ in batch]
-        inputs = collate([_remaining_sample(s, start) for s in sequences])
+        inputs = collate([remaining_sample(s.request.sample, s.prompt, start) for s in sequences])
         locate(inputs, self.model.special_token_ids)
         embedded = self._embed(to_device(inputs, self.device))
         self.sequences += sequences
@@ -328,10 +334,10 @@ class Engine:
         result = torch.zeros(shape, dtype=torch.float64, device=self.device)
         if hidden is not None:
             logits = self.transformer.logits(hidden).float()
-            allowed = logits.index_fill(1, self.forbidden, float("-inf"))
+            allowed = self.grammar.mask(logits, [sequence.state for sequence in sequences])
             tokens = self._choose(allowed, sequences)
             if any(sequence.request.logprobs for sequence in sequences):
-                fill_logprobs(result[:, 1:], tokens, logits, self.forbidden, num_top)
+                fill_logprobs(result[:, 1:], tokens, logits, allowed, num_top)
             # A number that is not finite, less itself, is NaN.
             result[:, 0] = tokens.where((logits - logits).sum(dim=-1) == 0, NO_TOKEN)
         self._broadcast(result)
@@ -340,6 +346,7 @@ class Engine:
             sequence = sequences[index]
             request = sequence.request
             sequence.tokens.append(int(token))
+            sequence.state.add(int(token))
             top_tokens = [int(other) for other in top_columns[: request.top_logprobs]]
             pairs = zip(top_tokens, top_columns[num_top:], strict=False)
             allowed_pairs = [pair for pair in pairs if pair[1] > float("-inf")]
@@ -428,23 +435,3 @@ class Engine:
         group = mpu.get_pipeline_model_parallel_group()
         if group.size() > 1:
             dist.broadcast(result, group_src=group.size() - 1, group=group)
-
-
-def _remaining_sample(sequence: ActiveSequence, start: int) -> Sample:
-    """The prompt from position `start` on, with the media items that begin there or later."""
-    sample = sequence.request.sample
-    if not start:
-        return sample
-    remaining = {(i.modality, i.number) for i in sequence.prompt.items if i.start >= start}
-
-    def select(name: str, values: list) -> list:
-        return [value for number, value in enumerate(values) if (name, number) in remaining]
-
-    media = {name: select(name, items) for name, items in sample.media.items()}
-    tokens = sample.tokens
-    return Sample(
-        sample.key,
-        TokenSequence(tokens.ids[start:], tokens.labels[start:], tokens.loss_mask[start:]),
-        {name: items for name, items in media.items() if items},
-        {name: select(name, files) for name, files in sample.sources.items()},
-    )

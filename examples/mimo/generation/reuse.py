@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from examples.mimo.cli import command
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.conversation import EncoderInputs, Sample
+from examples.mimo.data.conversation import EncoderInputs, Sample, TokenSequence
 from examples.mimo.generation.transformer import CachedTransformer, KeyValueCache, Positions
 from examples.mimo.modalities.values import upload
 
@@ -49,7 +49,7 @@ class PromptUnits:
 
 def prompt_units(sample: Sample, config: MimoConfig) -> PromptUnits:
     """The units of a prompt; items of equal content give equal units, whatever their file."""
-    names = {modality.token_id: name for name, modality in config.modalities.items()}
+    names = {modality.token_id: name for name, modality in config.inputs.items()}
     units: list[Unit] = list(sample.tokens.ids)
     items: list[PromptItem] = []
     counts = dict.fromkeys(sample.media, 0)
@@ -60,7 +60,7 @@ def prompt_units(sample: Sample, config: MimoConfig) -> PromptUnits:
             position += 1
             continue
         inputs = sample.media[name][counts[name]]
-        end = position + config.modalities[name].encoder.num_tokens(inputs)
+        end = position + config.inputs[name].encoder.num_tokens(inputs)
         digest = _digest(name, inputs)
         units[position:end] = [(digest, index) for index in range(end - position)]
         items.append(PromptItem(name, counts[name], position, end))
@@ -87,6 +87,25 @@ def usable_length(shared: int, prompt: PromptUnits) -> int:
         if item.start < usable < item.end:
             usable = item.start
     return usable
+
+
+def remaining_sample(sample: Sample, prompt: PromptUnits, start: int) -> Sample:
+    """The prompt from position `start` on, with the media items that begin there or later."""
+    if not start:
+        return sample
+    remaining = {(i.modality, i.number) for i in prompt.items if i.start >= start}
+
+    def select(name: str, values: list) -> list:
+        return [value for number, value in enumerate(values) if (name, number) in remaining]
+
+    media = {name: select(name, items) for name, items in sample.media.items()}
+    tokens = sample.tokens
+    return Sample(
+        sample.key,
+        TokenSequence(tokens.ids[start:], tokens.labels[start:], tokens.loss_mask[start:]),
+        {name: items for name, items in media.items() if items},
+        {name: select(name, files) for name, files in sample.sources.items()},
+    )
 
 
 class PrefixCache:

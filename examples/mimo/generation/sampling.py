@@ -1,13 +1,20 @@
-"""Sampling options, and choosing the next token: the most likely one or a random one."""
+"""Sampling options, the grammar of answers, and choosing the next token by both.
+
+An answer is text, and outputs in it: a begin marker, whole units of codes, an end marker. The
+grammar keeps it so, whatever the model would say and however it is sampled, so every output can be
+decoded.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from examples.mimo.configs.schema import MimoConfig, OutputModality
+from examples.mimo.data.tokenizer import Tokenizer, is_ordinary_token
 from examples.mimo.modalities.values import upload
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 200
@@ -76,7 +83,9 @@ class Options:
     """How a prompt is answered; a string of `stops` ends the answer and is not part of it.
 
     With `logprobs` the answer's tokens come with their log-probabilities, and with those of the
-    `top_logprobs` most likely tokens at each place.
+    `top_logprobs` most likely tokens at each place. `outputs` are the modalities that it may put
+    out beside text, by default all that the model has; where it would begin another one, the answer
+    ends.
     """
 
     max_new_tokens: int = 64
@@ -85,6 +94,7 @@ class Options:
     logprobs: bool = False
     prompt_logprobs: bool = False
     top_logprobs: int = 0
+    outputs: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -111,6 +121,129 @@ class Options:
 
 
 DEFAULT_OPTIONS = Options()
+
+
+def check_outputs(names: object, config: MimoConfig) -> tuple[str, ...]:
+    """The outputs that are asked for; ValueError, one line, for one that the model lacks."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ValueError(f"outputs must be a list of modalities, not {names!r:.60}")
+    for name in names:
+        if name not in config.outputs:
+            raise ValueError(
+                f"outputs: {name!r:.60}, but {config.name} puts out "
+                f"{', '.join(['text', *config.outputs])}"
+            )
+    return tuple(names)
+
+
+def forbidden_tokens(tokenizer: Tokenizer, config: MimoConfig) -> set[int]:
+    """Ids that no text may hold: padding of the vocabulary, placeholders, the padding token.
+
+    Many tokenizers pad with the end-of-text token, and some with a word; both stay allowed.
+    """
+    beyond = range(tokenizer.size, config.language.vocab_size)
+    placeholders = (modality.token_id for modality in config.inputs.values())
+    pad_id = tokenizer.pad_id
+    padding = {pad_id} if pad_id >= 0 and not is_ordinary_token(tokenizer, pad_id) else set()
+    return {*beyond, *placeholders, *padding} - tokenizer.end_ids
+
+
+class AnswerState:
+    """Where an answer stands: in its text, or in an output, behind its `codes` so far.
+
+    `outputs` are those that the answer may hold, and `others` the begin markers of all others;
+    `modality` is that of the open output.
+    """
+
+    def __init__(self, outputs: Mapping[str, OutputModality], others: Collection[int] = ()) -> None:
+        self.outputs, self.others = outputs, others
+        self.modality: str | None = None
+        self.codes: list[int] = []
+
+    def add(self, token: int) -> None:
+        """Go on behind the answer's next token."""
+        if self.modality is None:
+            begins = {output.begin_id: name for name, output in self.outputs.items()}
+            self.modality, self.codes = begins.get(token), []
+        elif token == self.outputs[self.modality].end_id:
+            self.modality = None
+        else:
+            self.codes.append(token - self.outputs[self.modality].first_id)
+
+    def allowed(self, text: range) -> tuple[range, list[int]]:
+        """What may come next: a range of tokens, and markers beside it; `text` is that of text."""
+        if self.modality is None:
+            return text, [output.begin_id for output in self.outputs.values()]
+        output, position = self.outputs[self.modality], len(self.codes)
+        codes, first = output.codec.allowed(position), output.first_id
+        # Where a codec lets nothing follow, all that is left is the end.
+        may_end = not codes or (position > 0 and position % output.codec.unit == 0)
+        tokens = range(first + codes.start, first + codes.stop, codes.step)
+        return tokens, [output.end_id] if may_end else []
+
+
+class Grammar:
+    """Which tokens may come next in an answer; `forbidden` ones are never said in text.
+
+    Where a model would begin an output that is not asked for, its text is complete, and more text
+    would be arbitrary. So the probability of beginning one goes to the first of `end_ids`, which
+    ends the answer.
+    """
+
+    def __init__(
+        self,
+        config: MimoConfig,
+        forbidden: Collection[int],
+        end_ids: Collection[int],
+        device: torch.device,
+    ) -> None:
+        self.outputs, self.end_ids = config.outputs, sorted(end_ids)[:1]
+        self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.long, device=device)
+        self.text = range(config.language.vocab_size)
+        self.ids = torch.arange(config.vocab_size, device=device)
+
+    def start(self, names: Collection[str] | None) -> AnswerState:
+        """The state before the first token of an answer that may hold these outputs, or all."""
+        outputs = {n: o for n, o in self.outputs.items() if names is None or n in names}
+        return AnswerState(
+            outputs, [o.begin_id for n, o in self.outputs.items() if n not in outputs]
+        )
+
+    def mask(self, logits: torch.Tensor, states: Sequence[AnswerState]) -> torch.Tensor:
+        """(B, V) logits -> (B, V), minus infinity for what may not come next; one state each.
+
+        What a state allows is known on the host, so a GPU is given it without a wait.
+        """
+        logits = logits.index_fill(1, self.forbidden, float("-inf"))
+        if not self.outputs:
+            return logits
+        if any(state.others for state in states):
+            logits = self._end_instead(logits, states)
+        allowed = [state.allowed(self.text) for state in states]
+        most = max(len(markers) for _, markers in allowed)
+        table = [
+            # Filled up with what is allowed anyway.
+            [r.start, r.stop, r.step, *markers, *[(markers or r)[0]] * (most - len(markers))]
+            for r, markers in allowed
+        ]
+        numbers = upload(torch.tensor(table), logits.device)
+        start, stop, step = numbers[:, :3, None].unbind(1)
+        is_allowed = (self.ids >= start) & (self.ids < stop) & ((self.ids - start) % step == 0)
+        is_allowed.scatter_(1, numbers[:, 3:], True)
+        return logits.masked_fill(~is_allowed, float("-inf"))
+
+    def _end_instead(self, logits: torch.Tensor, states: Sequence[AnswerState]) -> torch.Tensor:
+        """(B, V) logits -> (B, V), those of other outputs' begin markers added to the end's."""
+        markers = [output.begin_id for output in self.outputs.values()]
+        is_other = torch.tensor([[m in state.others for m in markers] for state in states])
+        columns = upload(torch.tensor(markers), logits.device)
+        others = logits.index_select(1, columns)
+        others = others.masked_fill(~upload(is_other, logits.device), float("-inf"))
+        logits = logits.clone()
+        for end_id in self.end_ids:
+            ends = torch.cat([logits[:, end_id, None], others], dim=1)
+            logits[:, end_id] = ends.logsumexp(dim=1)
+        return logits
 
 
 class SequenceGenerator:
@@ -152,18 +285,19 @@ def fill_logprobs(
     columns: torch.Tensor,
     tokens: torch.Tensor,
     logits: torch.Tensor,
-    forbidden: torch.Tensor,
+    allowed: torch.Tensor,
     num_top: int,
 ) -> None:
     """Write the log-probabilities of (B,) `tokens` and of the `num_top` likeliest others.
 
+    `allowed` are the logits (B, V) behind the grammar, minus infinity for what may not come next.
     `columns` (B, 1 + 2 * num_top): those of the tokens, then the likeliest tokens, then theirs.
     """
     # That of a token which is hopelessly unlikely may be minus infinity, which is no JSON.
     logprobs = logits.log_softmax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
     columns[:, 0] = logprobs.gather(1, tokens[:, None])[:, 0]
     if num_top:
-        logprobs.index_fill_(1, forbidden, float("-inf"))
+        logprobs.masked_fill_(allowed.isneginf(), float("-inf"))
         # A vocabulary may hold fewer tokens; what is left over counts as forbidden.
         columns[:, 1 + num_top :] = float("-inf")
         top = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)

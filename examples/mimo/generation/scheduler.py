@@ -1,11 +1,13 @@
-"""Scheduler: the engine's tokens become text and answers, with stop strings and cancelling."""
+"""Scheduler: the engine's tokens become text, outputs and answers; stop strings and cancelling."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.conversation import Sample, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.generation.engine import (
@@ -16,8 +18,9 @@ from examples.mimo.generation.engine import (
     SequenceRequest,
     TokenOutput,
 )
-from examples.mimo.generation.sampling import Options
+from examples.mimo.generation.sampling import AnswerState, Options
 from examples.mimo.generation.transformer import round_length
+from examples.mimo.modalities.base import CodedItem
 
 # What a tokenizer decodes the first bytes of an incomplete character to.
 REPLACEMENT_CHARACTER = "\ufffd"
@@ -114,10 +117,63 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
+class OutputPiece(NamedTuple):
+    """New codes of an output, in whole units; the last piece of an output may hold none.
+
+    `number` counts the outputs of its modality in the answer, from 0.
+    """
+
+    modality: str
+    number: int
+    codes: tuple[int, ...]
+    is_last: bool = False
+
+
+class OutputStream:
+    """The outputs of one answer, in whole units of codes."""
+
+    def __init__(self, state: AnswerState) -> None:
+        self.state = state
+        self.outputs: dict[str, list[list[int]]] = {}
+
+    def add(self, token: int) -> tuple[bool, OutputPiece | None]:
+        """Append a token; returns whether it is text, and the codes that are whole by it."""
+        before = self.state.modality
+        self.state.add(token)
+        modality = before or self.state.modality
+        if modality is None:
+            return True, None
+        if self.state.modality is None:
+            return False, self._last(modality)
+        unit = self.state.outputs[modality].codec.unit
+        codes = self.state.codes
+        if not codes or len(codes) % unit:
+            return False, None
+        outputs = self.outputs.setdefault(modality, [])
+        if len(codes) == unit:
+            outputs.append([])
+        outputs[-1] += codes[-unit:]
+        return False, OutputPiece(modality, len(outputs) - 1, tuple(codes[-unit:]))
+
+    def finish(self, codes: OutputPiece | None) -> OutputPiece | None:
+        """The last token's `codes`, when no more tokens come; what is no whole unit is lost."""
+        if self.state.modality is None:
+            return codes
+        return codes._replace(is_last=True) if codes else self._last(self.state.modality)
+
+    def _last(self, modality: str) -> OutputPiece | None:
+        is_begun = len(self.state.codes) >= self.state.outputs[modality].codec.unit
+        if not is_begun:
+            return None
+        return OutputPiece(modality, len(self.outputs[modality]) - 1, (), is_last=True)
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What the model answered, without the end-of-text token.
+    """What the model answered, without the end-of-text token: its text, and what else it put out.
 
+    `outputs` are the codes of each output by modality, whole units of them. `tokens` are those of
+    both, with the markers of outputs, and of an output that the limit cut also a broken unit.
     `finish` is "stop" at that token or at a stop string, "length" where the tokens ran out.
     `logprobs` are natural logarithms, of the end-of-text token too; see `TokenOutput`. `error` says
     why there is no answer.
@@ -129,14 +185,15 @@ class Answer:
     logprobs: list[float] | None = None
     prompt_logprobs: list[float | None] | None = None
     error: str | None = None
+    outputs: dict[str, list[list[int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of answer `number`; the last piece carries the whole `answer`.
+    """New text of answer `number`, or `codes`; the last piece carries the whole `answer`.
 
-    `output` is the token it came with, which the text may lag behind. `error` says why there will
-    be no answer.
+    `output` is the token it came with, which both may lag behind. `error` says why there will be no
+    answer.
     """
 
     number: int
@@ -144,6 +201,32 @@ class Piece:
     answer: Answer | None = None
     output: TokenOutput | None = None
     error: str | None = None
+    codes: OutputPiece | None = None
+
+
+class AnswerParts:
+    """The parts of an answer as they are generated; an output is kept as its codes."""
+
+    def __init__(self, config: MimoConfig) -> None:
+        self.config = config
+        self.parts: list[dict[str, Any]] = []
+        self.outputs: list[tuple[str, list[int]]] = []
+
+    def add(self, piece: Piece) -> None:
+        """Append new text or new codes."""
+        if piece.text:
+            if not self.parts or self.parts[-1]["type"] != "text":
+                self.parts.append({"type": "text", "text": ""})
+            self.parts[-1]["text"] += piece.text
+        if piece.codes and piece.codes.codes:
+            modality, number = piece.codes.modality, piece.codes.number
+            if number == sum(modality == name for name, _ in self.outputs):
+                codes: list[int] = []
+                singular = self.config.outputs[modality].singular
+                item = CodedItem(f"{singular} {number} of an answer", b"", codes)
+                self.outputs.append((modality, codes))
+                self.parts.append({"type": singular, singular: item})
+            self.outputs[-1][1].extend(piece.codes.codes)
 
 
 @dataclass
@@ -151,9 +234,11 @@ class _OpenAnswer:
     """An answer that is being generated."""
 
     stream: TextStream
+    outputs: OutputStream
     options: Options
     # The length of its slot.
     cache_tokens: int
+    tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float | None] | None = None
 
@@ -220,10 +305,14 @@ class Scheduler:
                 pieces.append(Piece(number, "", Answer("", [], LENGTH)))
                 continue
             stream = TextStream(self.tokenizer, options.stops)
+            outputs = OutputStream(self.engine.grammar.start(options.outputs))
             size = cache_tokens(sample, options, self.seq_length)
-            self.open[number] = _OpenAnswer(stream, options, size)
+            self.open[number] = _OpenAnswer(stream, outputs, options, size)
             logprobs = options.logprobs, options.prompt_logprobs, options.top_logprobs
-            sequences.append(SequenceRequest(number, sample, budget, options.sampling, *logprobs))
+            request = SequenceRequest(
+                number, sample, budget, options.sampling, *logprobs, options.outputs
+            )
+            sequences.append(request)
         return pieces + [self._piece(output) for output in self.engine.start(sequences)]
 
     def step(self) -> list[Piece]:
@@ -270,23 +359,27 @@ class Scheduler:
             opened.prompt_logprobs = output.prompt_logprobs
         if output.logprob is not None:
             opened.logprobs.append(output.logprob)
-        text, finish = "", output.finish
+        text, codes, finish = "", None, output.finish
         if finish != STOP:
-            text = stream.add(output.token)
+            opened.tokens.append(output.token)
+            is_text, codes = opened.outputs.add(output.token)
+            text = stream.add(output.token) if is_text else ""
         if stream.stopped:
             self.engine.stop(output.number)
             finish = STOP
         if finish is None:
-            return Piece(output.number, text, output=output)
+            return Piece(output.number, text, output=output, codes=codes)
         text += stream.finish()
         del self.open[output.number]
-        logprobs = opened.logprobs if opened.options.logprobs else None
-        return Piece(
-            output.number,
-            text,
-            Answer(stream.text, stream.tokens, finish, logprobs, opened.prompt_logprobs),
-            output,
+        answer = Answer(
+            stream.text,
+            opened.tokens,
+            finish,
+            opened.logprobs if opened.options.logprobs else None,
+            opened.prompt_logprobs,
+            outputs=opened.outputs.outputs,
         )
+        return Piece(output.number, text, answer, output, codes=opened.outputs.finish(codes))
 
 
 def _are_finite(logprobs: Sequence[float | None] | None) -> bool:

@@ -3,17 +3,21 @@
 A line of a file of questions has a `prompt` or `conversations`, and for each modality (`images`,
 `audios`) the names of files in the file's folder. The answer that a line of training data ends with
 is written beside the model's, as `expected`. A line of the output has the number of its input line,
-and an `answer` or an `error`; a run that was interrupted goes on where the output ends.
+and an `answer` or an `error`; a run that was interrupted goes on where the output ends. What else
+than text an answer holds is in files beside the output, in the folder OUTPUT.files.
 
-In a chat, earlier turns and their media stay in the prefix cache.
+In a chat, earlier turns, their media and what the model put out stay in the prefix cache.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -28,7 +32,7 @@ from examples.mimo.data.turns import (
 )
 from examples.mimo.generation.api import Mimo, on_rank_zero
 from examples.mimo.generation.sampling import Options
-from examples.mimo.generation.scheduler import Answer
+from examples.mimo.generation.scheduler import Answer, AnswerParts
 from examples.mimo.modalities.files import json_lines
 
 MAX_LINE_BYTES = 10_000_000
@@ -66,7 +70,8 @@ def answer_file(
     Answers are written as soon as they are done, in that order. A line that cannot be read is
     answered with an error.
     """
-    num_lines, done = on_rank_zero(lambda: _open_files(source, target))
+    folder = target.with_name(f"{target.name}.files")
+    num_lines, done = on_rank_zero(lambda: _open_files(source, target, folder))
     progress = ProgressBar(target.name, num_lines * samples)
     fields: dict[int, dict[str, Any]] = {}
     count = len(done)
@@ -88,21 +93,79 @@ def answer_file(
 
         for number, answer in model.iter_answers(missing_answers(), options, batch_size):
             line, sample = number // samples + 1, number % samples
-            output.write(line, sample, fields[line] | answer_fields(answer))
+            path_of = functools.partial(_path_of, folder / f"{line}-{sample}")
+            saved = save_outputs(model, answer.outputs, path_of)
+            files = {m: [f"{folder.name}/{p.name}" for p in paths] for m, paths in saved.items()}
+            output.write(line, sample, fields[line] | answer_fields(answer, files))
             count += 1
             progress(count)
 
 
-def answer_fields(answer: Answer) -> dict[str, Any]:
-    """An answer, or the error in its place, as JSON-ready values."""
+def answer_fields(answer: Answer, files: Mapping[str, list[str]]) -> dict[str, Any]:
+    """An answer, or the error in its place, as JSON-ready values; `files` hold its outputs."""
     if answer.error is not None:
         return {"error": answer.error}
-    fields: dict[str, Any] = {"answer": answer.text, "tokens": answer.tokens}
+    fields: dict[str, Any] = {"answer": answer.text}
+    fields |= {"outputs": files} if files else {}
+    fields["tokens"] = answer.tokens
     fields["finish"] = answer.finish
     if answer.logprobs is not None:
         fields["logprobs"] = answer.logprobs
         fields["prompt_logprobs"] = answer.prompt_logprobs
     return fields
+
+
+def _path_of(stem: Path, index: int, suffix: str) -> Path:
+    return stem.with_name(f"{stem.name}-{index}{suffix}")
+
+
+# From the number of an output in its answer, and the suffix that its codec prefers, to its file.
+PathOf = Callable[[int, str], Path]
+
+
+def save_outputs(
+    model: Mimo, outputs: Mapping[str, Sequence[Sequence[int]]], path_of: PathOf
+) -> dict[str, list[Path]]:
+    """Decode outputs into files, which rank 0 writes, and give their paths by modality.
+
+    ValueError, one line, for a file that cannot be written.
+    """
+
+    def save() -> dict[str, list[Path]]:
+        paths: dict[str, list[Path]] = {}
+        numbers = itertools.count()
+        for name, items in outputs.items():
+            codec = model.config.outputs[name].codec
+            for codes in items:
+                path = path_of(next(numbers), next(iter(codec.suffixes), ""))
+                with errors_named(str(path), drop=f"{path}: "):
+                    path.parent.mkdir(exist_ok=True)
+                    codec.save(codec.decode(codes), path)
+                paths.setdefault(name, []).append(path)
+        return paths
+
+    return on_rank_zero(save) if outputs else {}
+
+
+def save_as(
+    model: Mimo, answer: Answer, name: str, path: Path, sample: int | None
+) -> dict[str, list[str]]:
+    """Write an answer's outputs of a modality to `path`, and give the names of the files.
+
+    Where there are several `samples`, or several outputs in one, their numbers follow the stem.
+    """
+    items = answer.outputs.get(name, [])
+    of_sample = "" if sample is None else f"-{sample}"
+
+    def path_of(index: int, suffix: str) -> Path:
+        of_output = f"-{index}" if len(items) > 1 else ""
+        return path.with_name(f"{path.stem}{of_sample}{of_output}{path.suffix}")
+
+    if not items and os.environ["RANK"] == "0":
+        singular = model.config.outputs[name].singular
+        print(f"{path}: not written, as the answer holds no {singular}", file=sys.stderr)
+    saved = save_outputs(model, {name: items} if items else {}, path_of)
+    return {name: [str(file) for file in files] for name, files in saved.items()}
 
 
 def question_record(line: object, model: Mimo, key: str) -> tuple[dict[str, Any], str | None]:
@@ -118,13 +181,14 @@ def question_record(line: object, model: Mimo, key: str) -> tuple[dict[str, Any]
         prompt = model.config.prompt if prompt is None else prompt
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be text, not {prompt!r:.80}")
-        if not prompt.strip() and not any(line.get(name) for name in model.config.modalities):
+        if not prompt.strip() and not any(line.get(name) for name in model.config.inputs):
             raise ValueError("nothing to answer: give a prompt or a file")
         turns = [{"role": "user", "content": prompt}]
-    turns, expected = without_last_answer(turns, model.config)
-    if expected is not None and not turns:
+    question = {**line, "key": key, "conversations": turns}
+    question, expected = without_last_answer(question, model.config)
+    if expected is not None and not question["conversations"]:
         raise ValueError("the conversation is an answer alone; end with a question, or begin so")
-    return {**line, "key": key, "conversations": turns}, expected
+    return question, expected
 
 
 def _questions(
@@ -161,7 +225,7 @@ def _question(model: Mimo, source: Path, number: int, line: Any) -> Question:
         return Question(number, key, error=" ".join(str(error).split()))
 
 
-def _open_files(source: Path, target: Path) -> tuple[int, set[tuple[int, int]]]:
+def _open_files(source: Path, target: Path, folder: Path) -> tuple[int, set[tuple[int, int]]]:
     """The number of lines, and the (line, sample) pairs that `target` has answered already."""
     if not source.is_file():
         raise ValueError(f"--input {source}: no such file")
@@ -169,6 +233,8 @@ def _open_files(source: Path, target: Path) -> tuple[int, set[tuple[int, int]]]:
         raise ValueError(f"--output {target}: its folder does not exist")
     if target.exists() and target.samefile(source):
         raise ValueError(f"--output {target}: this is the input; name another file")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {target}: {folder} is for its files, but it is no folder")
     try:
         # Also where there is nothing to read: later rank 0 alone would learn that it cannot write.
         with target.open("ab+") as file:
@@ -241,8 +307,8 @@ class Conversation:
         turns = [*self.turns, {"role": "user", "content": content}]
         return {"key": "this turn", "conversations": turns, **self._all_media()}
 
-    def add_turns(self, content: list[dict[str, str]], answer: str) -> None:
-        """Append a prompt and its answer."""
+    def add_turns(self, content: list[dict[str, str]], answer: list[dict[str, Any]]) -> None:
+        """Append the parts of a prompt and of its answer."""
         self.media, self.new_media = self._all_media(), {}
         self.turns.append({"role": "user", "content": content})
         self.turns.append({"role": "assistant", "content": answer})
@@ -254,11 +320,18 @@ class Conversation:
 
 
 class ChatSession:
-    """Answers lines of text; on several ranks rank 0 reads the lines and all ranks answer."""
+    """Answers lines of text; on several ranks rank 0 reads the lines and all ranks answer.
 
-    def __init__(self, model: Mimo, options: Options, output: TextIO) -> None:
+    What else than text an answer holds is written into `folders`, by modality, by default into a
+    new one for temporary files.
+    """
+
+    def __init__(
+        self, model: Mimo, options: Options, output: TextIO, folders: Mapping[str, Path]
+    ) -> None:
         self.model, self.options, self.output = model, options, output
-        self.modalities = {f"/{m.singular}": name for name, m in model.config.modalities.items()}
+        self.folders = dict(folders)
+        self.modalities = {f"/{m.singular}": name for name, m in model.config.inputs.items()}
         self.conversation = Conversation()
         self.is_rank_zero = os.environ["RANK"] == "0"
 
@@ -303,12 +376,12 @@ class ChatSession:
         self._message(f"{file}: {description}")
 
     def _describe(self, name: str, file: Path) -> str:
-        encoder = self.model.config.modalities[name].encoder
+        encoder = self.model.config.inputs[name].encoder
         with errors_named(str(file), drop=f"{file}: "):
             return encoder.describe(encoder.read(file))
 
     def _answer(self, prompt: str) -> None:
-        modalities = self.model.config.modalities
+        modalities = self.model.config.inputs
         files = self.conversation.new_media
         # What people type is words, whatever it spells; files come by commands, and go in front.
         content = [
@@ -318,17 +391,32 @@ class ChatSession:
         record = self.conversation.record(content)
         sample = on_rank_zero(lambda: self.model.encode(record))
         options = self.options.with_seed_offset(len(self.conversation.turns) // 2)
-        answer = ""
+        answer = AnswerParts(self.model.config)
         try:
             for piece in self.model.stream_answer(sample, options):
-                answer += piece.text
+                answer.add(piece)
                 self._print(piece.text)
         except KeyboardInterrupt:
             # One process can cut its answer short; several ranks would not stop at the same token.
             if os.environ["WORLD_SIZE"] != "1":
                 raise
         self._print("\n")
-        self.conversation.add_turns(content, answer)
+        self.conversation.add_turns(content, answer.parts)
+        for modality, codes in answer.outputs:
+            self._save(modality, codes)
+
+    def _save(self, modality: str, codes: Sequence[int]) -> None:
+        if modality not in self.folders:
+            self.folders[modality] = Path(on_rank_zero(lambda: tempfile.mkdtemp(prefix="mimo-")))
+        folder, singular = self.folders[modality], self.model.config.outputs[modality].singular
+
+        def path_of(_: int, suffix: str) -> Path:
+            """Files of earlier conversations stay as they are."""
+            numbered = (folder / f"{singular}-{n}{suffix}" for n in itertools.count(1))
+            return next(path for path in numbered if not path.exists())
+
+        ((path,),) = save_outputs(self.model, {modality: [codes]}, path_of).values()
+        self._print(f"{path}\n")
 
     def _print(self, text: str) -> None:
         if self.is_rank_zero:

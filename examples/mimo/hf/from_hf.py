@@ -30,11 +30,13 @@ from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import listed_end_ids
 from examples.mimo.hf.io import (
     CONFIG,
+    OUTPUT_IDS,
     OWN_MODEL_TYPE,
     REMAINDER,
     Chunk,
     Folder,
     draft_folder,
+    output_ids,
     write_checkpoint,
 )
 from examples.mimo.hf.weights import (
@@ -104,6 +106,8 @@ def from_hf(
                 hf_config = folder.hf_config(family)
                 where = f"{folder.path}/{CONFIG}"
                 check(part_config, family, hf_config, where, f"{config.name}'s {part}")
+                if part == "language":
+                    check_vocabulary(config, hf_config, where)
                 progress(f"{part}: {family.name} from {folder.path}")
                 prefix = part_prefix(part)
                 chunks += _read_family(part_config, family, hf_config, folder, prefix, tensors)
@@ -126,7 +130,7 @@ def _with_preprocessors(
     """`config` with what the folders' preprocessors say, and those by part."""
     modalities = dict(config.modalities)
     found: dict[str, dict[str, Any]] = {}
-    for name, modality in config.modalities.items():
+    for name, modality in config.inputs.items():
         part = f"{name}.encoder"
         folder = folders.get(part)
         if folder is None or folder.model_type == OWN_MODEL_TYPE:
@@ -151,7 +155,7 @@ def _with_preprocessors(
             encoder = dataclasses.replace(encoder, **changes)
         except ValueError as error:
             raise ValueError(f"{where}: {error}; {REMEDY}") from None
-        modalities[name] = dataclasses.replace(modality, encoder=encoder)
+        modalities[name] = dataclasses.replace(modalities[name], encoder=encoder)
     return dataclasses.replace(config, modalities=modalities), found
 
 
@@ -159,7 +163,7 @@ def modalities_that_take(model_type: str, config: MimoConfig) -> list[str]:
     """The modalities whose encoder takes weights out of a folder of this model type."""
     return [
         name
-        for name, modality in config.modalities.items()
+        for name, modality in config.inputs.items()
         if any(model_type in family.sections for family in families_for(modality.encoder))
     ]
 
@@ -203,9 +207,19 @@ def check(part_config: Any, family: Family, hf_config: Any, where: str, part: st
         expected = getattr(part_config, name)
         if not _same(value, expected):
             raise ValueError(f"{where}: {name} is {value!r}, but {part} has {expected!r}")
-    size = getattr(hf_config, "vocab_size", 0)
-    if hasattr(part_config, "vocab_size") and size > part_config.vocab_size:
-        raise ValueError(f"{where}: vocab_size is {size}, but {part} has {part_config.vocab_size}")
+
+
+def check_vocabulary(config: MimoConfig, hf_config: Any, where: str) -> None:
+    """ValueError unless the tokens of a config.json are the text's, or the text's and all codes."""
+    ids, ours = getattr(hf_config, OUTPUT_IDS, {}), output_ids(config)
+    if ids and ids != ours:
+        raise ValueError(f"{where}: {OUTPUT_IDS} is {ids}, but {config.name} has {ours or 'none'}")
+    size, most = hf_config.vocab_size, config.vocab_size if ids else config.language.vocab_size
+    if size > most:
+        raise ValueError(
+            f"{where}: vocab_size is {size}, but {config.name}'s language has {most}"
+            + " for text" * bool(config.outputs)
+        )
 
 
 def _same(value: Any, expected: Any) -> bool:
@@ -384,10 +398,11 @@ def build_part(
 ) -> torch.nn.Module:
     """One part by its name (`images.encoder`, `images.projector`, `language`), whole."""
     if part == "language":
-        spec = language_spec(config.language, transformer_config, pg_collection, True, True, None)
+        language = config.built_language
+        spec = language_spec(language, transformer_config, pg_collection, True, True, None)
         return build_module(spec)
     name, side = part.split(".")
-    modality = config.modalities[name]
+    modality = config.inputs[name]
     if side == "encoder":
         return modality.encoder.build(transformer_config, pg_collection)
     return modality.projector.build(modality.encoder.output_size, transformer_config, pg_collection)

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import read_json
 from examples.mimo.hf.weights import Family
 
@@ -52,6 +53,8 @@ SINGLE = "model.safetensors"
 # Beside them: what Megatron holds and the family's tensors cannot, such as the bias of Whisper's
 # keys. transformers does not look at this file.
 REMAINDER = "mimo.safetensors"
+# In the config.json of a language model with outputs: the ids of their markers and codes.
+OUTPUT_IDS = "mimo_outputs"
 # The model type of a folder whose tensors have this package's names.
 OWN_MODEL_TYPE = "mimo"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -86,6 +89,14 @@ def draft_folder(save: Path) -> Iterator[Path]:
             for parent in new_parents:
                 parent.rmdir()
         raise
+
+
+def output_ids(config: MimoConfig) -> dict[str, list[int]]:
+    """Begin marker, end marker, first code and number of codes of each output."""
+    return {
+        name: [output.begin_id, output.end_id, output.first_id, output.codec.num_codes]
+        for name, output in config.outputs.items()
+    }
 
 
 class TensorInfo(NamedTuple):

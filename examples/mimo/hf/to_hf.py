@@ -18,17 +18,20 @@ from safetensors.torch import save_file
 
 from examples.mimo.checkpoint.description import Checkpoint
 from examples.mimo.checkpoint.integrity import begin_check, finish_check
+from examples.mimo.configs import copy_codecs
 from examples.mimo.data.tokenizer import copy_tokenizer
 from examples.mimo.hf.from_hf import Progress
 from examples.mimo.hf.io import (
     CONFIG,
     INDEX,
+    OUTPUT_IDS,
     OWN_MODEL_TYPE,
     PREPROCESSOR,
     REMAINDER,
     SINGLE,
     CheckpointReader,
     draft_folder,
+    output_ids,
 )
 from examples.mimo.hf.weights import Family, WeightMapping, family_for_export, family_of
 from examples.mimo.model.parts import part_config_of, part_names, part_prefix
@@ -56,11 +59,16 @@ def to_hf(checkpoint: Checkpoint, save: Path, progress: Progress) -> None:
                     f"package's names in {save / part}"
                 )
             else:
+                if part == "language" and checkpoint.config.outputs:
+                    # All rows, under the ids that they have here.
+                    hf_config.vocab_size = checkpoint.config.vocab_size
+                    setattr(hf_config, OUTPUT_IDS, output_ids(checkpoint.config))
                 _write_family(folder, reader, part, part_config, family, hf_config)
                 _write_preprocessor(folder, checkpoint, part, part_config, family)
                 progress(f"{part}: {family.name} in {save / part}")
         if checkpoint.tokenizer.is_dir():
             copy_tokenizer(checkpoint.tokenizer, draft / "language")
+        copy_codecs(checkpoint.config, draft)
 
 
 def _hf_config(checkpoint: Checkpoint, part: str, part_config: Any) -> tuple[Family | None, Any]:

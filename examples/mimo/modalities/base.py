@@ -1,24 +1,30 @@
-"""Base classes of encoder and projector configs: what a modality must define, and defaults.
+"""Base classes of encoder, projector and codec configs: what a modality must define, and defaults.
 
-A modality is one file with a subclass of `EncoderConfig`. Required are `suffixes`, `max_tokens`,
+A modality is one file with a subclass of `EncoderConfig` for what the model takes in, of
+`CodecConfig` for what it puts out, or both. An encoder must have `suffixes`, `max_tokens`,
 `input_size`, `read` and `patches`; everything else has a default that suits a transformer over
 patches (`sensor.py` is such a file). An encoder of another kind overrides more: `stem` and
 `select` for other ends of the same transformer (`image.py`, `audio.py`), `build` for a module
-that is no such transformer at all. Nothing here imports Megatron before a module is built.
+that is no such transformer at all. A codec must have `num_codes`, `encode`, `decode` and `save`.
+Nothing here imports Megatron before a module is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import mimetypes
+import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from examples.mimo.modalities.files import Source
+from examples.mimo.modalities.files import Blob, Source
 from examples.mimo.modalities.values import check, check_divisible, upload
 
 if TYPE_CHECKING:
@@ -194,7 +200,7 @@ class EncoderConfig(ABC):
 
         `transformer_config` is the language model's: it says how things are computed.
         """
-        from examples.mimo.model.encoder import TransformerEncoder
+        from examples.mimo.model.layers import TransformerEncoder
 
         return TransformerEncoder(self, transformer_config, pg_collection)
 
@@ -277,8 +283,8 @@ class MLPProjectorConfig(ProjectorConfig):
         """Megatron's projector, its first layer split by columns and its second by rows."""
         from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 
-        from examples.mimo.model.encoder import encoder_transformer_config
         from examples.mimo.model.layers import mlp_submodules
+        from examples.mimo.model.parts import encoder_transformer_config
 
         config = encoder_transformer_config(
             transformer_config,
@@ -299,3 +305,98 @@ class MLPProjectorConfig(ProjectorConfig):
     def flops(self, input_size: int, output_size: int) -> int:
         """Both layers' products."""
         return 2 * self.ffn_hidden_size * (input_size + output_size)
+
+
+@dataclass(frozen=True)
+class CodedItem(Blob):
+    """An item that is codes already: what the model put out in an earlier answer."""
+
+    codes: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class CodecConfig(ABC):
+    """How a modality's raw items become codes, and codes raw items: what the model puts out.
+
+    A code is a token of the language model, with an id behind the text's (`MimoConfig.outputs`), so
+    an output is trained, generated and streamed as text is. Codes come in units, such as the
+    codebooks of a frame: an output is whole units, at least one. Codes are 0 to `num_codes` - 1.
+    """
+
+    # Where its files are: set when a data folder or a checkpoint is opened, and never saved.
+    folder: str = dataclasses.field(
+        default="", kw_only=True, compare=False, metadata={"shapes_weights": False, "saved": False}
+    )
+
+    # The files in `folder` that encoding and decoding need, and what makes them, for messages.
+    files: ClassVar[tuple[str, ...]] = ()
+    origin: ClassVar[str] = "copy it from where the codec was made"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    # Required of every codec.
+
+    @property
+    @abstractmethod
+    def num_codes(self) -> int:
+        """The number of different codes; known without the files."""
+
+    @abstractmethod
+    def encode(self, raw: Any) -> list[int]:
+        """The codes of an item."""
+
+    @abstractmethod
+    def decode(self, codes: Sequence[int]) -> Any:
+        """The item that codes stand for; ValueError where `check_codes` finds one."""
+
+    @abstractmethod
+    def save(self, raw: Any, path: Path) -> None:
+        """Write an item to a file; ValueError, one line, for a format that cannot be written."""
+
+    # Defaults.
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """How names of files end, in lower case; the first is what an answer is saved as."""
+        return ()
+
+    def read(self, source: Source) -> Any:
+        """A decoded file, as of `EncoderConfig.read`, which is called where there is an encoder."""
+        raise ValueError(f"{type(self).__name__} needs read: this modality has no encoder")
+
+    @property
+    def unit(self) -> int:
+        """How many codes belong together."""
+        return 1
+
+    def allowed(self, position: int) -> range:
+        """The codes that may stand at this position of an output."""
+        return range(self.num_codes)
+
+    def check_codes(self, codes: Sequence[int]) -> None:
+        """ValueError, one line, unless these are whole units of codes that are allowed there."""
+        if not codes or len(codes) % self.unit:
+            raise ValueError(f"{len(codes)} codes, but an output is whole units of {self.unit}")
+        for position, code in enumerate(codes):
+            allowed = self.allowed(position)
+            if code not in allowed:
+                raise ValueError(
+                    f"code {code} at position {position}, but {allowed.start} to "
+                    f"{allowed.stop - 1} may stand there"
+                )
+
+    def decode_pieces(self, codes: Iterable[int]) -> Iterator[Any]:
+        """Raw pieces as the codes come, which together are a decoded output; one by default."""
+        yield self.decode(list(codes))
+
+    def encode_bytes(self, raw: Any, format: str) -> bytes:
+        """An item as a file of a `format` such as wav, for a server."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"output.{format}"
+            self.save(raw, path)
+            return path.read_bytes()
+
+    def mime_type(self, format: str) -> str:
+        """What a browser calls files of a `format`."""
+        return mimetypes.guess_type(f"output.{format}")[0] or "application/octet-stream"

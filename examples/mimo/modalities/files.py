@@ -41,6 +41,7 @@ UNKNOWN_FRAMES = 2**36
 MAX_RECORDINGS = 1000  # joined in one file
 # Full scale is 1. Files of floats may be louder, and their spectrum must not overflow.
 MAX_AMPLITUDE = 1000.0
+CUT = "cut the file, raise the encoder's max_windows, or set its overflow to truncate"
 MAX_PIXEL_VALUE = 65_535
 STRIP_PIXELS = 2**22
 
@@ -310,7 +311,7 @@ class Sound(NamedTuple):
 
 
 def read_audio(
-    source: Source, sample_rate_hz: int, max_seconds: float, truncate: bool = False
+    source: Source, sample_rate_hz: int, max_seconds: float, truncate: bool = False, cut: str = CUT
 ) -> np.ndarray:
     """Decode a recording: (samples,) float32 mono at `sample_rate_hz`, channels averaged.
 
@@ -318,7 +319,7 @@ def read_audio(
     can be decoded, not what a header says, and at most `max_seconds` of it are tried. Raises
     ValueError, one line, when the file is missing, empty, not sound, holds no samples or NaN, when
     the decoder reports damage, when samples are far beyond full scale, or when it lasts longer than
-    `max_seconds` and `truncate` is off.
+    `max_seconds` and `truncate` is off: `cut` then says what to do.
     """
     pieces: list[np.ndarray] = []
     seconds = 0.0
@@ -331,8 +332,7 @@ def read_audio(
                 stated = 0 if pieces else (sound.stated or 0) / sound.rate
                 length = f"{stated:.2f}" if stated > max_seconds else f"more than {max_seconds:g}"
                 raise ValueError(
-                    f"{source}: {length} seconds of sound, but {max_seconds:g} fit; cut the file, "
-                    "raise the encoder's max_windows, or set its overflow to truncate"
+                    f"{source}: {length} seconds of sound, but {max_seconds:g} fit; {cut}"
                 )
             pieces.append(_resample(samples, sound.rate, sample_rate_hz))
             if seconds >= max_seconds and truncate:

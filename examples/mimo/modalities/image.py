@@ -41,49 +41,33 @@ def quick_gelu(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class VitFamily:
-    """What sets one kind of ViT apart."""
+    """What sets one kind of ViT apart from a plain one."""
 
     activation: Callable[[torch.Tensor], torch.Tensor]
     norm_epsilon: float
-    class_token: bool
-    patch_bias: bool
-    pre_norm: bool
-    final_norm: bool
-    layer_scale: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    class_token: bool = True
+    patch_bias: bool = True
+    pre_norm: bool = False
+    final_norm: bool = True
+    layer_scale: bool = False
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 FAMILIES = {
     "clip": VitFamily(
-        activation=quick_gelu,
+        quick_gelu,
         norm_epsilon=1e-5,
-        class_token=True,
         patch_bias=False,
         pre_norm=True,
         final_norm=False,
-        layer_scale=False,
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
     ),
-    "siglip": VitFamily(
-        activation=tanh_gelu,
-        norm_epsilon=1e-6,
-        class_token=False,
-        patch_bias=True,
-        pre_norm=False,
-        final_norm=True,
-        layer_scale=False,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-    ),
+    "siglip": VitFamily(tanh_gelu, norm_epsilon=1e-6, class_token=False),
     "dinov2": VitFamily(
-        activation=functional.gelu,
+        functional.gelu,
         norm_epsilon=1e-6,
-        class_token=True,
-        patch_bias=True,
-        pre_norm=False,
-        final_norm=True,
         layer_scale=True,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),

@@ -13,6 +13,7 @@ import inspect
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,11 @@ SIZES = {
     "patch_size": (1, 4_096),
     "num_channels": (1, 4_096),
 }
+
+
+# Names that mean something else where modalities are told apart by name: a part of the model,
+# Megatron's word for the text embeddings, and the fields of a data record.
+RESERVED_NAMES = ("language", "text", "key", "conversations", "messages")
 
 
 def bounds(least: float, most: float) -> dict[str, tuple[float, float]]:
@@ -194,6 +200,40 @@ def check_divisible(config: Any, name: str, divisor: str) -> None:
         raise ValueError(
             f"{name} {size} is not divisible by {divisor} {parts}; choose a multiple of {parts}"
         )
+
+
+def check_modalities(model: str, modalities: Mapping[str, Any], vocab_size: int) -> None:
+    """ValueError, one line, unless a model's modalities can be told apart by all they are called.
+
+    `vocab_size` is that of the text, in which their placeholders' tokens lie.
+    """
+    for name, modality in modalities.items():
+        if not name.isidentifier() or name in RESERVED_NAMES:
+            raise ValueError(
+                f"{model}: a modality cannot be called {name!r}; use letters, digits and "
+                f"underscores, and none of {', '.join(RESERVED_NAMES)}"
+            )
+        if modality.token_id is not None and modality.token_id >= vocab_size:
+            raise ValueError(
+                f"{model}: token id {modality.token_id} of {name} is outside the vocabulary of "
+                f"{vocab_size}"
+            )
+        for other, item in modalities.items():
+            if item.placeholder != modality.placeholder in item.placeholder:
+                raise ValueError(
+                    f"{model}: {name}'s placeholder {modality.placeholder} is a part of {other}'s "
+                    f"{item.placeholder}; choose another"
+                )
+    for attribute in ("token_id", "placeholder", "singular"):
+        owners: dict[Any, str] = {}
+        for name, modality in modalities.items():
+            value = getattr(modality, attribute)
+            if value is not None and value in owners:
+                same = f"{attribute.replace('_', ' ')} {value}"
+                raise ValueError(
+                    f"{model}: {name} and {owners[value]} share {same}; give each its own"
+                )
+            owners[value] = name
 
 
 def as_tuples(value: Any) -> Any:

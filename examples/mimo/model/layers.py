@@ -1,4 +1,4 @@
-"""Layer specs for Megatron's transformer block, with core attention and LayerScale.
+"""Layer specs for Megatron's transformer block, core attention, and the encoders' transformer.
 
 With Transformer Engine its fused layers are used. Without it, on GPUs and CPUs alike, Megatron's
 own parallel linear layers are, with the attention of this file and the norms of parts.py:
@@ -7,6 +7,7 @@ Megatron's local ones refuse sequence parallelism, packed sequences and context 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from contextlib import nullcontext
@@ -29,13 +30,18 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-from examples.mimo.model.parts import Norm
+from examples.mimo.modalities.base import EncoderConfig
+from examples.mimo.model.parts import Norm, encoder_transformer_config, with_layer_scale
 from examples.mimo.parallel.context import PackedSequence, chunks_of, gather_sequence
 
 # Of torch's flash attention.
@@ -47,26 +53,6 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-@functools.cache
-def with_layer_scale(linear: type) -> type:
-    """A row-parallel linear layer class with LayerScale (arXiv:2103.17239).
-
-    Its output, bias included, is scaled by a trained factor per feature.
-    """
-
-    class ScaledLinear(linear):  # type: ignore[misc, valid-type]
-        def __init__(self, input_size: int, output_size: int, *rest: Any, **named: Any) -> None:
-            super().__init__(input_size, output_size, *rest, **named)
-            ones = torch.ones(output_size, dtype=self.weight.dtype, device=self.weight.device)
-            self.layer_scale = torch.nn.Parameter(ones)
-
-        def forward(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, Any]:
-            output, bias = super().forward(*inputs, **named)
-            return output * self.layer_scale, None if bias is None else bias * self.layer_scale
-
-    return ScaledLinear
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -243,3 +229,73 @@ def _local_layer_spec(mask: AttnMaskType, qk_norm: type, row_parallel: type) -> 
             },
         ),
     )
+
+
+def split_over(
+    transformer_config: TransformerConfig, tensor_parallel_size: int
+) -> TransformerConfig:
+    """The language model's config for layers that are split over another number of ranks."""
+    config = copy.copy(transformer_config)
+    config.tensor_model_parallel_size = tensor_parallel_size
+    return config
+
+
+class TransformerEncoder(MegatronModule):
+    """Stem, optional norm, transformer layers, optional norm; then the tokens are selected.
+
+    The layers are sharded by tensor parallelism like the language model's, and every position
+    attends to every other. `encoder` says all else.
+    """
+
+    def __init__(
+        self, encoder: EncoderConfig, transformer_config: TransformerConfig, pg_collection: Any
+    ) -> None:
+        fields = {
+            "num_layers": encoder.built_layers,
+            "hidden_size": encoder.hidden_size,
+            "num_attention_heads": encoder.num_attention_heads,
+            "ffn_hidden_size": encoder.ffn_hidden_size,
+            "activation_func": functional.gelu,
+            **encoder.transformer_fields(),
+        }
+        config = encoder_transformer_config(transformer_config, **fields)
+        super().__init__(config=config)
+        self.encoder_config = encoder
+        self.tp_group = pg_collection.tp
+        self.stem = encoder.stem()
+        self.pre_norm = (
+            Norm(config, config.hidden_size, config.layernorm_epsilon) if encoder.pre_norm else None
+        )
+        # Called `decoder` as in Megatron's CLIPViTModel, although its attention is full.
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_submodules(
+                config.transformer_impl,
+                AttnMaskType.no_mask,
+                config.num_layers,
+                layer_scale=encoder.layer_scale,
+            ),
+            post_layer_norm=encoder.final_norm,
+            pg_collection=pg_collection,
+        )
+        # Last, so that the order in which modules draw random numbers is the modules' order.
+        initialize = getattr(self.stem, "initialize", None)
+        if initialize is not None:
+            initialize(config.init_method)
+
+    def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
+        """Called by Megatron's schedules; an encoder is always a whole stage."""
+        self.decoder.set_input_tensor(input_tensor)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Preprocessed inputs, N along dim 0 -> (tokens, output_size), the inputs' order kept."""
+        # Data is read in fp32, and the weights may be in 16 bits.
+        dtype = next(self.parameters()).dtype
+        hidden = self.stem(
+            **{name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        )
+        if self.pre_norm is not None:
+            hidden = self.pre_norm(hidden)
+        # Megatron's layers want (S, N, H), and contiguous.
+        hidden = self.decoder(hidden.transpose(0, 1).contiguous(), attention_mask=None)
+        return self.encoder_config.select(hidden.transpose(0, 1), **inputs)

@@ -18,9 +18,8 @@ parallel/context.py), so each rank holds a part of an encoder's gradient.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,18 +32,16 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
+from examples.mimo.configs.schema import InputModality, LanguageConfig, MimoConfig
 from examples.mimo.data.batch import Placeholders
 from examples.mimo.modalities.values import is_count, upload
-from examples.mimo.model.encoder import split_over
-from examples.mimo.model.layers import block_submodules, device
+from examples.mimo.model.layers import block_submodules, device, split_over
 from examples.mimo.model.parts import (
     ENCODER,
+    FreshParts,
     LanguageModel,
     LastLayer,
     check_count,
-    keep_out_of_checkpoint,
-    part_prefix,
 )
 from examples.mimo.parallel.context import (
     encode_shares,
@@ -79,11 +76,11 @@ class Modality(ModalitySubmodules):
         return built
 
     def decode(self, embeddings: torch.Tensor, data_batch: dict) -> torch.Tensor:
-        """Never called: this package's modalities are inputs only, its outputs are text."""
-        raise ValueError("modalities are inputs only: there is no decoder to run")
+        """Never called: outputs are codes, which the language model's head says as tokens."""
+        raise ValueError("outputs are tokens of the language model: there is no decoder to run")
 
 
-class StageMimoModel(MimoModel):
+class StageMimoModel(FreshParts, MimoModel):
     """What one pipeline stage holds of the model, encoders colocated with the language model.
 
     `dummy_inputs` are one input of each encoder; see parallel/placement.py for `encoder_replicas`.
@@ -106,9 +103,6 @@ class StageMimoModel(MimoModel):
         self.vp_stage = vp_stage
         self.dummy_inputs = dummy_inputs
         self.encoder_replicas = encoder_replicas
-        # Parts that a checkpoint to start from need not have, and whether they are left out now.
-        self.fresh_parts: tuple[str, ...] = ()
-        self.hides_fresh_parts = False
         if encoder_replicas:
             encoder_replicas.tie(self.modality_submodules.parameters())
         self.share_embeddings_and_output_weights = (
@@ -140,24 +134,7 @@ class StageMimoModel(MimoModel):
         if self.encoder_replicas:
             inside = f"{prefix}modality_submodules."
             self.encoder_replicas.mark({k: v for k, v in state.items() if inside in k})
-        fresh = self.fresh_parts if self.hides_fresh_parts else ()
-        hidden = tuple(prefix + part_prefix(part) for part in fresh)
-        # Saved and resumed, the scales of an FP8 run are in extra states, empty until it computes.
-        resumes_fp8 = bool(self.config.fp8) and not self.hides_fresh_parts
-        return keep_out_of_checkpoint(state, hidden, empty_states=not resumes_fp8)
-
-    @contextlib.contextmanager
-    def hide_loss_modules(self) -> Iterator[None]:
-        """Let fresh parts keep the weights they have instead of asking a checkpoint for them.
-
-        Megatron enters this under `--finetune` while it makes the sharded state that it loads. Its
-        name comes from distillation, where the parts that a checkpoint lacks are losses.
-        """
-        self.hides_fresh_parts = True
-        try:
-            yield
-        finally:
-            self.hides_fresh_parts = False
+        return self.in_checkpoint(state, prefix, bool(self.config.fp8))
 
     def forward(
         self,
@@ -281,18 +258,19 @@ def build_mimo_model(
 
     `transformer_config` is Megatron's, of the language model; encoders take from it how to compute.
     """
-    modalities = config.modalities if pre_process else {}  # encoders live on the first stage
+    modalities = config.inputs if pre_process else {}  # encoders live on the first stage
     encoder_groups = encoder_replicas.layers if encoder_replicas else pg_collection
     encoder_config = split_over(transformer_config, encoder_groups.tp.size())
     mimo_config = MimoModelConfig(
         language_model_spec=language_spec(
-            config.language, transformer_config, pg_collection, pre_process, post_process, vp_stage
+            *(config.built_language, transformer_config, pg_collection),
+            *(pre_process, post_process, vp_stage),
         ),
         modality_submodules_spec={
             name: modality_spec(modality, encoder_config, encoder_groups)
             for name, modality in modalities.items()
         },
-        special_token_ids={name: m.token_id for name, m in config.modalities.items()},
+        special_token_ids={name: m.token_id for name, m in config.inputs.items()},
     )
     dummies = {name: dummy_input(modality) for name, modality in modalities.items()}
     return StageMimoModel(
@@ -337,14 +315,14 @@ def language_spec(
 
 
 def modality_spec(
-    modality: ModalityConfig, transformer_config: TransformerConfig, pg_collection: Any
+    modality: InputModality, transformer_config: TransformerConfig, pg_collection: Any
 ) -> ModuleSpec:
     """An encoder and its projector; `transformer_config` says how they compute."""
     params = {"modality": modality, "transformer_config": transformer_config}
     return ModuleSpec(module=Modality, params={**params, "pg_collection": pg_collection})
 
 
-def dummy_input(modality: ModalityConfig) -> Inputs:
+def dummy_input(modality: InputModality) -> Inputs:
     """A single random input of a modality's encoder, where a batch has it."""
     item = modality.encoder.mock_inputs(torch.Generator().manual_seed(0))
     one = {name: tensor[:1] for name, tensor in item.items()}

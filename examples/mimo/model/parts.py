@@ -1,29 +1,32 @@
-"""Parts of a model: their names (`images.encoder`, `language`), freezing, norms, head and loss.
+"""Parts of a model: their names (`images.encoder`, `language`), and what few models need of them.
 
-The norms allow sequence parallelism without Transformer Engine or Apex. The head works on the
-positions with loss alone, and on many of them in pieces.
+Freezing, frozen encoders that run ahead, parts that a checkpoint need not have; how encoders
+compute; norms, LayerScale, head and loss. The norms allow sequence parallelism without Transformer
+Engine or Apex. The head works on the positions with loss alone, and on many of them in pieces.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils.checkpoint import checkpoint
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Placeholders
-from examples.mimo.parallel.context import PackedSequence
+from examples.mimo.data.batch import Batch, Placeholders
+from examples.mimo.parallel.context import PackedSequence, share_inputs
 
 if TYPE_CHECKING:
-    from examples.mimo.model.mimo import StageMimoModel
+    from examples.mimo.model.mimo import Inputs, StageMimoModel
 
 
 ENCODER = "encoder"
@@ -43,14 +46,14 @@ def part_prefix(part: str) -> str:
 def part_config_of(config: MimoConfig, part: str) -> Any:
     """The config of one part by its name."""
     if part == "language":
-        return config.language
+        return config.built_language
     name, side = part.split(".")
-    return getattr(config.modalities[name], side)
+    return getattr(config.inputs[name], side)
 
 
 def part_names(config: MimoConfig) -> list[str]:
     """`images.encoder`, `images.projector`, ..., `language`."""
-    sides = [f"{name}.{side}" for name in config.modalities for side in ("encoder", "projector")]
+    sides = [f"{name}.{side}" for name in config.inputs for side in ("encoder", "projector")]
     return [*sides, "language"]
 
 
@@ -81,6 +84,59 @@ def freeze_parts(model: StageMimoModel, names: Iterable[str]) -> None:
             held[name].requires_grad_(False)
 
 
+class EncodersAhead:
+    """Reads a micro-batch ahead and runs its frozen encoders beside the one before.
+
+    Nothing is read beyond an iteration, after which a checkpoint may save the place in the data.
+    """
+
+    def __init__(self) -> None:
+        self.stream: torch.cuda.Stream | None = None  # until this rank has its device
+        # What has begun, and how many micro-batches of this iteration are still to be read.
+        self.begun: tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event] | None = None
+        self.left = 0
+
+    def next(
+        self, stage: StageMimoModel, read: Callable[[], Batch]
+    ) -> tuple[Batch, dict[str, torch.Tensor]]:
+        """The next micro-batch that `read` returns, with the features of its frozen encoders."""
+        if self.begun is None:
+            self.begun, self.left = self._begin(stage, read()), get_num_microbatches() - 1
+        batch, features, done = self.begun
+        self.begun = None
+        if self.left:
+            self.begun, self.left = self._begin(stage, read()), self.left - 1
+        current = torch.cuda.current_stream()
+        current.wait_event(done)
+        for tensor in features.values():
+            tensor.record_stream(current)
+        return batch, features
+
+    def _begin(
+        self, stage: StageMimoModel, batch: Batch
+    ) -> tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event]:
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            features = frozen_features(stage, batch.modality_inputs)
+            return batch, features, self.stream.record_event()
+
+
+@torch.no_grad()
+def frozen_features(stage: StageMimoModel, modality_inputs: dict[str, Inputs]) -> Inputs:
+    """This rank's share of the inputs -> features of frozen encoders, before the projectors."""
+    features: Inputs = {}
+    for name in stage.special_token_ids:
+        modality, inputs = stage.modality_submodules[name], modality_inputs.get(name)
+        if inputs is None or any(p.requires_grad for p in modality.encoders.parameters()):
+            continue
+        for group in stage.encoder_groups:
+            inputs = share_inputs(inputs, group.rank(), group.size())
+        if len(next(iter(inputs.values()))):
+            features[name] = modality.combine_embeddings(modality.encode({ENCODER: inputs}))
+    return features
+
+
 def is_empty_state(key: str, value: Any) -> bool:
     """Whether an entry of a sharded state is a layer's extra state, and holds nothing.
 
@@ -106,6 +162,98 @@ def keep_out_of_checkpoint(
         else value
         for key, value in state.items()
     }
+
+
+class FreshParts:
+    """A stage whose `fresh_parts` a checkpoint to start from need not have."""
+
+    fresh_parts: tuple[str, ...] = ()
+    hides_fresh_parts = False
+
+    @contextlib.contextmanager
+    def hide_loss_modules(self) -> Iterator[None]:
+        """Let fresh parts keep the weights they have instead of asking a checkpoint for them.
+
+        Megatron enters this under `--finetune` while it makes the sharded state that it loads. Its
+        name comes from distillation, where the parts that a checkpoint lacks are losses.
+        """
+        self.hides_fresh_parts = True
+        try:
+            yield
+        finally:
+            self.hides_fresh_parts = False
+
+    def in_checkpoint(self, state: dict[str, Any], prefix: str, fp8: bool) -> dict[str, Any]:
+        """What a checkpoint holds of a sharded state: no fresh parts, no empty extra states."""
+        fresh = self.fresh_parts if self.hides_fresh_parts else ()
+        hidden = tuple(prefix + part_prefix(part) for part in fresh)
+        # Saved and resumed, the scales of an FP8 run are in extra states, empty until it computes.
+        return keep_out_of_checkpoint(state, hidden, not fp8 or self.hides_fresh_parts)
+
+
+@functools.cache
+def with_layer_scale(linear: type) -> type:
+    """A row-parallel linear layer class with LayerScale (arXiv:2103.17239).
+
+    Its output, bias included, is scaled by a trained factor per feature.
+    """
+
+    class ScaledLinear(linear):  # type: ignore[misc, valid-type]
+        def __init__(self, input_size: int, output_size: int, *rest: Any, **named: Any) -> None:
+            super().__init__(input_size, output_size, *rest, **named)
+            ones = torch.ones(output_size, dtype=self.weight.dtype, device=self.weight.device)
+            self.layer_scale = torch.nn.Parameter(ones)
+
+        def forward(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, Any]:
+            output, bias = super().forward(*inputs, **named)
+            return output * self.layer_scale, None if bias is None else bias * self.layer_scale
+
+    return ScaledLinear
+
+
+# Fields that say how to compute, not what: an encoder shares them with the language model.
+# Pipeline, sequence- and context-parallel fields and other fusions stay at their defaults.
+SHARED_FIELDS = (
+    "tensor_model_parallel_size",
+    "params_dtype",
+    "fp16",
+    "bf16",
+    "autocast_dtype",
+    "use_cpu_initialization",
+    "perform_initialization",
+    "gradient_accumulation_fusion",
+    "transformer_impl",
+    "bias_dropout_fusion",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_modules",
+    "deterministic_mode",
+)
+
+
+def encoder_transformer_config(
+    transformer_config: TransformerConfig, **fields: Any
+) -> TransformerConfig:
+    """An encoder's TransformerConfig: LayerNorm, biases, no dropout, and what `fields` say.
+
+    `transformer_config` is the language model's. It is not copied as a whole: its pipeline,
+    sequence-parallel and fusion fields would break layers that are whole on every rank.
+    """
+    shared = {name: getattr(transformer_config, name) for name in SHARED_FIELDS}
+    if shared["recompute_method"]:
+        shared["recompute_num_layers"] = 1
+    defaults = {
+        "normalization": "LayerNorm",
+        "layernorm_epsilon": 1e-5,
+        "persist_layer_norm": shared["transformer_impl"] == "transformer_engine",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "add_bias_linear": True,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+    }
+    return TransformerConfig(**{**shared, **defaults, **fields})
 
 
 class Norm:

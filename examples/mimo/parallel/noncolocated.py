@@ -32,7 +32,7 @@ from megatron.training import initialize
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.batch import Placeholders
-from examples.mimo.model.encoder import split_over
+from examples.mimo.model.layers import split_over
 from examples.mimo.model.mimo import (
     Inputs,
     StageMimoModel,
@@ -148,21 +148,22 @@ def build_noncolocated_model(
     own = here(placements, dist.get_rank())
     by_name = {placement.name: placement for placement in placements}
     encoder_configs = {
-        name: split_over(transformer_config, by_name[name].tp) for name in config.modalities
+        name: split_over(transformer_config, by_name[name].tp) for name in config.inputs
     }
     mimo_config = MimoModelConfig(
         language_model_spec=language_spec(
-            config.language, transformer_config, pg_collection, pre_process, post_process, None
+            *(config.built_language, transformer_config, pg_collection),
+            *(pre_process, post_process, None),
         ),
         modality_submodules_spec={
             name: modality_spec(modality, encoder_configs[name], pg_collection)
-            for name, modality in config.modalities.items()
+            for name, modality in config.inputs.items()
         },
-        special_token_ids={name: m.token_id for name, m in config.modalities.items()},
+        special_token_ids={name: m.token_id for name, m in config.inputs.items()},
         module_to_grid_map=grids,
     )
     is_language = own.name == LANGUAGE
-    dummies = {} if is_language else {own.name: dummy_input(config.modalities[own.name])}
+    dummies = {} if is_language else {own.name: dummy_input(config.inputs[own.name])}
     return NonColocatedMimoModel(
         mimo_config,
         pg_collection,

@@ -54,8 +54,9 @@ from examples.mimo.planner.pipeline import (
     predicted_split,
     workload,
 )
+from examples.mimo.training.inputs import first_batches
 from examples.mimo.training.layout import RankGroup, RunShape, rank_groups, run_shape
-from examples.mimo.training.pretrain import first_batches, transformer_config
+from examples.mimo.training.pretrain import transformer_config
 
 MIB = 2**20
 # More micro-batches than this make a drawing that shows nothing.
@@ -198,7 +199,7 @@ def _activation_bytes(config: MimoConfig, shape: RunShape, chunk: StageMimoModel
     kept = _kept_by_language(config, shape, chunk) if "language" in modules else 0
     for name in chunk.modality_submodules:
         encoder, projector = modules[f"{name}.encoder"], modules[f"{name}.projector"]
-        encoder_config = config.modalities[name].encoder
+        encoder_config = config.inputs[name].encoder
         inputs = _inputs_of_a_rank(name, encoder_config.max_inputs, shape)
         kept += _kept_by_modality(encoder_config, shape.params_dtype, encoder, projector, inputs)
     return kept

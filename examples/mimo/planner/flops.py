@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from examples.mimo.configs.schema import LanguageConfig, MimoConfig, ModalityConfig
+from examples.mimo.configs.schema import InputModality, LanguageConfig, MimoConfig
 from examples.mimo.modalities.base import EncoderConfig
 from examples.mimo.training.layout import RunShape
 
@@ -132,7 +132,7 @@ def mlp_flops(language: LanguageConfig, seq_length: int) -> Flops:
     return Flops(2 * seq_length * language.hidden_size * language.ffn_hidden_size * 3)
 
 
-def projector_flops(modality: ModalityConfig, hidden_size: int) -> Flops:
+def projector_flops(modality: InputModality, hidden_size: int) -> Flops:
     """One token from the width that leaves the encoder to the language model's `hidden_size`."""
     return Flops(modality.projector.flops(modality.encoder.output_size, hidden_size))
 
@@ -160,11 +160,9 @@ def model_cost(config: MimoConfig, shape: RunShape, work: Workload) -> ModelCost
     """What a layer, the encoders with their projectors, and the head cost a rank."""
     encoders = {
         name: _encoder_cost(name, modality, config.language.hidden_size, shape, work)
-        for name, modality in config.modalities.items()
+        for name, modality in config.inputs.items()
     }
-    reached = any(
-        {f"{name}.encoder", f"{name}.projector"} - shape.frozen for name in config.modalities
-    )
+    reached = any({f"{name}.encoder", f"{name}.projector"} - shape.frozen for name in config.inputs)
     trains = "language" not in shape.frozen
     # Gradients of features that came over a bridge are computed even if nobody trains on them.
     passes_on = reached or trains or bool(shape.placements)
@@ -173,7 +171,7 @@ def model_cost(config: MimoConfig, shape: RunShape, work: Workload) -> ModelCost
     # Attention's kernels skip what the causal mask hides; the count that is a convention does not.
     causal = replace(layer, attention=layer.attention // 2)
     layer_cost = _cost(causal, trains, passes_on, shape.recompute)
-    head_cost = _cost(head_flops(config.language, seq_length), trains, passes_on)
+    head_cost = _cost(head_flops(config.built_language, seq_length), trains, passes_on)
     # Of the last layer's MLP the positions without loss are left out (model/parts.py).
     mlp_cost = _cost(mlp_flops(config.language, seq_length), trains, passes_on)
     is_short = shape.local_layers and not (shape.recompute or shape.sequence_parallel)
@@ -189,7 +187,7 @@ def model_cost(config: MimoConfig, shape: RunShape, work: Workload) -> ModelCost
 
 
 def _encoder_cost(
-    name: str, modality: ModalityConfig, hidden_size: int, shape: RunShape, work: Workload
+    name: str, modality: InputModality, hidden_size: int, shape: RunShape, work: Workload
 ) -> Cost:
     """An encoder and its projector on one of their ranks, for a micro-batch of the schedule."""
     encoder_trains = f"{name}.encoder" not in shape.frozen

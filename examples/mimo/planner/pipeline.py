@@ -193,7 +193,7 @@ def workload(config: MimoConfig, batches: Sequence[Batch]) -> Workload:
     def mean(counts: Iterable[float]) -> float:
         return statistics.fmean(counts)
 
-    names = config.modalities
+    names = config.inputs
     return Workload(
         batch_size=mean(batch.batch_size for batch in batches),
         seq_length=mean(batch.seq_length for batch in batches),

@@ -115,7 +115,7 @@ class Server:
                 "suffixes": list(modality.encoder.suffixes),
                 "media_types": _media_types(modality.encoder.suffixes),
             }
-            for name, modality in self.model.config.modalities.items()
+            for name, modality in self.model.config.inputs.items()
         ]
         config = self.model.config
         return JSONResponse(

@@ -216,7 +216,7 @@ def _parts(
         if sum(map(len, media.values())) >= MAX_FILES:
             raise ValueError(f"more than {MAX_FILES} files")
         media.setdefault(name, []).append(Blob(at, data))
-        parts.append({"type": config.modalities[name].singular})
+        parts.append({"type": config.inputs[name].singular})
     length = sum(len(part.get("text", "")) for part in parts)
     if length > MAX_TEXT:
         raise ValueError(f"{where}: {length:,} characters, more than {MAX_TEXT:,}")
@@ -227,8 +227,8 @@ def _file_part(
     part: Mapping[str, Any], at: str, config: MimoConfig, allowed: bool
 ) -> tuple[str, bytes]:
     """The modality and the bytes of a content part; nothing is fetched from anywhere."""
-    url_types = {f"{m.singular}_url": name for name, m in config.modalities.items()}
-    data_types = {f"input_{m.singular}": name for name, m in config.modalities.items()}
+    url_types = {f"{m.singular}_url": name for name, m in config.inputs.items()}
+    data_types = {f"input_{m.singular}": name for name, m in config.inputs.items()}
     kind = part.get("type")
     if allowed and isinstance(kind, str) and kind in url_types:
         value = part.get(kind)
@@ -244,8 +244,8 @@ def _file_part(
         return data_types[kind], _decode(data, at)
     if allowed and kind == "input_file":
         name, data = part.get("modality"), part.get("data")
-        if not isinstance(name, str) or name not in config.modalities:
-            raise ValueError(f"{at}.modality must be one of {', '.join(config.modalities)}")
+        if not isinstance(name, str) or name not in config.inputs:
+            raise ValueError(f"{at}.modality must be one of {', '.join(config.inputs)}")
         if not isinstance(data, str):
             raise ValueError(f"{at}.data must be base64 or a data: URL")
         return name, _decode(data, at)

@@ -317,7 +317,7 @@ def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dic
     named = first_of(record, *config.modalities)
     if named is not None or files_of_parts(conversation_of(record)):
         return record
-    for name in config.modalities:
+    for name in config.inputs:  # outputs are named: their files may be of an input's kind
         suffixes = _own_suffixes(config, name)
         files = [part for part in parts if part.lower().endswith(suffixes)]
         files.sort(key=_numeric_order)
@@ -330,7 +330,7 @@ def read_record(key: str, parts: Mapping[str, bytes], config: MimoConfig) -> dic
 
 def _own_suffixes(config: MimoConfig, name: str) -> tuple[str, ...]:
     """The suffixes of a modality that no other lists nearer its beginning: .mp4 is video first."""
-    listed = {other: item.encoder.suffixes for other, item in config.modalities.items()}
+    listed = {other: item.encoder.suffixes for other, item in config.inputs.items()}
     return tuple(
         suffix
         for place, suffix in enumerate(listed[name])

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from examples.mimo.configs.schema import MimoConfig
+from examples.mimo.configs.schema import MimoConfig, OutputModality
 from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.shards.manifest import TarParts, error_reason, tar_samples
@@ -26,13 +26,17 @@ COMMON_SIZES, COMMON_REASONS = 4, 5
 
 @dataclass
 class Statistics:
-    """What the samples of a folder are like; `media` counts item sizes by modality."""
+    """What the samples of a folder are like; `media` counts sizes of items by modality.
+
+    Of what answers consist of they are numbers of codes, in `outputs`.
+    """
 
     samples: Counter[str] = field(default_factory=Counter)
     turns: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     target_tokens: list[int] = field(default_factory=list)
     media: dict[str, Counter[str]] = field(default_factory=dict)
+    outputs: dict[str, Counter[str]] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
 
     def add(
@@ -46,7 +50,10 @@ class Statistics:
         self.turns.append(sum(has_loss for has_loss, _ in groupby(sample.tokens.loss_mask)))
         for name, items in raw.items():
             sizes = self.media.setdefault(name, Counter())
-            sizes.update(config.modalities[name].encoder.describe(item) for item in items)
+            sizes.update(config.inputs[name].encoder.describe(item) for item in items)
+        for name in sample.outputs:
+            sizes = self.outputs.setdefault(name, Counter())
+            sizes.update(f"{len(codes)} codes" for codes in codes_of(sample, config.outputs[name]))
 
     def lines(self) -> list[str]:
         """The statistics as lines for a terminal."""
@@ -56,7 +63,8 @@ class Statistics:
         lines.append(f"tokens    {_spread(self.tokens)}")
         share = 100 * sum(self.target_tokens) / max(1, sum(self.tokens))
         lines.append(f"targets   {_spread(self.target_tokens)} tokens, {share:.0f} % of all tokens")
-        for name, sizes in self.media.items():
+        said = {f"{name} in answers": sizes for name, sizes in self.outputs.items()}
+        for name, sizes in (self.media | said).items():
             common = ", ".join(f"{s} ({count:,})" for s, count in sizes.most_common(COMMON_SIZES))
             others = len(sizes) - COMMON_SIZES
             more = f" and {others} other sizes" if others > 0 else ""
@@ -66,6 +74,14 @@ class Statistics:
             most = self.refused.most_common(COMMON_REASONS)
             lines += [f"{count:>9,} {reason}" for reason, count in most]
         return lines
+
+
+def codes_of(sample: Sample, output: OutputModality) -> list[list[int]]:
+    """The codes of each of a sample's outputs of a modality."""
+    ids = sample.tokens.ids
+    begins = [place for place, token_id in enumerate(ids) if token_id == output.begin_id]
+    runs = [ids[begin + 1 : ids.index(output.end_id, begin)] for begin in begins]
+    return [[token_id - output.first_id for token_id in run] for run in runs]
 
 
 def _spread(values: Sequence[int]) -> str:
@@ -104,6 +120,9 @@ def inspect_shards(
             totals.add(split, sample, raw, reader.config)
             if len(shown) < num_shown:
                 previews = {name: _previews(name, raw[name], reader.config) for name in raw}
+                for name in sample.outputs:
+                    output = reader.config.outputs[name]
+                    previews[f"{name}, decoded"] = _decoded(codes_of(sample, output), output)
                 shown.append(ShownSample(sample, split, previews))
     # What was refused when the shards were written is listed beside them.
     if (folder / REJECTED).is_file():
@@ -114,12 +133,20 @@ def inspect_shards(
 
 def _previews(name: str, items: Sequence[Any], config: MimoConfig) -> list[tuple[str, bytes]]:
     """What a browser can show of decoded items; their sizes in words if it is nothing."""
-    encoder = config.modalities[name].encoder
+    encoder = config.inputs[name].encoder
     return [
         preview
         for item in items
         for preview in encoder.preview(item) or [("text/plain", encoder.describe(item).encode())]
     ]
+
+
+def _decoded(runs: Sequence[Sequence[int]], output: OutputModality) -> list[tuple[str, bytes]]:
+    """What an answer's codes stand for, in the format that an answer is saved in."""
+    codec = output.codec
+    suffix = next(iter(codec.suffixes), ".bin").removeprefix(".")
+    kind = codec.mime_type(suffix)
+    return [(kind, codec.encode_bytes(codec.decode(codes), suffix)) for codes in runs]
 
 
 def _samples(tar: Path) -> Iterator[TarParts]:
@@ -134,7 +161,7 @@ def _read_sample(parts: TarParts, reader: SampleEncoder) -> tuple[Sample, dict[s
     record = parts.record(reader.config)
     sample = reader.encode(record, parts)
     raw = {
-        name: [reader.config.modalities[name].encoder.read(parts(file)) for file in files]
+        name: [reader.config.inputs[name].encoder.read(parts(file)) for file in files]
         for name, files in sample.sources.items()
     }
     return sample, raw
@@ -180,8 +207,10 @@ def _media_element(mime_type: str, content: bytes, label: str) -> str:
 
 
 def _token_spans(tokens: TokenSequence, config: MimoConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    """A span for each token, and one for a run of placeholders; target tokens are marked."""
-    names = {modality.token_id: name for name, modality in config.modalities.items()}
+    """A span for each token, one for a run of placeholders or codes; target tokens are marked."""
+    names = {modality.token_id: name for name, modality in config.inputs.items()}
+    for modality, output in config.outputs.items():
+        names |= dict.fromkeys(output.ids, modality)
     colours = {name: number % NUM_COLOURS for number, name in enumerate(config.modalities)}
     special = {tokenizer.bos_id: "⟨begin⟩", tokenizer.eos_id: "⟨end⟩"}
     # The loss mask stands where a token is predicted, one position earlier.
@@ -190,13 +219,23 @@ def _token_spans(tokens: TokenSequence, config: MimoConfig, tokenizer: Tokenizer
     for name, run in groupby(pairs, key=lambda pair: names.get(pair[0])):
         members = list(run)
         if name is not None:
+            is_said = members[0][1]
             text = f"{config.modalities[name].placeholder} x {len(members)}"
-            yield f'<span class="media-{colours[name]}">{html.escape(text)}</span>'
+            if is_said:
+                text = _codes_text([token for token, _ in members], config.outputs[name])
+            style = f"media-{colours[name]}{' target' * is_said}"
+            yield f'<span class="{style}">{html.escape(text)}</span>'
             continue
         for token, has_loss in members:
             text = special.get(token) or tokenizer.decode([token]).replace("\n", "⏎") or "·"
             target = ' class="target"' if has_loss else ""
             yield f'<span{target} title="{token}">{html.escape(text)}</span>'
+
+
+def _codes_text(ids: Sequence[int], output: OutputModality) -> str:
+    """Outputs as their codes: `<speech> 3 141 59`."""
+    words = {output.begin_id: output.placeholder, output.end_id: ""}
+    return " ".join(words.get(token, str(token - output.first_id)) for token in ids).strip()
 
 
 # As many as the page's style has classes media-N.

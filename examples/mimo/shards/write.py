@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from examples.mimo.checkpoint.description import ABOUT, DatasetModel
+from examples.mimo.configs import check_codecs, copy_codecs
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import copy_tokenizer
 from examples.mimo.data.turns import (
@@ -37,8 +38,8 @@ from examples.mimo.data.turns import (
     conversation_of,
     files_of_parts,
     find_media,
+    output_places,
     parse_turns,
-    without_files,
 )
 from examples.mimo.modalities.files import Blob, Source
 from examples.mimo.shards.manifest import (
@@ -91,6 +92,7 @@ def prepare_shards(
     # Used last, to index what was written; its absence should not cost the time of writing.
     if importlib.util.find_spec("megatron.energon") is None:
         raise ValueError("shards need megatron-energon; pip install -e '.[data]'")
+    check_codecs(config)
     entries = read_entries(options.manifest, options.media, config)
     draft = options.output.with_name(f".{options.output.name}.draft")
     draft.mkdir(parents=True, exist_ok=True)
@@ -130,6 +132,7 @@ def prepare_shards(
     (draft / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     if options.tokenizer:
         copy_tokenizer(options.tokenizer, draft)
+    copy_codecs(config, draft)
     shutil.rmtree(draft / SUMMARIES)
     if options.output.exists():
         shutil.rmtree(options.output)
@@ -351,7 +354,7 @@ def write_shard(shard: Shard, draft: Path, config: MimoConfig) -> dict[str, Any]
 
 
 def checked_parts(entry: Entry, config: MimoConfig) -> dict[str, bytes]:
-    """The parts of a sample by name, after `config`'s encoders have read all of its media.
+    """The parts of a sample by name, after `config`'s encoders and codecs have read all its media.
 
     ValueError for a malformed conversation, for placeholders without files or the other way round,
     and for files that cannot be read.
@@ -364,9 +367,13 @@ def checked_parts(entry: Entry, config: MimoConfig) -> dict[str, bytes]:
     parts: dict[str, bytes] = {}
     for modality, sources in media.items():
         names = []
-        for number, source in enumerate(sources):
+        outputs = output_places(turns, modality)
+        for number, (source, is_output) in enumerate(zip(sources, outputs, strict=True)):
             blob = _read_file(source)
-            config.modalities[modality].encoder.read(blob)
+            if is_output:
+                config.outputs[modality].tokens_of(blob)
+            else:
+                config.inputs[modality].encoder.read(blob)
             suffix = Path(str(source)).suffix.lower()
             has_suffix = re.fullmatch(r"\.[a-z0-9]{1,8}", suffix)
             names.append(f"{modality}.{number}{suffix if has_suffix else ''}")
@@ -377,6 +384,18 @@ def checked_parts(entry: Entry, config: MimoConfig) -> dict[str, bytes]:
     record["conversations"] = without_files(conversation_of(entry.record))
     record.pop("messages", None)  # the other name of the turns
     return {"json": json.dumps(record, ensure_ascii=False).encode(), **parts}
+
+
+def without_files(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns that parse, without the files that their parts name; the places stay."""
+    bare = []
+    for turn in conversation:
+        name = "content" if turn.get("value") is None else "value"
+        content = turn.get(name)
+        if isinstance(content, list):
+            content = [p if p["type"] == "text" else {"type": p["type"]} for p in content]
+        bare.append({**turn, name: content})
+    return bare
 
 
 def _read_file(source: Source) -> Blob:

@@ -1,16 +1,19 @@
-"""Inputs of a training run: starting checkpoint, fresh parts, tokenizer, shards, encoders ahead."""
+"""Inputs of a training run: starting checkpoint, fresh parts, data sets, tokenizer, shards."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from torch.utils.data import Dataset
 
 from examples.mimo.checkpoint.description import (
     TOKENIZER,
@@ -21,18 +24,162 @@ from examples.mimo.checkpoint.description import (
 )
 from examples.mimo.checkpoint.integrity import begin_check
 from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_states
+from examples.mimo.configs import holds_codecs, with_codec_folder
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch
-from examples.mimo.data.conversation import SampleEncoder
+from examples.mimo.data.batch import Batch, collate, collate_packed
+from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
+from examples.mimo.data.datasets import ConversationDataset
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
-from examples.mimo.model.mimo import Inputs, StageMimoModel
-from examples.mimo.model.parts import ENCODER
-from examples.mimo.parallel.context import share_inputs
 from examples.mimo.parallel.placement import LANGUAGE
-from examples.mimo.training.layout import cp_multiple, module_of_rank, run_shape
+from examples.mimo.training.layout import cp_multiple, module_of_rank, padding_multiple, run_shape
 
 # The package that reads shards needs energon; the example names it nowhere else.
 SHARDS = "examples.mimo.shards.resume"
+
+Collate = Callable[[Sequence[Sample]], Batch]
+# Training and validation samples.
+Datasets = tuple[Dataset, Dataset | None]
+
+
+class MockDataset(Dataset[Sample]):
+    """Random conversations of any size without files.
+
+    A sample holds zero, one or two items of each modality as far as they fit, at random positions
+    in random text: inputs in its first half, outputs in the second, which carries loss.
+    """
+
+    def __init__(self, config: MimoConfig, seq_length: int, num_samples: int, seed: int) -> None:
+        self.config = config
+        self.seq_length = seq_length
+        self.num_samples = num_samples
+        self.seed = seed
+        special = {m.token_id for m in config.inputs.values()}
+        self.words = [i for i in range(1, config.language.vocab_size) if i not in special]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        numbers = np.random.default_rng([self.seed, index, 2])
+        noise = torch.Generator().manual_seed(int(numbers.integers(2**62)))
+        length = int(numbers.integers(self.seq_length // 2, self.seq_length + 1))
+        media: dict[str, list[dict[str, torch.Tensor]]] = {}
+        spans: list[list[int]] = []
+        room = length // 2  # for inputs
+        for name, modality in self.config.inputs.items():
+            for _ in range(numbers.integers(3)):
+                item = modality.encoder.mock_inputs(noise)
+                tokens = modality.tokens_of(item)
+                if len(tokens) <= room:
+                    room -= len(tokens)
+                    media.setdefault(name, []).append(item)
+                    spans.append(tokens)
+        outputs: dict[str, list[list[int]]] = {}
+        room = length // 4
+        for name, output in self.config.outputs.items():
+            for _ in range(numbers.integers(3)):
+                count = output.codec.unit * int(numbers.integers(1, 9))
+                allowed = (output.codec.allowed(position) for position in range(count))
+                tokens = output.tokens([int(numbers.integers(r.start, r.stop)) for r in allowed])
+                if len(tokens) <= room:
+                    room -= len(tokens)
+                    outputs.setdefault(name, []).append(tokens)
+        said = [tokens for items in outputs.values() for tokens in items]
+        text = numbers.choice(self.words, length - sum(map(len, spans + said))).tolist()
+        question = len(text) // 2
+        ids = _spread(spans, text[:question], numbers)
+        answer = _spread(said, text[question:], numbers)
+        is_target = [0] * len(ids) + [1] * len(answer)
+        ids += answer
+        sequence = TokenSequence(ids, [*ids[1:], 0], [*is_target[1:], 0])
+        sources, said_by = (
+            {name: ["mock"] * len(items) for name, items in sides.items()}
+            for sides in (media, outputs)
+        )
+        return Sample(f"mock-{index}", sequence, media, sources, said_by)
+
+
+def _spread(spans: Sequence[list[int]], text: list[int], numbers: np.random.Generator) -> list[int]:
+    """Spans at random places of a text, in their order."""
+    cuts = sorted(numbers.integers(0, len(text) + 1, len(spans)).tolist())
+    ids: list[int] = []
+    for start, stop, span in zip([0, *cuts], [*cuts, len(text)], [*spans, []], strict=True):
+        ids += text[start:stop] + span
+    return ids
+
+
+def mock_datasets(
+    args: argparse.Namespace, config: MimoConfig, num_train: int, num_valid: int
+) -> Datasets:
+    """Random samples of any model, without files."""
+    return (
+        MockDataset(config, args.seq_length, num_train, args.seed),
+        MockDataset(config, args.seq_length, num_valid, args.seed + 1),
+    )
+
+
+def conversation_datasets(
+    args: argparse.Namespace, config: MimoConfig, num_train: int, num_valid: int
+) -> Datasets:
+    """A JSON-lines file a split in `--data-path`; without evaluation no validation split."""
+    encoder = sample_encoder(args, config)
+    root, bad = Path(args.data_path[0]), args.max_bad_samples
+    varied = dataclasses.replace(encoder, augment=args.augment)
+    split, seed = args.train_split, args.seed
+    train = ConversationDataset(root, split, varied, num_train, seed, True, bad)
+    if not args.eval_iters:
+        return train, None
+    split = args.valid_split
+    return train, ConversationDataset(root, split, encoder, num_valid, seed, False, bad)
+
+
+DATASETS: dict[str, Any] = {
+    "mock": mock_datasets,
+    "conversations": conversation_datasets,
+    "spoken_questions": conversation_datasets,
+    "energon": SHARDS,
+    # Upstream's names for its own data in shards.
+    "llava_avlm": SHARDS,
+    "llava_vlm": SHARDS,
+    "video_llava_vlm": SHARDS,
+}
+
+
+def is_sharded(args: argparse.Namespace) -> bool:
+    """Whether samples come out of shards, which megatron-energon reads."""
+    return DATASETS[args.dataset_provider] == SHARDS
+
+
+def collate_function(args: argparse.Namespace) -> Collate:
+    """What makes a training batch of samples: padded sequences, or one that packs them all."""
+    if not args.pack_sequences:
+        return functools.partial(collate, multiple=padding_multiple(args))
+    # Sequences that are filled from a buffer all have one length.
+    multiple = args.total_seq_length if args.packing_buffer_size else padding_multiple(args)
+    return functools.partial(collate_packed, multiple=multiple, sample_multiple=cp_multiple(args))
+
+
+def check_data(args: argparse.Namespace, config: MimoConfig) -> None:
+    """ValueError for data that is not there, before anything is built."""
+    if not is_sharded(args):
+        DATASETS[args.dataset_provider](args, config, 1, 1)
+        return
+    read_mixture = from_shards(args, "read_mixture")
+    sample_encoder(args, config)
+    for split in (args.train_split, args.valid_split)[: 2 if args.eval_iters else 1]:
+        read_mixture(Path(args.data_path[0]), split)
+
+
+def first_batches(args: argparse.Namespace, config: MimoConfig, num_samples: int) -> list[Batch]:
+    """The first samples of the training data in micro-batches, without a process group."""
+    size = args.micro_batch_size
+    if is_sharded(args):
+        read_first, encoder = from_shards(args, "first_shard_batches"), sample_encoder(args, config)
+        options = shard_options(args, range(1))
+        return read_first(options, encoder, collate_function(args), max(1, num_samples // size))
+    dataset, _ = DATASETS[args.dataset_provider](args, config, num_samples, 0)
+    starts = range(0, max(size, num_samples - size + 1), size)
+    return [collate_function(args)([dataset[start + i] for i in range(size)]) for start in starts]
 
 
 def check_inputs(args: argparse.Namespace, config: MimoConfig) -> None:
@@ -76,59 +223,6 @@ class Observer(Protocol):
 
     def add_loss(self, loss: torch.Tensor, keys: Sequence[str]) -> None:
         """A micro-batch's summed loss, on the device, and its samples."""
-
-
-class EncodersAhead:
-    """Reads a micro-batch ahead and runs its frozen encoders beside the one before.
-
-    Nothing is read beyond an iteration, after which a checkpoint may save the place in the data.
-    """
-
-    def __init__(self) -> None:
-        self.stream: torch.cuda.Stream | None = None  # until this rank has its device
-        # What has begun, and how many micro-batches of this iteration are still to be read.
-        self.begun: tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event] | None = None
-        self.left = 0
-
-    def next(
-        self, stage: StageMimoModel, read: Callable[[], Batch]
-    ) -> tuple[Batch, dict[str, torch.Tensor]]:
-        """The next micro-batch that `read` returns, with the features of its frozen encoders."""
-        if self.begun is None:
-            self.begun, self.left = self._begin(stage, read()), get_num_microbatches() - 1
-        batch, features, done = self.begun
-        self.begun = None
-        if self.left:
-            self.begun, self.left = self._begin(stage, read()), self.left - 1
-        current = torch.cuda.current_stream()
-        current.wait_event(done)
-        for tensor in features.values():
-            tensor.record_stream(current)
-        return batch, features
-
-    def _begin(
-        self, stage: StageMimoModel, batch: Batch
-    ) -> tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event]:
-        self.stream = self.stream or torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            features = frozen_features(stage, batch.modality_inputs)
-            return batch, features, self.stream.record_event()
-
-
-@torch.no_grad()
-def frozen_features(stage: StageMimoModel, modality_inputs: dict[str, Inputs]) -> Inputs:
-    """This rank's share of the inputs -> features of frozen encoders, before the projectors."""
-    features: Inputs = {}
-    for name in stage.special_token_ids:
-        modality, inputs = stage.modality_submodules[name], modality_inputs.get(name)
-        if inputs is None or any(p.requires_grad for p in modality.encoders.parameters()):
-            continue
-        for group in stage.encoder_groups:
-            inputs = share_inputs(inputs, group.rank(), group.size())
-        if len(next(iter(inputs.values()))):
-            features[name] = modality.combine_embeddings(modality.encode({ENCODER: inputs}))
-    return features
 
 
 def begin_integrity_check(args: argparse.Namespace) -> None:
@@ -279,6 +373,20 @@ def tokenizer_path(args: argparse.Namespace) -> Path | None:
     if args.data_path and holds_tokenizer(Path(args.data_path[0])):
         return Path(args.data_path[0])
     return of_weights
+
+
+def with_codecs(args: argparse.Namespace, config: MimoConfig) -> MimoConfig:
+    """`config` with the codecs of the weights, else those of the data folder.
+
+    As with the tokenizer, trained weights know only the codes that they were trained with.
+    """
+    start = starting_point(args)
+    if start and LANGUAGE not in fresh_parts(args) and holds_codecs(config, start):
+        return with_codec_folder(config, start)
+    if not args.data_path:
+        return config
+    data = Path(args.data_path[0])
+    return with_codec_folder(config, data if data.is_dir() else data.parent)
 
 
 def starting_point(args: argparse.Namespace) -> Path | None:

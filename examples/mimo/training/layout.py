@@ -177,15 +177,15 @@ def check_encoder_layout(args: argparse.Namespace, config: MimoConfig) -> None:
 
     Colocated encoders are split as the language model is, non-colocated ones not at all.
     """
-    typed = encoder_tensor_parallel(args.encoder_tensor_model_parallel_size, config.modalities)
+    typed = encoder_tensor_parallel(args.encoder_tensor_model_parallel_size, config.inputs)
     default = 1 if args.encoder_ranks else args.tensor_model_parallel_size
-    sizes = {name: typed.get(name, default) for name in config.modalities}
+    sizes = {name: typed.get(name, default) for name in config.inputs}
     args.encoder_tensor_model_parallel_size = sizes
     if args.encoder_ranks:
         _check_noncolocated(args)
     else:
         _check_colocated(args, colocated_encoder_tp(args))
-    for name in config.modalities:
+    for name in config.inputs:
         for part in (f"{name}.encoder", f"{name}.projector"):
             widths = tensor_parallel_sizes(config, part)
             _check_divisible(widths, "--encoder-tensor-model-parallel-size", sizes[name])

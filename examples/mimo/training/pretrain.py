@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,35 +20,32 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, collate, collate_packed, locate
+from examples.mimo.data.batch import Batch, collate, locate
 from examples.mimo.data.conversation import BadSampleCount, Sample
-from examples.mimo.data.datasets import ConversationDataset, MockDataset
 from examples.mimo.model.layers import device
 from examples.mimo.model.mimo import StageMimoModel, build_mimo_model
-from examples.mimo.model.parts import MediaCountError, freeze_parts
+from examples.mimo.model.parts import EncodersAhead, MediaCountError, freeze_parts
 from examples.mimo.parallel import noncolocated
 from examples.mimo.parallel.context import broadcast_batch, parallel_argmax, shard_targets
 from examples.mimo.parallel.placement import EncoderReplicas, create_encoder_replicas
 from examples.mimo.training.inputs import (
-    SHARDS,
-    EncodersAhead,
+    DATASETS,
+    Collate,
     Observer,
+    collate_function,
     fresh_parts,
     from_shards,
+    is_sharded,
     sample_encoder,
     shard_options,
 )
 from examples.mimo.training.layout import (
     colocated_encoder_tp,
-    cp_multiple,
     data_share,
     padding_multiple,
     placements,
 )
 
-Collate = Callable[[Sequence[Sample]], Batch]
-# Training and validation samples.
-Datasets = tuple[Dataset, Dataset | None]
 # What Megatron expects of a loss function: a sum, the number of tokens in it, and what to log.
 Reduced = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -136,48 +131,6 @@ def data_provider(
     return train_iterator, _batches(args, valid, consumed, size, collate_valid), None
 
 
-def mock_datasets(
-    args: argparse.Namespace, config: MimoConfig, num_train: int, num_valid: int
-) -> Datasets:
-    """Random samples of any model, without files."""
-    return (
-        MockDataset(config, args.seq_length, num_train, args.seed),
-        MockDataset(config, args.seq_length, num_valid, args.seed + 1),
-    )
-
-
-def conversation_datasets(
-    args: argparse.Namespace, config: MimoConfig, num_train: int, num_valid: int
-) -> Datasets:
-    """A JSON-lines file a split in `--data-path`; without evaluation no validation split."""
-    encoder = sample_encoder(args, config)
-    root, bad = Path(args.data_path[0]), args.max_bad_samples
-    varied = dataclasses.replace(encoder, augment=args.augment)
-    split, seed = args.train_split, args.seed
-    train = ConversationDataset(root, split, varied, num_train, seed, True, bad)
-    if not args.eval_iters:
-        return train, None
-    split = args.valid_split
-    return train, ConversationDataset(root, split, encoder, num_valid, seed, False, bad)
-
-
-DATASETS: dict[str, Any] = {
-    "mock": mock_datasets,
-    "conversations": conversation_datasets,
-    "spoken_questions": conversation_datasets,
-    "energon": SHARDS,
-    # Upstream's names for its own data in shards.
-    "llava_avlm": SHARDS,
-    "llava_vlm": SHARDS,
-    "video_llava_vlm": SHARDS,
-}
-
-
-def is_sharded(args: argparse.Namespace) -> bool:
-    """Whether samples come out of shards, which megatron-energon reads."""
-    return DATASETS[args.dataset_provider] == SHARDS
-
-
 def _batches(
     args: argparse.Namespace,
     dataset: Dataset[Sample],
@@ -207,38 +160,6 @@ def _batches(
         generator=torch.Generator(),
     )
     return iter(loader)
-
-
-def collate_function(args: argparse.Namespace) -> Collate:
-    """What makes a training batch of samples: padded sequences, or one that packs them all."""
-    if not args.pack_sequences:
-        return functools.partial(collate, multiple=padding_multiple(args))
-    # Sequences that are filled from a buffer all have one length.
-    multiple = args.total_seq_length if args.packing_buffer_size else padding_multiple(args)
-    return functools.partial(collate_packed, multiple=multiple, sample_multiple=cp_multiple(args))
-
-
-def check_data(args: argparse.Namespace, config: MimoConfig) -> None:
-    """ValueError for data that is not there, before anything is built."""
-    if not is_sharded(args):
-        DATASETS[args.dataset_provider](args, config, 1, 1)
-        return
-    read_mixture = from_shards(args, "read_mixture")
-    sample_encoder(args, config)
-    for split in (args.train_split, args.valid_split)[: 2 if args.eval_iters else 1]:
-        read_mixture(Path(args.data_path[0]), split)
-
-
-def first_batches(args: argparse.Namespace, config: MimoConfig, num_samples: int) -> list[Batch]:
-    """The first samples of the training data in micro-batches, without a process group."""
-    size = args.micro_batch_size
-    if is_sharded(args):
-        read_first, encoder = from_shards(args, "first_shard_batches"), sample_encoder(args, config)
-        options = shard_options(args, range(1))
-        return read_first(options, encoder, collate_function(args), max(1, num_samples // size))
-    dataset, _ = DATASETS[args.dataset_provider](args, config, num_samples, 0)
-    starts = range(0, max(size, num_samples - size + 1), size)
-    return [collate_function(args)([dataset[start + i] for i in range(size)]) for start in starts]
 
 
 def forward_step(
