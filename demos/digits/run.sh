@@ -26,11 +26,11 @@ train() {
 }
 
 step "Training, stage 1 of 2: name pictures, transcribe recordings"
-train --train-split align --train-iters 400 --min-lr 4e-4 --metrics-file "$demo/align.jsonl" \
+train --train-split align --train-iters 480 --min-lr 4e-4 --metrics-file "$demo/align.jsonl" \
   --save "$align" --load "$align"
 
 step "Training, stage 2 of 2: answer spoken questions"
-train --train-split train --train-iters 1120 --pretrained-checkpoint "$align" \
+train --train-split train --train-iters 1050 --pretrained-checkpoint "$align" \
   --save "$checkpoint" --load "$checkpoint" \
   --eval-iters 10 --eval-interval 600 --metrics-file "$demo/train.jsonl"
 

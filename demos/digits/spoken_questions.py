@@ -41,7 +41,7 @@ TRAIN_TAKES, HELD_OUT_TAKES = 3, 2
 # Whispering and distorted variants, which people do not understand either.
 LEFT_OUT_VARIANTS = ("whisper", "whisperf", "Demonic", "AnxiousAndy", "Marco", "croak")
 
-NARRATOR, NARRATOR_WORDS_PER_MINUTE = "linda", 150
+NARRATOR, NARRATOR_WORDS_PER_MINUTE = "Annie", 150
 
 WRITTEN_TURNS, HEARD_TURNS = 2, 3
 # "spoken" questions are about a picture; in "written" ones words stand in for the recording, in
@@ -53,9 +53,9 @@ MIXTURES = {
 # For a model that speaks: "aloud" are spoken questions with a spoken answer, "read" asks for the
 # speech of an answer that is given, and "hear" for the text of that speech.
 SPEAKING_MIXTURES = {
-    "align": {"name": 0.44, "transcribe": 0.34, "words": 0.12, "read": 0.02, "hear": 0.08},
-    "train": {"spoken": 0.65, "aloud": 0.06, "name": 0.07, "transcribe": 0.05, "written": 0.07}
-    | {"words": 0.03, "read": 0.02, "hear": 0.05},
+    "align": {"name": 0.36, "transcribe": 0.29, "words": 0.1, "read": 0.1, "hear": 0.15},
+    "train": {"spoken": 0.67, "aloud": 0.04, "name": 0.08, "transcribe": 0.06, "written": 0.08}
+    | {"words": 0.04, "read": 0.01, "hear": 0.02},
 }
 LANGUAGES = {"en": "English", "fr": "French", "de": "German", "es": "Spanish"}
 SPEECH = "<speech>"
