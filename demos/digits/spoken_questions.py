@@ -53,9 +53,9 @@ MIXTURES = {
 # For a model that speaks: "aloud" are spoken questions with a spoken answer, "read" asks for the
 # speech of an answer that is given, and "hear" for the text of that speech.
 SPEAKING_MIXTURES = {
-    "align": {"name": 0.36, "transcribe": 0.29, "words": 0.1, "read": 0.1, "hear": 0.15},
-    "train": {"spoken": 0.67, "aloud": 0.04, "name": 0.08, "transcribe": 0.06, "written": 0.08}
-    | {"words": 0.04, "read": 0.01, "hear": 0.02},
+    "align": {"name": 0.36, "transcribe": 0.29, "words": 0.1, "read": 0.08, "hear": 0.17},
+    "train": {"spoken": 0.66, "aloud": 0.04, "name": 0.08, "transcribe": 0.05, "written": 0.08}
+    | {"words": 0.04, "read": 0.01, "hear": 0.04},
 }
 LANGUAGES = {"en": "English", "fr": "French", "de": "German", "es": "Spanish"}
 SPEECH = "<speech>"

@@ -1,6 +1,6 @@
 """Prepares data: the demos' data sets, tokenizers, shards, and statistics of shards.
 
-python examples/mimo/prepare_data.py spoken-questions --output demo/data
+python examples/mimo/prepare_data.py spoken-questions --output data
 
 Every folder that this command writes says in its about.json for which model it was made, so that
 `webdataset` and `show` read it as that model does.

@@ -76,13 +76,13 @@ def tiny_avlm() -> MimoConfig:
 def tiny_avlm_speech() -> MimoConfig:
     """`tiny_avlm` that answers aloud too; `make demo` trains it.
 
-    A second of speech is 21 codes. With them the vocabulary has 768 tokens.
+    A code is 96 ms of speech, so a word is five or six. With them the vocabulary has 768 tokens.
     """
     base = tiny_avlm()
     speech = ModalityConfig(
         singular="speech",
         placeholder="<speech>",
-        codec=VectorQuantisedMel(num_codes=254, max_seconds=4.0),
+        codec=VectorQuantisedMel(num_codes=254, frames_per_patch=6, max_seconds=4.0),
     )
     modalities = {**base.modalities, "speech": speech}
     return dataclasses.replace(base, name="tiny_avlm_speech", modalities=modalities)
