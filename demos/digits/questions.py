@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-PROMPT = "Answer the question."
+PROMPT, ALOUD_PROMPT = "Answer the question.", "Answer aloud."
 
 NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -30,11 +30,12 @@ ROMAN = ("none", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of question: what is said, and the answer for each digit."""
+    """One kind of question: what is said, and the answer for each digit, in a `language`."""
 
     name: str
     wording: str
     answer: Callable[[int], str]
+    language: str = "en"
 
 
 def _yes_no(truth: bool) -> str:
@@ -54,9 +55,9 @@ KINDS = (
     Kind("last_letter", "What letter is at the end?", lambda d: NUMBERS[d][-1]),
     Kind("spelling", "Please spell it.", lambda d: " ".join(NUMBERS[d])),
     Kind("ordinal", "Tell me the ordinal.", lambda d: ORDINALS[d]),
-    Kind("french", "Say it in French.", lambda d: FRENCH[d]),
-    Kind("german", "Translate it to German.", lambda d: GERMAN[d]),
-    Kind("spanish", "What do Spaniards call it?", lambda d: SPANISH[d]),
+    Kind("french", "Say it in French.", lambda d: FRENCH[d], "fr"),
+    Kind("german", "Translate it to German.", lambda d: GERMAN[d], "de"),
+    Kind("spanish", "What do Spaniards call it?", lambda d: SPANISH[d], "es"),
     Kind("roman", "How did the Romans write it?", lambda d: ROMAN[d]),
 )
 
@@ -67,6 +68,30 @@ HELD_OUT_PAIRS = frozenset(
     for number, kind in enumerate(KINDS[::2])
     for digit in (number % 10, (number * 3 + 5) % 10)
 )
+
+
+@dataclass(frozen=True)
+class SpokenAnswer:
+    """What the narrator says for the answer `text`: other words in every `language`."""
+
+    text: str
+    language: str
+
+    @property
+    def words(self) -> str:
+        """As eSpeak NG is to read it: a numeral letter by letter."""
+        return " ".join(self.text) if self.text in ROMAN[1:] else self.text
+
+    @property
+    def file(self) -> str:
+        """Its recording in the data folder."""
+        return f"answers/{self.language}-{self.text.replace(' ', '_')}.flac"
+
+
+def spoken_answers() -> list[SpokenAnswer]:
+    """All answers to all questions."""
+    answers = {SpokenAnswer(k.answer(digit), k.language) for k in KINDS for digit in range(10)}
+    return sorted(answers, key=lambda answer: answer.file)
 
 
 def question_pairs(held_out: bool) -> list[tuple[Kind, int]]:

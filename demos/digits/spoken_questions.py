@@ -1,11 +1,13 @@
 """Writes the demo's data: PNG, FLAC and JSON lines that a person can open.
 
 Pictures are scikit-learn's 1,797 real handwritten digits of 8 x 8 pixels, enlarged; every fifth
-is held out. Voices are eSpeak NG's variants; every fifth is held out whole.
+is held out. Voices are eSpeak NG's variants; every fifth is held out whole. For a model that has
+an output of speech one more voice, the narrator, says the answers to some questions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from demos.digits.questions import KINDS, NUMBERS, PROMPT, Kind, question_pairs
+from demos.digits.questions import (
+    ALOUD_PROMPT,
+    KINDS,
+    NUMBERS,
+    PROMPT,
+    Kind,
+    SpokenAnswer,
+    question_pairs,
+    spoken_answers,
+)
 from demos.digits.speech import Synthesiser
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import train_tokenizer
+from examples.mimo.modalities.speech import VectorQuantisedMel
 
 SAMPLE_RATE_HZ = 16_000
 MAX_SECONDS = 2.3
@@ -29,11 +41,25 @@ TRAIN_TAKES, HELD_OUT_TAKES = 3, 2
 # Whispering and distorted variants, which people do not understand either.
 LEFT_OUT_VARIANTS = ("whisper", "whisperf", "Demonic", "AnxiousAndy", "Marco", "croak")
 
-WRITTEN_TURNS = 2
+NARRATOR, NARRATOR_WORDS_PER_MINUTE = "Annie", 150
+
+WRITTEN_TURNS, HEARD_TURNS = 2, 3
 # "spoken" questions are about a picture; in "written" ones words stand in for the recording, in
 # "words" for both. "name" and "transcribe" ask for those words.
-ALIGN_MIXTURE = {"name": 0.45, "transcribe": 0.4, "words": 0.15}
-TRAIN_MIXTURE = {"spoken": 0.7, "name": 0.09, "transcribe": 0.07, "written": 0.08, "words": 0.06}
+MIXTURES = {
+    "align": {"name": 0.45, "transcribe": 0.4, "words": 0.15},
+    "train": {"spoken": 0.7, "name": 0.09, "transcribe": 0.07, "written": 0.08, "words": 0.06},
+}
+# For a model that speaks: "aloud" are spoken questions with a spoken answer, "read" asks for the
+# speech of an answer that is given, and "hear" for the text of that speech.
+SPEAKING_MIXTURES = {
+    "align": {"name": 0.36, "transcribe": 0.29, "words": 0.1, "read": 0.08, "hear": 0.17},
+    "train": {"spoken": 0.66, "aloud": 0.04, "name": 0.08, "transcribe": 0.05, "written": 0.08}
+    | {"words": 0.04, "read": 0.01, "hear": 0.04},
+}
+LANGUAGES = {"en": "English", "fr": "French", "de": "German", "es": "Spanish"}
+SPEECH = "<speech>"
+HEAR_PROMPT = "<audio>Write it down."
 
 Progress = Callable[[str, int, int], None]
 Record = dict[str, Any]
@@ -47,6 +73,7 @@ class Sizes:
     train: int = 48_000
     heldout: int = 640
     heldout_pairs: int = 320
+    heldout_aloud: int = 320
     voices: int | None = None
 
 
@@ -56,29 +83,45 @@ class Stock:
 
     pictures: dict[str, dict[int, list[str]]]
     takes: dict[str, dict[str, list[str]]]
+    answers: list[SpokenAnswer]
 
 
 def write_spoken_questions(
     root: Path, config: MimoConfig, seed: int, sizes: Sizes, progress: Progress
 ) -> None:
-    """Fills the empty folder `root` with data for `config`; one seed writes the same samples."""
+    """Fills the empty folder `root` with data for `config`; one seed writes the same samples.
+
+    ValueError if `config` does not take images and audios, or speaks with another codec.
+    """
+    if missing := {"images", "audios"} - config.inputs.keys():
+        raise ValueError(
+            f"{config.name} takes no {' and no '.join(sorted(missing))}, which this data set has; "
+            "choose another --model-provider"
+        )
     generator = np.random.default_rng(seed)
-    stock = Stock(
-        pictures=_write_pictures(root), takes=_write_speech(root, sizes.voices, generator, progress)
-    )
+    synthesiser = Synthesiser(SAMPLE_RATE_HZ)
+    pictures = _write_pictures(root)
+    takes = _write_speech(root, synthesiser, sizes.voices, generator, progress)
+    stock, mixtures = Stock(pictures, takes, answers=[]), MIXTURES
+    if "speech" in config.outputs:
+        stock.answers, mixtures = _write_answers(root, synthesiser, config), SPEAKING_MIXTURES
     texts: list[str] = []  # as often as they occur, so that frequent ones take few tokens
     plans = {
-        "align": (sizes.align, lambda: _mixed(stock, ALIGN_MIXTURE, generator)),
-        "train": (sizes.train, lambda: _mixed(stock, TRAIN_MIXTURE, generator)),
-        "heldout": (sizes.heldout, lambda: _held_out(stock, False, generator)),
-        "heldout_pairs": (sizes.heldout_pairs, lambda: _held_out(stock, True, generator)),
+        "align": (sizes.align, lambda: _mixed(stock, mixtures["align"], generator)),
+        "train": (sizes.train, lambda: _mixed(stock, mixtures["train"], generator)),
+        "heldout": (sizes.heldout, lambda: _held_out("spoken", stock, False, generator)),
+        "heldout_pairs": (sizes.heldout_pairs, lambda: _held_out("spoken", stock, True, generator)),
+        "heldout_aloud": (sizes.heldout_aloud, lambda: _held_out("aloud", stock, False, generator)),
     }
+    if not stock.answers:
+        del plans["heldout_aloud"]
     for name, (count, draw) in plans.items():
         progress(f"{name}.jsonl", 0, 1)
         with (root / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for number in range(count):
                 record = {"key": f"{name}-{number:06d}", **draw()}
-                texts.extend(turn["value"] for turn in record["conversations"])
+                turns = [turn["value"] for turn in record["conversations"]]
+                texts.extend(text.removesuffix(SPEECH) for text in turns)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         progress(f"{name}.jsonl", 1, 1)
     (root / "tokenizer.model").write_bytes(train_tokenizer(texts, config))
@@ -105,12 +148,17 @@ def _write_pictures(root: Path) -> dict[str, dict[int, list[str]]]:
 
 
 def _write_speech(
-    root: Path, voices: int | None, generator: np.random.Generator, progress: Progress
+    root: Path,
+    synthesiser: Synthesiser,
+    voices: int | None,
+    generator: np.random.Generator,
+    progress: Progress,
 ) -> dict[str, dict[str, list[str]]]:
+    """Every question in every voice, by split and kind."""
     import soundfile
 
-    synthesiser = Synthesiser(SAMPLE_RATE_HZ)
-    variants = [v for v in synthesiser.variants() if v not in LEFT_OUT_VARIANTS]
+    left_out = (*LEFT_OUT_VARIANTS, NARRATOR)
+    variants = [v for v in synthesiser.variants() if v not in left_out]
     variants = variants[:voices]
     takes: dict[str, dict[str, list[str]]] = {
         split: {kind.name: [] for kind in KINDS} for split in SPLITS
@@ -127,6 +175,29 @@ def _write_speech(
                 takes[split][kind.name].append(file)
         progress("voices", number + 1, len(variants))
     return takes
+
+
+def _write_answers(root: Path, synthesiser: Synthesiser, config: MimoConfig) -> list[SpokenAnswer]:
+    """Every answer as the narrator says it, and a codec of that voice."""
+    import soundfile
+
+    (root / "answers").mkdir()
+    answers, sounds = spoken_answers(), []
+    for answer in answers:
+        rate = NARRATOR_WORDS_PER_MINUTE
+        sound = synthesiser.say(answer.words, NARRATOR, answer.language, words_per_minute=rate)
+        sounds.append(sound * np.float32(0.7 / np.abs(sound).max()))
+        soundfile.write(root / answer.file, sounds[-1], SAMPLE_RATE_HZ)
+    folder = root / "codecs" / "speech"
+    folder.mkdir(parents=True)
+    codec = config.outputs["speech"].codec
+    if not isinstance(codec, VectorQuantisedMel):
+        raise ValueError(
+            f"{config.name} speaks with a {type(codec).__name__}; this data set learns a "
+            "VectorQuantisedMel"
+        )
+    dataclasses.replace(codec, folder=str(folder)).learn(sounds)
+    return answers
 
 
 def _say(
@@ -151,18 +222,27 @@ def _mixed(stock: Stock, mixture: dict[str, float], generator: np.random.Generat
     if task == "transcribe":
         kind = KINDS[generator.integers(len(KINDS))]
         take = _draw(stock.takes["train"][kind.name], generator)
-        return _record(task, kind, None, [("<audio>Write it down.", kind.wording)], audios=[take])
+        return _record(task, kind, None, [(HEAR_PROMPT, kind.wording)], audios=[take])
     if task == "words":
         # The questions about a digit follow one another, which fills a batch's shorter samples.
         kinds = [KINDS[i] for i in generator.permutation(len(KINDS))[:WRITTEN_TURNS]]
         turns = [(f"{kind.wording} {PROMPT}", kind.answer(digit)) for kind in kinds]
         turns[0] = (f"Digit {NUMBERS[digit]}. {turns[0][0]}", turns[0][1])
         return _record(task, kinds[-1], digit, turns)
+    if task == "hear":
+        heard = [_draw(stock.answers, generator) for _ in range(HEARD_TURNS)]
+        turns = [(HEAR_PROMPT, answer.text) for answer in heard]
+        return _record(task, None, None, turns, audios=[answer.file for answer in heard])
+    if task == "read":
+        answer = _draw(stock.answers, generator)
+        turns = [(f"Read in {LANGUAGES[answer.language]}: {answer.text}", SPEECH)]
+        return _record(task, None, None, turns, speech=[answer.file])
     return _asked(task, stock, "train", question_pairs(held_out=False), generator)
 
 
-def _held_out(stock: Stock, pairs: bool, generator: np.random.Generator) -> Record:
-    return _asked("spoken", stock, "heldout", question_pairs(pairs), generator)
+def _held_out(task: str, stock: Stock, pairs: bool, generator: np.random.Generator) -> Record:
+    record = _asked(task, stock, "heldout", question_pairs(pairs), generator)
+    return record | ({"hear_prompt": HEAR_PROMPT} if task == "aloud" else {})
 
 
 def _asked(
@@ -172,17 +252,21 @@ def _asked(
     pairs: list[tuple[Kind, int]],
     generator: np.random.Generator,
 ) -> Record:
-    """A question of `pairs` about a picture, spoken or written."""
+    """A question of `pairs` about a picture, spoken or written, to be answered aloud or not."""
     kind, digit = pairs[generator.integers(len(pairs))]
     asked, media = f"{kind.wording} ", {"images": [_draw(stock.pictures[split][digit], generator)]}
-    if task == "spoken":
+    if task != "written":
         asked, media["audios"] = "<audio>", [_draw(stock.takes[split][kind.name], generator)]
-    turns = [(f"<image>{asked}{PROMPT}", kind.answer(digit))]
+    prompt, answer = PROMPT, kind.answer(digit)
+    if task == "aloud":
+        media["speech"] = [SpokenAnswer(answer, kind.language).file]
+        prompt, answer = ALOUD_PROMPT, f"{answer}{SPEECH}"
+    turns = [(f"<image>{asked}{prompt}", answer)]
     return _record(task, kind, digit, turns, **media)
 
 
-def _draw(files: list[str], generator: np.random.Generator) -> str:
-    return files[generator.integers(len(files))]
+def _draw[T](items: list[T], generator: np.random.Generator) -> T:
+    return items[generator.integers(len(items))]
 
 
 def _record(
@@ -196,8 +280,9 @@ def _record(
         "task": task,
         "kind": kind.name if kind else None,
         "digit": digit,
-        "images": media.get("images", []),
-        "audios": media.get("audios", []),
+        "images": [],
+        "audios": [],
+        **media,
         "conversations": [
             {"from": speaker, "value": text}
             for turn in turns

@@ -4,8 +4,11 @@ python examples/mimo/evaluate.py --ckpt DIR --data DIR
 
 Writes `eval.json` beside the weights. An answer is right when it equals the sample's word for word;
 when the sample has an `ending`, the answer must end with that instead. Of an answer with outputs
-the words are judged. `chance` is the score of guessing. Samples of one `group` are no independent
-trials, so the interval is a bootstrap over groups.
+the words are judged. Where the sample has a `hear_prompt`, the output is decoded and shown to the
+model with that prompt too, and it is right to answer with the same words ("heard again").
+
+`chance` is the score of guessing. Samples of one `group` are no independent trials, so the interval
+is a bootstrap over groups.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from examples.mimo.cli.overrides import add_integrity_flag
 
 if TYPE_CHECKING:
     from examples.mimo.configs.schema import MimoConfig
+    from examples.mimo.data.conversation import Sample
     from examples.mimo.generation.api import Mimo
+    from examples.mimo.generation.scheduler import Answer
 
 BOOTSTRAP_DRAWS = 2_000
 MAX_NEW_TOKENS = 32
@@ -71,6 +76,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     score = functools.partial(_score, answerer, args.data, args.batch_size)
     for split in splits:
         scores["scores"][split] = score(records[split], split)
+        if heard := scores["scores"][split].pop("heard", None):
+            scores["scores"][f"{split}, heard again"] = heard
     for name, modality in answerer.config.inputs.items():
         title = f"{first}, {modality.singular} blanked"
         with_media = [r for r in records[first] if _has_media(r, name, answerer.config)]
@@ -108,7 +115,6 @@ def _score(
     blank: list[str] | None = None,
 ) -> dict[str, Any]:
     from examples.mimo.cli.command import ProgressBar
-    from examples.mimo.data.conversation import Sample
     from examples.mimo.data.turns import (
         FilesInside,
         errors_named,
@@ -132,13 +138,14 @@ def _score(
     samples: list[Sample] = [
         on_rank_zero(functools.partial(reader.encode, question, files)) for question, _ in pairs
     ]
-    clock = ProgressBar(title, len(records))
     config = answerer.config
+    hears = blank is None and any("hear_prompt" in record for record in records)
     # Text that comes first is all there is to wait for.
     options = Options(max_new_tokens=MAX_NEW_TOKENS, outputs=())
-    if any(_ends_with_text(record, config) for record in records):
+    if hears or any(_ends_with_text(record, config) for record in records):
         options = Options(max_new_tokens=config.language.seq_length)
-    answers = answerer.answer(samples, options, batch_size, progress=clock)
+    progress = ProgressBar(title, len(records))
+    answers = answerer.answer(samples, options, batch_size, progress)
     texts = [answer.text for answer in answers]
     if config.outputs:  # beside one of them there is a space or none
         texts = [" ".join(text.split()) for text in texts]
@@ -147,15 +154,58 @@ def _score(
         is_right(record, expected, text)
         for record, (_, expected), text in zip(records, pairs, texts, strict=True)
     ]
-    score = {
+    result = _statistics(records, hits) | {"first_answer": answers[0].text}
+    if hears:
+        result["heard"] = _heard_again(answerer, records, answers, batch_size)
+    return result
+
+
+def _heard_again(
+    answerer: Mimo, records: list[dict[str, Any]], answers: list[Answer], batch_size: int
+) -> dict[str, Any]:
+    """How often the model writes down the words of its answer when it is shown the output of it.
+
+    An answer without an output is wrong.
+    """
+    from examples.mimo.generation.api import on_rank_zero
+    from examples.mimo.generation.sampling import Options
+
+    asked = [(r, a) for r, a in zip(records, answers, strict=True) if "hear_prompt" in r]
+    shown = [(record, answer) for record, answer in asked if any(answer.outputs.values())]
+    samples = on_rank_zero(lambda: [_shown_again(answerer, *pair) for pair in shown])
+    options = Options(max_new_tokens=MAX_NEW_TOKENS, outputs=())
+    heard = answerer.answer(samples, options, batch_size) if samples else []
+    words = {id(r): a.text.split() for (r, _), a in zip(shown, heard, strict=True)}
+    hits = [words.get(id(record)) == answer.text.split() for record, answer in asked]
+    return _statistics([record for record, _ in asked], hits)
+
+
+def _shown_again(answerer: Mimo, record: dict[str, Any], answer: Answer) -> Sample:
+    """The first output of `answer`, decoded, with the record's `hear_prompt`."""
+    from examples.mimo.modalities.files import Blob
+
+    config, prompt = answerer.config, record["hear_prompt"]
+    takers = [name for name, m in config.inputs.items() if m.placeholder in str(prompt)]
+    if len(takers) != 1:
+        raise ValueError(f"sample {record.get('key')}: 'hear_prompt' needs one place of an input")
+    name = next(name for name, outputs in answer.outputs.items() if outputs)
+    codec = config.outputs[name].codec
+    suffix = codec.suffixes[0]
+    data = codec.encode_bytes(codec.decode(answer.outputs[name][0]), suffix.removeprefix("."))
+    turns = [{"from": "human", "value": prompt}]
+    return answerer.encode({"conversations": turns, takers[0]: [Blob(f"answer{suffix}", data)]})
+
+
+def _statistics(records: list[dict[str, Any]], hits: list[bool]) -> dict[str, Any]:
+    """What the table and eval.json say of `hits`, one for each record."""
+    result = {
         "samples": len(hits),
         "exact_match": sum(hits) / len(hits),
         "interval_95": bootstrap(hits, [r.get("group", r.get("key")) for r in records]),
         "by_kind": _by_kind(records, hits),
-        "first_answer": answers[0].text,
     }
     chances = [record["chance"] for record in records if "chance" in record]
-    return score | ({"chance": sum(chances) / len(chances)} if chances else {})
+    return result | ({"chance": sum(chances) / len(chances)} if chances else {})
 
 
 def _ends_with_text(record: dict[str, Any], config: MimoConfig) -> bool:

@@ -1,6 +1,6 @@
 """Prepares data: the demos' data sets, tokenizers, shards, and statistics of shards.
 
-python examples/mimo/prepare_data.py spoken-questions --output demo/data
+python examples/mimo/prepare_data.py spoken-questions --output data
 
 Every folder that this command writes says in its about.json for which model it was made, so that
 `webdataset` and `show` read it as that model does.
@@ -42,7 +42,7 @@ def main() -> None:
 
 def spoken_questions(args: argparse.Namespace) -> None:
     """Writes the data of the demo about handwritten digits."""
-    model = DatasetModel("tiny_avlm")
+    model = DatasetModel(args.model_provider or DEFAULT_MODEL, tuple(args.config_fields))
     with _complete_folder(args, model) as draft:
         demo = _demo("digits.spoken_questions")
         sizes = demo.Sizes(voices=args.voices)
@@ -279,8 +279,9 @@ def _add_demos(tasks: Any) -> None:
         "--samples", type=at_least(1), metavar="N", help="lines of train.jsonl (default 48000)"
     )
     spoken.add_argument(
-        "--voices", type=at_least(2), metavar="N", help="use the first N of 98 voices (default all)"
+        "--voices", type=at_least(2), metavar="N", help="use the first N of 97 voices (default all)"
     )
+    _add_model(spoken, DEFAULT_MODEL)
     animals = tasks.add_parser(
         "stamps",
         help="the pretrained demo: animals to name, hear and compare",
@@ -365,8 +366,7 @@ def _add_webdataset(tasks: Any) -> None:
     shards.set_defaults(prepare=webdataset)
     shards.add_argument("--manifest", type=Path, required=True, metavar="PATH")
     shards.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    where = "where the files lie (default: the manifest's)"
-    shards.add_argument("--media", type=Path, metavar="DIR", help=where)
+    shards.add_argument("--media", type=Path, metavar="DIR", help="of the files (the manifest's)")
     _add_model(shards, f"the one that the manifest's folder was made for, else {DEFAULT_MODEL}")
     shards.add_argument(
         "--splits",

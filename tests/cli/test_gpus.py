@@ -142,7 +142,8 @@ def test_a_demonstration_uses_gpus_if_its_processes_have_one_each(
 ):
     note = f'echo "${{CUDA_VISIBLE_DEVICES-unset}} $1" >> {tmp_path}/log\n'
     # What the last step reads.
-    record = f"mkdir -p {tmp_path}/demo/data && echo '{{}}' > {tmp_path}/demo/data/heldout.jsonl\n"
+    data = tmp_path / "demo/data"
+    record = f"mkdir -p {data} && echo '{{}}' | tee {data}/heldout{{,_aloud}}.jsonl > /dev/null\n"
     executable(tmp_path / "python", f'if [ "$1" = -c ]; then echo {gpus}; exit; fi\n{note}{record}')
     executable(tmp_path / "torchrun", note)
     executable(tmp_path / "mv", "")

@@ -17,18 +17,20 @@ def test_every_command_of_the_demo_runs_with_the_packages_of_its_extra(data_fold
     scripts = {f"{name}.py" for name in re.findall(r"examples/mimo/(\w+)\.py", run_sh)}
     record = json.loads((data_folder / "heldout.jsonl").read_text().splitlines()[0])
     made, checkpoint = tmp_path / "data", tmp_path / "checkpoint"
-    training = ("--model-provider", "tiny_avlm", "--dataset-provider", "spoken_questions")
-    training += ("--data-path", str(data_folder), "--augment", "--num-workers", "1")
+    model = ("--model-provider", "tiny_avlm_speech")
+    training = (*model, "--dataset-provider", "spoken_questions")
+    training += ("--data-path", str(made), "--augment", "--num-workers", "1")
     training += ("--micro-batch-size", "4", "--global-batch-size", "4", "--train-iters", "1")
     training += ("--tensorboard-dir", str(tmp_path / "tensorboard"), "--save", str(checkpoint))
     files = ("--image-path", str(data_folder / record["images"][0]))
     files += ("--audio-path", str(data_folder / record["audios"][0]))
+    files += ("--prompt", "Answer aloud.", "--speech-out", str(tmp_path / "answer.wav"))
     metrics = str(tmp_path / "train.jsonl")
     few = ("--samples", "20", "--voices", "2")
     commands = {
-        "prepare_data.py": ("spoken-questions", "--output", str(made), *few),
+        "prepare_data.py": ("spoken-questions", *model, "--output", str(made), *few),
         "train.py": (*training, "--eval-iters", "1", "--metrics-file", metrics),
-        "evaluate.py": ("--ckpt", str(checkpoint), "--data", str(data_folder), "--samples", "4"),
+        "evaluate.py": ("--ckpt", str(checkpoint), "--data", str(made), "--samples", "4"),
         "avlm_inference.py": ("--ckpt", str(checkpoint), *files),
     }
     assert commands.keys() == scripts, "the demo runs other commands than this test"

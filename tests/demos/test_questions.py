@@ -3,23 +3,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import soundfile
 
 from demos.digits.questions import (
+    ALOUD_PROMPT,
     HELD_OUT_PAIRS,
     KINDS,
     NUMBERS,
     PROMPT,
     best_blind_guess,
     question_pairs,
+    spoken_answers,
 )
 from demos.digits.speech import Synthesiser
-from demos.digits.spoken_questions import WRITTEN_TURNS
+from demos.digits.spoken_questions import HEARD_TURNS, LANGUAGES, WRITTEN_TURNS
+from examples.mimo.configs import get_model_config, with_codec_folder
 from examples.mimo.data.tokenizer import load_tokenizer
-from tests.helpers.commands import ROOT, run_command
+from tests.helpers.commands import ROOT, launch_command, run_command
 
 
 def records(folder, split):
@@ -126,6 +130,95 @@ def test_speech_is_sound_and_voices_differ():
     assert len(first) != len(other)
     with pytest.raises(ValueError, match="no voice"):
         synthesiser.say("hello", "nobody")
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    """The data of a model that answers aloud, by three voices."""
+    folder = tmp_path_factory.mktemp("speaking") / "data"
+    sizes = ("--samples", "400", "--voices", "3", "--model-provider", "tiny_avlm_speech")
+    done = launch_command("prepare_data.py", "spoken-questions", "--output", str(folder), *sizes)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_answer_is_spoken_by_a_voice_that_never_asks(speaking, data_folder):
+    answers = spoken_answers()
+    assert {a.text for a in answers} == {k.answer(d) for k in KINDS for d in range(10)}
+    files = sorted(path.relative_to(speaking).as_posix() for path in speaking.glob("answers/*"))
+    assert files == sorted(answer.file for answer in answers)
+    # French and English say it differently, numerals are said letter by letter.
+    lengths = {a.file: soundfile.info(speaking / a.file).duration for a in answers}
+    assert lengths["answers/fr-six.flac"] != lengths["answers/en-six.flac"]
+    assert lengths["answers/en-VII.flac"] > 1.5 * lengths["answers/en-V.flac"]
+    asking = {path.name for path in speaking.glob("audios/*/*")}
+    assert asking
+    assert not any("-Annie-" in name for name in asking)
+    assert not list(data_folder.glob("answers/*"))
+    assert not (data_folder / "codecs").exists()
+
+
+def test_some_questions_are_answered_aloud_and_the_words_come_first(speaking):
+    by_file, kinds = {a.file: a for a in spoken_answers()}, {k.name: k for k in KINDS}
+    counts = Counter(record["task"] for record in records(speaking, "train"))
+    assert counts["aloud"] > 10
+    assert counts["read"] > 1
+    assert counts["hear"] > 5
+    for split in ("align", "train", "heldout_aloud"):
+        for record in records(speaking, split):
+            asked, answered = (record["conversations"][start::2] for start in (0, 1))
+            if record["task"] == "hear":
+                assert [turn["value"] for turn in answered] == [
+                    by_file[file].text for file in record["audios"]
+                ]
+                assert len(asked) == HEARD_TURNS
+            if record["task"] not in ("read", "aloud"):
+                assert "speech" not in record
+                assert not any("<speech>" in turn["value"] for turn in answered)
+                continue
+            (file,) = record["speech"]
+            said = by_file[file]
+            if record["task"] == "read":
+                assert asked[0]["value"] == f"Read in {LANGUAGES[said.language]}: {said.text}"
+                assert answered[0]["value"] == "<speech>"
+            else:
+                assert asked[0]["value"] == f"<image><audio>{ALOUD_PROMPT}"
+                assert answered[0]["value"] == f"{said.text}<speech>"
+                kind = kinds[record["kind"]]
+                assert (said.text, said.language) == (kind.answer(record["digit"]), kind.language)
+    heldout = records(speaking, "heldout_aloud")
+    assert not {(r["kind"], r["digit"]) for r in heldout} & HELD_OUT_PAIRS
+    assert all("/heldout/" in file for r in heldout for file in r["images"] + r["audios"])
+    assert {record["hear_prompt"] for record in heldout} == {"<audio>Write it down."}
+
+
+def test_the_narrators_codec_says_every_answer_again(speaking):
+    config = with_codec_folder(get_model_config("tiny_avlm_speech"), speaking)
+    codec = config.outputs["speech"].codec
+    for answer in spoken_answers():
+        sound = codec.read(speaking / answer.file)
+        codes = codec.encode(sound)
+        assert abs(len(codec.decode(codes)) - len(sound)) < codec.patch_samples
+        assert max(Counter(codes).values()) <= len(codes) / 2 + 1  # not one sound all along
+    sample = load_tokenizer(speaking / "tokenizer.model").encode(ALOUD_PROMPT)
+    assert len(sample) <= 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model-provider", "llava_vlm"), "llava_vlm takes no audios, which this data set has"),
+        (("--model-provider", "tests.helpers.outputs:with_speech"), "speaks with a LevelCodec"),
+    ],
+)
+def test_a_model_that_the_data_do_not_fit_is_one_line(tmp_path, flags, message):
+    few = ("--samples", "20", "--voices", "2")
+    done = run_command(
+        "prepare_data.py", "spoken-questions", "--output", str(tmp_path / "d"), *few, *flags
+    )
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize(

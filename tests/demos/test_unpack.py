@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 
 from demos.animals.weights import package_file
-from demos.animals.weights.ctranslate2 import read_variables, write_whisper
+from demos.animals.weights.ctranslate2 import load_whisper, read_variables, write_whisper
 from demos.animals.weights.onnx_vit import resize_positions
 from examples.mimo.hf.io import Folder
 from tests.helpers.commands import run_command
@@ -78,6 +78,71 @@ def test_a_whisper_that_transformers_loads_whole(tmp_path, variables):
     encoder.load_state_dict(result, strict=True)
     value = torch.from_numpy(variables["encoder/layer_1/self_attention/linear_0/weight"]).float()
     assert torch.equal(encoder.layers[1].self_attn.v_proj.weight, value[2 * WIDTH :])
+
+
+def ctranslate2_variables(model):
+    """The variables of a file with the weights of a whole Whisper, of names as CTranslate2's."""
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    result = {}
+
+    def put(name, *sources):
+        names = ("gamma", "beta") if name.endswith("layer_norm") else ("weight", "bias")
+        for theirs, ours in zip(names, ("weight", "bias"), strict=True):
+            keys = [f"model.{source}.{ours}" for source in sources]
+            if keys[-1] in weights:  # keys of attention have no bias
+                parts = [weights.get(key, np.zeros(WIDTH, np.float32)) for key in keys]
+                result[f"{name}/{theirs}"] = np.concatenate(parts).astype(np.float16)
+
+    for side in ("encoder", "decoder"):
+        result[f"{side}/num_heads"] = np.array(2, np.int8)
+        positions = weights[f"model.{side}.embed_positions.weight"]
+        result[f"{side}/position_encodings/encodings"] = positions.astype(np.float16)
+        put(f"{side}/layer_norm", f"{side}.layer_norm")
+        for layer in range(2):
+            root, ours = f"{side}/layer_{layer}", f"{side}.layers.{layer}"
+            put(f"{root}/self_attention/layer_norm", f"{ours}.self_attn_layer_norm")
+            attention = [f"{ours}.self_attn.{role}_proj" for role in "qkv"]
+            put(f"{root}/self_attention/linear_0", *attention)
+            put(f"{root}/self_attention/linear_1", f"{ours}.self_attn.out_proj")
+            put(f"{root}/ffn/layer_norm", f"{ours}.final_layer_norm")
+            put(f"{root}/ffn/linear_0", f"{ours}.fc1")
+            put(f"{root}/ffn/linear_1", f"{ours}.fc2")
+            if side == "decoder":
+                put(f"{root}/attention/layer_norm", f"{ours}.encoder_attn_layer_norm")
+                put(f"{root}/attention/linear_0", f"{ours}.encoder_attn.q_proj")
+                keys = [f"{ours}.encoder_attn.{role}_proj" for role in "kv"]
+                put(f"{root}/attention/linear_1", *keys)
+                put(f"{root}/attention/linear_2", f"{ours}.encoder_attn.out_proj")
+    put("encoder/conv1", "encoder.conv1")
+    put("encoder/conv2", "encoder.conv2")
+    put("decoder/embeddings", "decoder.embed_tokens")
+    return result
+
+
+def test_the_whole_recogniser_computes_as_the_model_that_was_written(tmp_path):
+    config = hf.WhisperConfig(
+        vocab_size=40, d_model=WIDTH, num_mel_bins=MELS, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER, max_source_positions=FRAMES, max_target_positions=10,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.WhisperForConditionalGeneration(config).eval()
+    for name, weight in model.named_parameters():
+        if "encoder.embed_positions" not in name:
+            weight.data = torch.randn_like(weight).mul(0.3).half().float()
+    file = ctranslate2_file(tmp_path / "model.bin", ctranslate2_variables(model))
+    loaded = load_whisper(file)
+    features, tokens = torch.randn(1, MELS, 2 * FRAMES), torch.tensor([[1, 5, 7]])
+    with torch.no_grad():
+        expected, result = (m(features, decoder_input_ids=tokens).logits for m in (model, loaded))
+    assert (result - expected).abs().max() < 1e-4 * expected.abs().max()
+    file = ctranslate2_file(
+        tmp_path / "half.bin",
+        {k: v for k, v in ctranslate2_variables(model).items() if "attention/linear_2" not in k},
+    )
+    with pytest.raises(ValueError, match="no Whisper; it lacks"):
+        load_whisper(file)
 
 
 @pytest.mark.parametrize(

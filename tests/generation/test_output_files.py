@@ -218,29 +218,58 @@ def test_a_chat_without_a_folder_makes_one(say, tmp_path, monkeypatch):
     assert files == paths
 
 
-def test_evaluation_judges_the_words(aloud, tmp_path, ask, monkeypatch, sentences):
+@pytest.fixture
+def score(aloud, tmp_path, ask, monkeypatch):
+    """The scores of records as evaluate.py writes them."""
+
+    def scores_of(records, *flags):
+        (tmp_path / "heldout.jsonl").write_text("\n".join(map(json.dumps, records)))
+        output = tmp_path / "eval.json"
+        flags = ["--ckpt", str(aloud), "--data", str(tmp_path), "--output", str(output), *flags]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+        evaluate.main()
+        return json.loads(output.read_text())["scores"]
+
+    return scores_of
+
+
+def record_of(question, answer, **fields):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"speech": ["a.wav"], "conversations": turns, **fields}
+
+
+def test_evaluation_judges_the_words(aloud, score, tmp_path):
     """Right answers of a model that speaks behind its text, whatever spaces the samples have."""
     generated = api.Mimo(open_checkpoint(aloud)).generate([{"type": "text", "text": QUESTION}])
     outputs.write_wave(tmp_path / "a.wav", 0.1, 0.2)
 
-    def score(*answers):
-        rows = [
-            {
-                "speech": ["a.wav"],
-                "conversations": [
-                    {"from": "human", "value": QUESTION},
-                    {"from": "gpt", "value": answer},
-                ],
-            }
-            for answer in answers
-        ]
-        (tmp_path / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        output = tmp_path / "eval.json"
-        flags = ["--ckpt", str(aloud), "--data", str(tmp_path), "--output", str(output)]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
-        evaluate.main()
-        return json.loads(output.read_text())["scores"]["heldout"]["exact_match"]
+    def exact_match(*answers):
+        records = [record_of(QUESTION, answer) for answer in answers]
+        return score(records)["heldout"]["exact_match"]
 
-    assert score(f"{generated} <speech>", f"{generated}<speech>", "no <speech>") == 2 / 3
+    assert exact_match(f"{generated} <speech>", f"{generated}<speech>", "no <speech>") == 2 / 3
     # Where text stands behind an output, all of the answer is waited for.
-    assert score(f"<speech> {generated}", f"{generated}<speech>.") == 1 / 2
+    assert exact_match(f"<speech> {generated}", f"{generated}<speech>.") == 1 / 2
+
+
+def test_evaluation_shows_the_model_what_it_put_out(aloud, score, tmp_path, capsys):
+    model = api.Mimo(open_checkpoint(aloud))
+    outputs.write_wave(tmp_path / "a.wav", 0.1, 0.2)
+    records, hits = [], 0
+    for number in range(24):
+        question, hear = f"What is {number}?", "<audio>What is the third digit of it?"
+        answer = model.generate(question, outputs=["speech"])
+        records.append(record_of(question, f"{answer.text}<speech>", hear_prompt=hear))
+        buffer = io.BytesIO()
+        soundfile.write(buffer, answer.speech[0], outputs.RATE_HZ, format="FLAC")
+        hits += model.generate(hear, audios=[buffer.getvalue()]) == answer.text
+    assert 0 < hits < 24
+    # A record without the prompt is not counted, and a silent answer is not heard.
+    scores = score([*records, record_of(QUESTION, "<speech>")], "--batch-size", "5")
+    assert scores["heldout"]["exact_match"] == 24 / 25
+    assert scores["heldout, heard again"]["samples"] == 24
+    assert scores["heldout, heard again"]["exact_match"] == hits / 24
+    assert "heldout, heard again       24" in capsys.readouterr().out
+    for prompt in ("Write it down.", "<audio><image>Write it down.", 5):
+        with pytest.raises(ValueError, match=r"'hear_prompt' needs one place of an input"):
+            score([record_of(QUESTION, "<speech>", hear_prompt=prompt, key="k")])

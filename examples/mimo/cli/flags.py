@@ -407,8 +407,9 @@ def help_parser() -> argparse.ArgumentParser:
         prog="train.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a model that sees and hears, through megatron.training.pretrain.\n\n"
-        "  torchrun --nproc-per-node 2 examples/mimo/train.py --tensor-model-parallel-size 2\n"
-        "      --dataset-provider spoken_questions --data-path demo/data --save demo/checkpoint",
+        "  torchrun --nproc-per-node 2 examples/mimo/train.py --model-provider tiny_avlm_speech\n"
+        "      --tensor-model-parallel-size 2 --dataset-provider spoken_questions\n"
+        "      --data-path demo/data --save demo/checkpoint",
         epilog="Every Megatron flag works as well; --help-megatron lists them.",
     )
     add_own_flags(parser)

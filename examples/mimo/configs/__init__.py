@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MODEL_PROVIDERS = {
     "tiny_avlm": "examples.mimo.configs.tiny_avlm",
+    "tiny_avlm_speech": "examples.mimo.configs.tiny_avlm",
     "sensor_lm": "examples.mimo.configs.sensor_lm",
     "llava_vlm": "examples.mimo.configs.pretrained",
     "video_llava_vlm": "examples.mimo.configs.pretrained",

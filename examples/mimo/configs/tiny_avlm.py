@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from examples.mimo.configs.schema import ChatTemplate, LanguageConfig, MimoConfig, ModalityConfig
 from examples.mimo.modalities.audio import WhisperConfig
 from examples.mimo.modalities.base import MLPProjectorConfig
 from examples.mimo.modalities.image import VitConfig
+from examples.mimo.modalities.speech import VectorQuantisedMel
 
 
 def tiny_avlm() -> MimoConfig:
     """A ViT, a Whisper-shaped encoder and a Llama-shaped GPT, all of width 128.
 
     A 32 x 32 image is 16 tokens, and up to 2.4 seconds of audio are at most 20.
-    Everything trains; `make demo` does it.
+    Everything trains.
 
     torchrun --nproc-per-node 2 examples/mimo/train.py --model-provider tiny_avlm
     --tensor-model-parallel-size 2
@@ -68,3 +71,18 @@ def tiny_avlm() -> MimoConfig:
         chat=ChatTemplate(human="{}\n", answer="{}"),
         prompt="Answer the question.",
     )
+
+
+def tiny_avlm_speech() -> MimoConfig:
+    """`tiny_avlm` that answers aloud too; `make demo` trains it.
+
+    A code is 96 ms of speech, so a word is five or six. With them the vocabulary has 768 tokens.
+    """
+    base = tiny_avlm()
+    speech = ModalityConfig(
+        singular="speech",
+        placeholder="<speech>",
+        codec=VectorQuantisedMel(num_codes=254, frames_per_patch=6, max_seconds=4.0),
+    )
+    modalities = {**base.modalities, "speech": speech}
+    return dataclasses.replace(base, name="tiny_avlm_speech", modalities=modalities)
