@@ -11,15 +11,15 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import dataclasses
 import io
 import logging
+import mimetypes
 import queue
 import threading
-import time
-from array import array
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -27,10 +27,10 @@ import numpy as np
 import soundfile
 import torch
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.generation.scheduler import OutputPiece
-from examples.mimo.modalities.base import CodedItem
+from examples.mimo.generation.scheduler import Answer, AnswerParts, KeptAnswers, OutputPiece, Piece
 from examples.mimo.modalities.files import FORMATS, Blob
 from examples.mimo.modalities.hf_codec import resampling
 from examples.mimo.modalities.speech import SoundCodec
@@ -44,8 +44,6 @@ PCM_HZ = 24_000
 MAX_VOICE = 100
 # Threads that wait for codes or decode them, and how many decode at once beside the model.
 MAX_DECODERS, MAX_DECODING = 64, 2
-# What a part of an answer takes beside its text and codes.
-PART_BYTES = 1_000
 log = logging.getLogger(__name__)
 
 # Files in requests.
@@ -81,6 +79,25 @@ def file_part(
         raise ValueError(f"{at}: its type must be text; files go into messages of the user")
     types = ["text", *url_types, *data_types, "input_file"]
     raise ValueError(f"{at}: its type must be one of {', '.join(types)}")
+
+
+def kept_parts(
+    audio: object, said: Sequence[Mapping[str, Any]], where: str, kept: KeptAnswers
+) -> list[dict[str, Any]]:
+    """The text and codes of an earlier answer; content beside its id must be that text."""
+    name = audio.get("id") if isinstance(audio, Mapping) else None
+    if not isinstance(name, str):
+        raise ValueError(f"{where}.id must be the id of an answer with sound")
+    parts = kept.get(name)
+    if parts is None:
+        raise ValueError(
+            f"{where}.id {name!r:.60}: this server keeps no such answer (any more); send what it "
+            "said as content instead"
+        )
+    content, text = ("".join(part.get("text", "") for part in of).strip() for of in (said, parts))
+    if content not in ("", text):
+        raise ValueError(f"{where} names an answer of other words than content has; leave out one")
+    return parts
 
 
 def _is_data_url(text: str) -> bool:
@@ -127,6 +144,12 @@ def _decoded_size(data: bytes) -> int:
     except soundfile.SoundFileError:
         return ANYTHING if len(data) > SMALL_FILE else 0
     return min(header.frames, LONG_SECONDS * header.samplerate)
+
+
+def media_types(suffixes: Sequence[str]) -> list[str]:
+    """MIME types of files with these suffixes, for browsers, which may know no suffix."""
+    types = (mimetypes.guess_type(f"file{suffix}")[0] for suffix in suffixes)
+    return sorted({kind for kind in types if kind})
 
 
 class BudgetSpentError(Exception):
@@ -196,7 +219,11 @@ def parse_sound(body: Mapping[str, Any], config: MimoConfig, stream: bool) -> So
     """The sound that a body asks for; None for text alone, ValueError for what cannot be."""
     modalities, audio = body.get("modalities", ["text"]), body.get("audio")
     names = ("text", "audio")
-    if not isinstance(modalities, list) or not modalities or any(m not in names for m in modalities):
+    if (
+        not isinstance(modalities, list)
+        or not modalities
+        or any(m not in names for m in modalities)
+    ):
         raise ValueError('modalities must be ["text"], or ["text", "audio"] for answers with sound')
     if "audio" not in modalities:
         if audio is not None:
@@ -253,12 +280,18 @@ class PcmStream:
 
 
 class SoundPiece(NamedTuple):
-    """New pcm16 of choice `index`, which may be empty where it is the last; or why it failed."""
+    """New pcm16 of a choice, which may be empty where it is the last; or why it failed."""
 
-    index: int
+    choice: int
     data: bytes
     is_last: bool = False
     error: bool = False
+
+
+class End(Enum):
+    """What follows the last code of an output, that of an answer, and that of one to give up."""
+
+    OUTPUT, ANSWER, CANCELLED = range(3)
 
 
 class CancelledError(Exception):
@@ -272,6 +305,8 @@ class Decoders:
         self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.num_threads = 0
         self.computing = threading.Semaphore(MAX_DECODING)
+        # Of whole answers, in threads of the event loop.
+        self.encoding = asyncio.Semaphore(MAX_DECODING)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run a job in a thread, after others where there are many; called in the event loop."""
@@ -296,16 +331,15 @@ class SoundStream:
         self, sound: Sound, decoders: Decoders, index: int, emit: Callable[[SoundPiece], None]
     ) -> None:
         self.codec, self.decoders, self.index, self.emit = sound.codec, decoders, index, emit
-        # Codes; None behind the last of an output; False behind all, True when it is cancelled.
-        self.queue: queue.SimpleQueue[int | bool | None] = queue.SimpleQueue()
+        self.codes: queue.SimpleQueue[int | End] = queue.SimpleQueue()
         self.has_begun = self.is_cancelled = False
 
     def add(self, piece: OutputPiece) -> None:
         """Take codes of an output; the first begin the decoding."""
         for code in piece.codes:
-            self.queue.put(code)
+            self.codes.put(code)
         if piece.is_last:
-            self.queue.put(None)
+            self.codes.put(End.OUTPUT)
         if not self.has_begun:
             self.has_begun = True
             self.decoders.submit(self._decode)
@@ -313,21 +347,21 @@ class SoundStream:
     def finish(self) -> None:
         """Take no more codes; a piece that is the last follows."""
         if self.has_begun:
-            self.queue.put(False)
+            self.codes.put(End.ANSWER)
         else:
             self.emit(SoundPiece(self.index, b"", is_last=True))
 
     def cancel(self) -> None:
         """Stop decoding; nothing more is emitted."""
         self.is_cancelled = True
-        self.queue.put(True)
+        self.codes.put(End.CANCELLED)
 
     def _decode(self) -> None:
         pcm, empty = PcmStream(self.codec.sample_rate_hz), np.zeros(0, np.float32)
         with self.decoders.computing:
             try:
-                while (first := self._next()) is not False:
-                    for samples in self.codec.decode_pieces(self._codes(first)):
+                while (first := self._next()) is not End.ANSWER:
+                    for samples in self.codec.decode_pieces(self._output(first)):
                         if data := pcm(samples):
                             self.emit(SoundPiece(self.index, data))
                 self.emit(SoundPiece(self.index, pcm(empty, is_last=True), is_last=True))
@@ -337,72 +371,69 @@ class SoundStream:
                 log.exception("sound could not be decoded")
                 self.emit(SoundPiece(self.index, b"", error=True))
 
-    def _codes(self, first: int | None) -> Iterator[int]:
-        """The codes of an output as they come."""
-        code: int | bool | None = first
-        while code is not None and code is not False:
+    def _output(self, code: int | End) -> Iterator[int]:
+        """The codes of an output as they come, from its first on."""
+        while isinstance(code, int):
             yield code
             code = self._next()
 
-    def _next(self) -> int | bool | None:
-        """What was put next; while there is nothing, another thread may decode."""
+    def _next(self) -> int | End:
+        """What comes next; while there is nothing, another thread may decode."""
         if self.is_cancelled:
             raise CancelledError
         try:
-            item = self.queue.get_nowait()
+            code = self.codes.get_nowait()
         except queue.Empty:
             self.decoders.computing.release()
-            item = self.queue.get()
+            code = self.codes.get()
             self.decoders.computing.acquire()
-        if item is True:
+        if code is End.CANCELLED:
             raise CancelledError
-        return item
+        return code
 
 
-class KeptAnswers:
-    """Answers with sound that later requests name, by their ids: the text and codes of each.
+class SpokenChoices:
+    """The choices of one reply with sound, whose text and codes are kept as `parts`.
 
-    For `seconds`, and of all together at most `max_bytes`: beyond that the oldest go.
+    Where it is streamed, `emit` gets their sound as it is decoded.
     """
 
-    def __init__(self, max_bytes: int, seconds: float) -> None:
-        self.max_bytes, self.seconds, self.num_bytes = max_bytes, seconds, 0
-        self.answers: dict[str, tuple[int, int, list[dict[str, Any]]]] = {}
-        # Requests are parsed in other threads.
-        self.lock = threading.Lock()
+    def __init__(
+        self,
+        sound: Sound,
+        config: MimoConfig,
+        count: int,
+        decoders: Decoders,
+        emit: Callable[[SoundPiece], None] | None,
+    ) -> None:
+        self.sound, self.decoders = sound, decoders
+        # Nobody can guess the ids of others' answers.
+        self.ids = [f"audio_{uuid.uuid4().hex}" for _ in range(count)]
+        self.parts = [AnswerParts(config) for _ in range(count)]
+        self.streams: list[SoundStream] = []
+        if emit is not None:
+            self.streams = [SoundStream(sound, decoders, n, emit) for n in range(count)]
 
-    def add(self, name: str, parts: Sequence[Mapping[str, Any]]) -> int:
-        """Keep the parts of an answer; returns when they expire, in seconds of the Unix epoch."""
-        kept = [{key: _compact(value) for key, value in part.items()} for part in parts]
-        size = PART_BYTES + sum(_size(value) for part in kept for value in part.values())
-        expires_at = int(time.time() + self.seconds)
-        with self.lock:
-            self.answers[name] = expires_at, size, kept
-            self.num_bytes += size
-            while self.answers and (
-                self.num_bytes > self.max_bytes or self._oldest_expiry() <= time.time()
-            ):
-                self.num_bytes -= self.answers.pop(next(iter(self.answers)))[1]
-        return expires_at
+    def add(self, index: int, piece: Piece) -> None:
+        """Take a piece of choice `index`."""
+        self.parts[index].add(piece)
+        if not self.streams:
+            return
+        if piece.codes is not None:
+            self.streams[index].add(piece.codes)
+        if piece.answer is not None:
+            self.streams[index].finish()
 
-    def get(self, name: str) -> list[dict[str, Any]] | None:
-        """The parts of an answer; None where it is unknown, or kept no longer."""
-        with self.lock:
-            expires_at, _, parts = self.answers.get(name, (0, 0, []))
-        return parts if expires_at > time.time() else None
+    async def encode(self, answers: Sequence[Answer]) -> dict[int, bytes]:
+        """Choice -> its sound as a file, of the answers that have any."""
+        files = {}
+        for index, answer in enumerate(answers):
+            if outputs := answer.outputs.get(self.sound.modality):
+                async with self.decoders.encoding:
+                    files[index] = await run_in_threadpool(self.sound.encode, outputs)
+        return files
 
-    def _oldest_expiry(self) -> int:
-        return next(iter(self.answers.values()))[0]
-
-
-def _compact(value: Any) -> Any:
-    """A coded item with its codes in four bytes each."""
-    if isinstance(value, CodedItem):
-        return dataclasses.replace(value, codes=array("I", value.codes))
-    return value
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, CodedItem):
-        return PART_BYTES + 4 * len(value.codes)
-    return 4 * len(value)
+    def cancel(self) -> None:
+        """Stop decoding."""
+        for stream in self.streams:
+            stream.cancel()
