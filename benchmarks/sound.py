@@ -35,7 +35,7 @@ from examples.mimo.checkpoint.description import (
     open_checkpoint,
     save_description,
 )
-from examples.mimo.configs import get_model_config
+from examples.mimo.configs import get_model_config, with_codec_folder
 from examples.mimo.configs.schema import MimoConfig, ModalityConfig
 from examples.mimo.generation.api import Mimo
 from examples.mimo.generation.sampling import AnswerState, Options
@@ -47,8 +47,6 @@ from examples.mimo.model.parts import part_names
 from tests.helpers.served import InProcess
 
 ROUNDS, NUM_CODES, SURE = 3, 210, 1e4
-# The language model of the demo, and one of SmolLM2-135M's sizes.
-SIZES = {"tiny_avlm": "tiny_avlm", "SmolLM2-135M": "smollm2_avlm"}
 HEADING = """| language model | codes alone | first sound | last sound | as a whole |
 | --- | ---: | ---: | ---: | ---: |"""
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Say it."}], "max_tokens": 400}
@@ -69,23 +67,34 @@ def main() -> None:
         codec = VectorQuantisedMel(folder=str(place))
         codec.learn(synthesiser.say(text, "m3") for text in texts)
         print(HEADING)
-        for name, sizes in SIZES.items():
-            config = with_speech(sizes, codec)
+        for name, provider in {"tiny_avlm": tiny, "SmolLM2-135M": smollm2}.items():
+            config = with_codec_folder(provider(), Path(folder))
             write_checkpoint(config, args.data, Path(folder, name))
             print(f"| {name} | {' | '.join(measure(Path(folder, name)))} |", flush=True)
     seconds = NUM_CODES * codec.patch_samples / codec.sample_rate_hz
     print(f"\n{NUM_CODES} codes are {seconds:.1f} s of sound.")
 
 
-def with_speech(sizes: str, codec: VectorQuantisedMel) -> MimoConfig:
+def tiny() -> MimoConfig:
+    """The demo's model, with speech as an output."""
+    return with_speech("tiny", "tiny_avlm")
+
+
+def smollm2() -> MimoConfig:
+    """The same with a language model of SmolLM2-135M's sizes."""
+    return with_speech("smollm2", "smollm2_avlm")
+
+
+def with_speech(name: str, sizes: str) -> MimoConfig:
     """The demo's model with a language model of these sizes, and speech as an output."""
     base = get_model_config("tiny_avlm")
     language = dataclasses.replace(
         get_model_config(sizes).language, vocab_size=base.language.vocab_size, seq_length=512
     )
-    speech = ModalityConfig(singular="speech", placeholder="<speech>", codec=codec)
+    speech = ModalityConfig(singular="speech", placeholder="<speech>", codec=VectorQuantisedMel())
     modalities = {**base.modalities, "speech": speech}
-    return dataclasses.replace(base, language=language, modalities=modalities)
+    name = f"benchmarks.sound:{name}"
+    return dataclasses.replace(base, name=name, language=language, modalities=modalities)
 
 
 def write_checkpoint(config: MimoConfig, data: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,16 +18,11 @@ from examples.mimo.generation.sampling import Options, Sampling
 from examples.mimo.generation.scheduler import AnswerParts, KeptAnswers, OutputPiece
 from examples.mimo.modalities.base import CodedItem
 from tests.helpers import known_answers, outputs
-from tests.helpers.served import says, until
+from tests.helpers.served import Served, says, until
 
 pytest.importorskip("starlette")
-from examples.mimo.serving.media import (
-    PCM_HZ,
-    Decoders,
-    PcmStream,
-    Sound,
-    SoundStream,
-)
+from examples.mimo.serving import media
+from examples.mimo.serving.media import PCM_HZ, Decoders, PcmStream, Sound, SoundStream
 
 QUESTIONS = [f"Digit {word}. Which is it?" for word in ("one", "two", "three", "four", "five")]
 WAV = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}
@@ -438,37 +434,76 @@ def test_a_codec_that_fails_is_status_500_and_an_event(server, question, monkeyp
     assert Streamed(list(ask(server, question, **STREAM))).data
 
 
-def test_clients_that_leave_end_their_sound(server, question, alone, monkeypatch):
-    """More than there are threads, while the codec waits for codes; then another is answered."""
-    monkeypatch.setattr("examples.mimo.serving.media.MAX_DECODERS", 3)
-    left, step, go_on = threading.Event(), server.worker.scheduler.step, threading.Event()
-    heard = threading.Semaphore(0)
+def test_a_client_that_leaves_ends_its_sound(server, question, alone, monkeypatch):
+    """After its first sound, while the codec waits for codes; then others are answered."""
+    left, cancelled = threading.Event(), threading.Event()
+    step, cancel, codes_came = server.worker.scheduler.step, SoundStream.cancel, []
 
-    def step_until_heard():
+    def step_until_left():
+        if codes_came:
+            left.wait(60)
         pieces = step()
-        if any(piece.codes for piece in pieces) and not left.is_set():
-            go_on.wait(60)
+        codes_came.extend(piece for piece in pieces if piece.codes)
         return pieces
 
-    monkeypatch.setattr(server.worker.scheduler, "step", step_until_heard)
+    def see_cancel(stream):
+        cancel(stream)
+        cancelled.set()
 
-    def leave(_):
+    with monkeypatch.context() as patch:
+        patch.setattr(server.worker.scheduler, "step", step_until_left)
+        patch.setattr(SoundStream, "cancel", see_cancel)
+        before = server.metric("mimo_left_total")
         with ask(server, question, **STREAM) as stream:
             for chunk in stream:
-                if chunk.choices[0].delta.audio:
+                if chunk.choices[0].delta.audio.data:
                     break
-            heard.release()
-
-    with ThreadPoolExecutor(6) as clients:
-        waiting = clients.map(leave, range(6))
-        for _ in range(6):
-            assert heard.acquire(timeout=60)
+        assert cancelled.wait(60)
         left.set()
-        list(waiting)
-    go_on.set()
-    until(lambda: not server.worker.num_running)
+        until(lambda: not server.worker.num_running)
+        assert server.metric("mimo_left_total") == before + 1
     for text in QUESTIONS:
         assert Streamed(list(ask(server, text, **STREAM))).transcript == alone[text][1].text
+
+
+class Listener:
+    """Sound that is decoded in these threads."""
+
+    def __init__(self, model, decoders):
+        self.pieces, self.ended = [], threading.Event()
+        codec = model.config.outputs["speech"].codec
+        self.stream = SoundStream(Sound("speech", codec, "pcm16"), decoders, 0, self.hear)
+
+    def hear(self, piece):
+        self.pieces.append(piece)
+        if piece.is_last:
+            self.ended.set()
+
+    def add(self, items):
+        """Outputs of an answer, in units as they come."""
+        unit = self.stream.codec.unit
+        for number, codes in enumerate(items):
+            for part in itertools.batched(codes, unit):
+                self.stream.add(OutputPiece("speech", number, part))
+            self.stream.add(OutputPiece("speech", number, (), is_last=True))
+        self.stream.finish()
+
+
+def test_sound_that_nobody_waits_for_frees_its_thread(model, monkeypatch):
+    """Twice as many as there are threads wait for codes, and are left; another is decoded."""
+    monkeypatch.setattr(media, "MAX_DECODERS", 3)
+    decoders = Decoders()
+    listeners = [Listener(model, decoders) for _ in range(6)]
+    for listener in listeners:
+        listener.stream.add(OutputPiece("speech", 0, (0, 8)))
+    # Others decode while these wait, however few may decode at once.
+    until(lambda: sum(bool(listener.pieces) for listener in listeners) == 3)
+    for listener in listeners:
+        listener.stream.cancel()
+    last = Listener(model, decoders)
+    last.add([[0, 8]])
+    assert last.ended.wait(60)
+    assert sum(len(listener.pieces) for listener in listeners) == 3
 
 
 def test_several_sounds_of_an_answer_follow_one_another(model):
@@ -477,20 +512,10 @@ def test_several_sounds_of_an_answer_follow_one_another(model):
     expected = np.concatenate([codec.decode(codes) for codes in items])
     samples, _ = samples_of(Sound("speech", codec, "flac").encode(items))
     assert np.abs(samples - expected).max() < STEP
-    pieces, ended = [], threading.Event()
-
-    def emit(piece):
-        pieces.append(piece)
-        if piece.is_last:
-            ended.set()
-
-    stream = SoundStream(Sound("speech", codec, "pcm16"), Decoders(), 0, emit)
-    for number, codes in enumerate(items):
-        for unit in itertools.batched(codes, codec.unit):
-            stream.add(OutputPiece("speech", number, unit))
-        stream.add(OutputPiece("speech", number, (), is_last=True))
-    stream.finish()
-    assert ended.wait(60)
+    listener = Listener(model, Decoders())
+    listener.add(items)
+    assert listener.ended.wait(60)
+    pieces = listener.pieces
     data = b"".join(piece.data for piece in pieces)
     assert np.abs(levels(data) - levels(as_pcm(expected))).max() < 1.01 / 32_767
     assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -522,3 +547,19 @@ def test_outputs_are_listed_and_the_first_sound_is_timed(server, question):
     ask(server, question)
     assert server.metric("mimo_first_sound_seconds_count") == before + 2
     assert server.metric("mimo_kept_bytes") > 0
+
+
+@pytest.mark.slow
+def test_ranks_answer_aloud_and_the_flags_bound_what_is_kept(aloud, alone, question):
+    flags = ("--tp", "2", "--kept-seconds", "0.001")
+    ranks = Served(aloud, *flags, processes=2)
+    streamed = Streamed(list(ask(ranks, question, **STREAM)))
+    assert streamed.transcript == alone[question][1].text
+    assert len(streamed.data) == len(as_pcm(alone[question][1].speech[0]))
+    said = {"role": "assistant", "audio": {"id": streamed.id}}
+    status, reply = ranks.ask({"messages": [*messages(question), said, *messages("And now?")]})
+    assert status == 400
+    assert "this server keeps no such answer (any more)" in reply["error"]["message"]
+    ranks.process.send_signal(signal.SIGINT)
+    ranks.process.wait(timeout=60)
+    assert "the model failed" not in ranks.said()
