@@ -10,8 +10,7 @@ The example is these files, in reading order:
     model/layers.py           layer specs, core attention, the transformer that encoders share
     model/mimo.py             the model on one pipeline stage
     data/conversation.py      conversation -> token ids, labels, loss mask, encoder inputs
-    data/datasets.py          samples from files
-    data/batch.py             collation and broadcast
+    data/batch.py             samples from files, collation and broadcast
     training/pretrain.py      model and data providers, forward step, loss
     train.py                  the command that trains
     avlm_inference.py         the command that answers

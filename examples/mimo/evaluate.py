@@ -58,7 +58,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     How much the score falls without a modality says how much the model relies on it.
     """
     from examples.mimo.checkpoint.description import open_checkpoint
-    from examples.mimo.data.datasets import read_records
+    from examples.mimo.data.batch import read_records
     from examples.mimo.generation.api import Mimo, on_rank_zero
 
     checkpoint = open_checkpoint(args.ckpt, verify=args.verify_integrity)

@@ -104,7 +104,7 @@ def tokenizer(args: argparse.Namespace) -> None:
 def _texts(file: Path, config: MimoConfig) -> Iterator[str]:
     """The turns of the conversations in a .jsonl manifest, or the lines of any other file."""
     if file.suffix == ".jsonl":
-        from examples.mimo.data.datasets import read_records
+        from examples.mimo.data.batch import read_records
         from examples.mimo.data.turns import conversation_of, errors_named, parse_turns
 
         for number, record in enumerate(read_records(file), start=1):

@@ -24,6 +24,7 @@ from examples.mimo.cli.overrides import add_integrity_flag
 
 if TYPE_CHECKING:
     import uvicorn
+    from starlette.types import ASGIApp, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from examples.mimo.serving.app import Limits
@@ -37,6 +38,8 @@ LIMITS = {
     "max_body_megabytes": (32.0, "one body"),
     "max_bodies_megabytes": (128.0, "bodies that are read at once"),
     "max_decoding_megapixels": (80.0, "millions of pixels and samples that are decoded at once"),
+    "max_kept_megabytes": (16.0, "answers with sound, which later requests may name"),
+    "kept_seconds": (3600.0, "for which such an answer is kept"),
     "max_connections": (512, "open connections"),
     "head_seconds": (10.0, "for the head of a request, or an idle connection"),
     "body_seconds": (60.0, "for the body of a request"),
@@ -89,6 +92,8 @@ def serve(args: argparse.Namespace, listener: socket.socket | None) -> None:
         body_bytes=int(args.max_body_megabytes * 2**20),
         bodies_bytes=int(args.max_bodies_megabytes * 2**20),
         decoding=int(args.max_decoding_megapixels * 1e6),
+        kept_bytes=int(args.max_kept_megabytes * 2**20),
+        kept_seconds=args.kept_seconds,
         connections=args.max_connections,
         head_seconds=args.head_seconds,
         body_seconds=args.body_seconds,
@@ -102,7 +107,7 @@ def serve(args: argparse.Namespace, listener: socket.socket | None) -> None:
         return BoundedConnection(H11Protocol(**options), limits, application.metrics)
 
     config = uvicorn.Config(
-        application.app(),
+        OneLengthMiddleware(application.app()),
         http=connection,  # type: ignore[arg-type]
         ws="none",
         log_level="warning",
@@ -153,6 +158,28 @@ def _serve_http(server: uvicorn.Server, listener: socket.socket, worker: Worker)
         server.run(sockets=[listener])
     finally:
         worker.stop()
+
+
+class OneLengthMiddleware:
+    """Refuses a body with two lengths, which a proxy may read otherwise than this server."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 400 and close the connection, or pass the request on."""
+        from starlette.responses import JSONResponse
+
+        from examples.mimo.serving.openai import error_body
+
+        names = [name for name, _ in scope.get("headers", ())]
+        is_chunked = b"transfer-encoding" in names
+        if is_chunked and (b"content-length" in names or scope["http_version"] == "1.0"):
+            message = "Content-Length together with Transfer-Encoding, or that in HTTP/1.0"
+            headers = {"Connection": "close"}
+            await JSONResponse(error_body(400, message), 400, headers)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 class BoundedConnection(asyncio.Protocol):

@@ -3,9 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from examples.mimo.data.batch import collate, collate_packed
+from examples.mimo.data.batch import ConversationDataset, collate, collate_packed
 from examples.mimo.data.conversation import BadSample, Sample, SampleEncoder, TokenSequence
-from examples.mimo.data.datasets import ConversationDataset
 from examples.mimo.parallel.placement import join_batches
 from examples.mimo.training.inputs import MockDataset
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from examples.mimo.configs import MODEL_PROVIDERS, get_model_config
+from examples.mimo.data.batch import ConversationDataset, read_records
 from examples.mimo.data.conversation import SampleEncoder
-from examples.mimo.data.datasets import ConversationDataset, read_records
 from examples.mimo.data.tokenizer import load_tokenizer
 from examples.mimo.data.turns import FilesInside
 from examples.mimo.modalities.files import Blob

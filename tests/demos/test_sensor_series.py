@@ -9,7 +9,7 @@ import pytest
 
 from demos.sensors.series import COUNTS, MOTIONS, draw_series, write_series
 from examples.mimo.configs import MODEL_PROVIDERS
-from examples.mimo.data.datasets import read_records
+from examples.mimo.data.batch import read_records
 from examples.mimo.data.tokenizer import load_tokenizer
 from tests.helpers.commands import run_command
 

@@ -20,8 +20,7 @@ import torch
 from megatron.core import mpu
 
 from examples.mimo.checkpoint.description import open_checkpoint
-from examples.mimo.data.batch import collate
-from examples.mimo.data.datasets import read_records
+from examples.mimo.data.batch import collate, read_records
 from examples.mimo.data.turns import FilesInside
 from examples.mimo.generation.api import Mimo
 from examples.mimo.generation.engine import Engine, SequenceRequest

@@ -7,11 +7,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from examples.mimo import avlm_inference
+from examples.mimo import Mimo, avlm_inference
+from examples.mimo.checkpoint.description import open_checkpoint
 from examples.mimo.configs import get_model_config, with_codec_folder
 from tests.helpers import known_answers, outputs
 from tests.helpers.commands import run_train
-from tests.helpers.served import Served
+from tests.helpers.served import InProcess, Served
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +90,12 @@ def served(checkpoint):
     said = server.end()
     assert said.count("\n") == 1, said
     assert "with an API key" in said
+
+
+@pytest.fixture(scope="module")
+def speaking(aloud, build_model):
+    """A server in this process of a model that answers aloud."""
+    pytest.importorskip("starlette")
+    server = InProcess(Mimo(open_checkpoint(aloud)))
+    yield server
+    server.end()

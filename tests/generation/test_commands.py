@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from examples.mimo.data.datasets import read_records
+from examples.mimo.data.batch import read_records
 from tests.helpers import ranks
 from tests.helpers.commands import QUESTION, ROOT
 

@@ -23,8 +23,7 @@ from examples.mimo.generation.sampling import Options
 from examples.mimo.generation.scheduler import Scheduler
 from examples.mimo.generation.transformer import KeyValueCache
 from examples.mimo.modalities.files import Blob
-from examples.mimo.serving.app import Budget, BudgetSpentError
-from examples.mimo.serving.openai import Chat, decoded_size
+from examples.mimo.serving.media import Budget, BudgetSpentError, decoded_size
 from examples.mimo.serving.worker import CacheTooSmallError, Worker
 from tests.helpers import ranks
 from tests.helpers.served import KEY, Served, answer_of, says, until
@@ -369,7 +368,7 @@ def wav(samples, rate):
 )
 def test_what_a_file_takes_is_known_from_its_head(files, size):
     record = {"key": "a", "conversations": [{}], "any": [Blob("a", data) for data in files]}
-    assert decoded_size(Chat(record, None, 1, False, False, "m")) == size
+    assert decoded_size(record) == size
 
 
 def test_who_needs_more_than_is_left_waits_and_others_pass():

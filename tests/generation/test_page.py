@@ -168,3 +168,48 @@ def test_files_of_any_modality_are_sent(page, tmp_path):
     assert (part["type"], part["modality"]) == ("input_file", "sensors")
     assert base64.b64decode(part["data"].partition("base64,")[2]) == b"1,2,3"
     assert text["text"] == "What is it?"
+
+
+def test_an_answer_is_played_as_it_comes_and_kept_in_a_player(page, speaking):
+    page.goto(f"http://127.0.0.1:{speaking.port}/")
+    page.get_by_text("answers with text and speech").wait_for()
+    page.evaluate(
+        """() => {
+          window.scheduled = 0;
+          const start = AudioBufferSourceNode.prototype.start;
+          AudioBufferSourceNode.prototype.start = function (at) {
+            window.scheduled += this.buffer.length; start.call(this, at);
+          };
+        }"""
+    )
+    page.check("#aloud")
+    first = ask(page, QUESTION, 1)
+    page.locator(".turn.model audio").wait_for()
+    sound = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "pcm16"}}
+    body = {"messages": [user(QUESTION)], "max_tokens": 1024, **sound}
+    expected = speaking.ask(body)["choices"][0]["message"]["audio"]
+    assert first == expected["transcript"]
+    num_samples = len(base64.b64decode(expected["data"])) // 2
+    assert page.evaluate("() => window.scheduled") == num_samples
+    page.wait_for_function("() => document.querySelector('.turn.model audio').duration > 0")
+    duration = page.evaluate("() => document.querySelector('.turn.model audio').duration")
+    assert abs(duration - num_samples / 24_000) < 0.001
+    # The next turn names it, and an answer without sound has no player.
+    page.uncheck("#aloud")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        second = ask(page, "And now?", 2)
+    asked = sent.value.post_data_json
+    assert "modalities" not in asked
+    assert asked["messages"][1]["audio"]["id"].startswith("audio_")
+    assert (
+        second
+        == speaking.ask(asked | {"stream": False, "stream_options": None})["choices"][0]["message"][
+            "content"
+        ].strip()
+    )
+    assert page.locator(".turn.model audio").count() == 1
+
+
+def test_a_model_without_sound_has_no_control_for_it(page):
+    assert page.locator("#aloud-control").is_hidden()
+    assert "answers" not in page.inner_text("#takes")

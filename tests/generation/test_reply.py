@@ -58,7 +58,7 @@ def chunks_and_reply(tokenizer, tokens, stops=()):
     while not pieces[-1].answer:
         pieces += scheduler.step()
     chunks = [chunk for piece in pieces for chunk in reply.add(0, piece)]
-    return chunks, reply.completion([pieces[-1].answer])["choices"][0]
+    return chunks, reply.completion([pieces[-1].answer], {})["choices"][0]
 
 
 def dummy_prefix(folder):

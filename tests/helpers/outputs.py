@@ -15,8 +15,8 @@ import soundfile
 
 from examples.mimo.configs.schema import MimoConfig, ModalityConfig
 from examples.mimo.configs.tiny_avlm import tiny_avlm
-from examples.mimo.modalities.base import CodecConfig
 from examples.mimo.modalities.files import Source, read_audio
+from examples.mimo.modalities.speech import SoundCodec
 
 RATE_HZ = 16_000
 FRAME = 320  # 20 ms
@@ -24,7 +24,7 @@ SPEECH = "tests.helpers.outputs:with_speech"
 
 
 @dataclass(frozen=True)
-class LevelCodec(CodecConfig):
+class LevelCodec(SoundCodec):
     """The mean of every 20 ms in two codes, of its `base` squared levels: its digits."""
 
     base: int = 8

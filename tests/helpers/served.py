@@ -11,6 +11,8 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from tests.helpers import ranks
@@ -100,6 +102,63 @@ class Served:
     def said(self):
         """What it has printed on stderr."""
         return Path(self.stderr.name).read_text()
+
+
+class InProcess:
+    """A server of a model in this process, whose parts a test can replace; without a key."""
+
+    def __init__(self, model):
+        import uvicorn
+
+        from examples.mimo.serving.app import Limits, Server
+        from examples.mimo.serving.worker import Worker
+
+        self.model, self.port = model, ranks.free_port()
+        self.worker = Worker(model, max_batch=8, max_waiting=64)
+        self.application = Server(model, self.worker, Limits(hosts=("127.0.0.1",)))
+        config = uvicorn.Config(self.application.app(), port=self.port, log_level="warning")
+        self.server = uvicorn.Server(config)
+        self.threads = [at_work(self.worker), threading.Thread(target=self.server.run)]
+        self.threads[1].start()
+        until(lambda: self.server.started)
+
+    @property
+    def busy(self):
+        return self.worker.num_running > 0
+
+    def get(self, path, data=None):
+        headers = {"Content-Type": "application/json"}
+        address = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(address, data, headers)
+        try:
+            return urllib.request.urlopen(request, timeout=300).read()
+        except urllib.error.HTTPError as error:
+            return {"status": error.code, "body": error.read()}
+
+    def ask(self, body, status=200):
+        """The JSON of a chat completion, which must have this status."""
+        reply = self.get("/v1/chat/completions", json.dumps(body).encode())
+        failed = isinstance(reply, dict)
+        assert (reply["status"] if failed else 200) == status, reply
+        return json.loads(reply["body"] if failed else reply)
+
+    def metric(self, name):
+        result = re.search(rf"^{name} (\S+)$", self.get("/metrics").decode(), re.MULTILINE)
+        return float(result[1])
+
+    def client(self):
+        import openai
+
+        return openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0
+        )
+
+    def end(self):
+        self.server.should_exit = True
+        self.worker.stop()
+        for thread in self.threads:
+            thread.join(timeout=120)
+            assert not thread.is_alive()
 
 
 def encoded(file):

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from examples.mimo.data.batch import collate, collate_packed
+from examples.mimo.data.batch import ConversationDataset, collate, collate_packed
 from examples.mimo.data.conversation import SampleEncoder
-from examples.mimo.data.datasets import ConversationDataset
 from examples.mimo.shards.read import pack
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection, Sequence
+import threading
+import time
+from array import array
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,6 +34,8 @@ NOT_FINITE_ERROR = (
 )
 # Callers number their answers from 0.
 PROBE = -1
+# What a part of an answer that is kept takes beside its text and codes.
+PART_BYTES = 1_000
 # Four bytes are a character, a token each at most; behind more of them nothing will be complete.
 MAX_TOKENS_OF_A_CHARACTER = 16
 
@@ -64,6 +70,10 @@ class TextStream:
         self._window.append(token)
         self._held += self._decode_window()
         return self._show(final=False)
+
+    def flush(self) -> str:
+        """The text that was held, where an output begins: no stop string goes on behind one."""
+        return self._show(final=True)
 
     def finish(self) -> str:
         """The rest of the text, when no more tokens come."""
@@ -229,6 +239,55 @@ class AnswerParts:
             self.outputs[-1][1].extend(piece.codes.codes)
 
 
+class KeptAnswers:
+    """Answers that later requests name, by their ids: the text and codes of each.
+
+    For `seconds`, and of all together at most `max_bytes`: beyond that the oldest go.
+    """
+
+    def __init__(self, max_bytes: int, seconds: float) -> None:
+        self.max_bytes, self.seconds, self.num_bytes = max_bytes, seconds, 0
+        self.answers: dict[str, tuple[int, int, list[dict[str, Any]]]] = {}
+        # Threads that parse requests look here.
+        self.lock = threading.Lock()
+
+    def add(self, name: str, parts: Sequence[Mapping[str, Any]]) -> int:
+        """Keep the parts of an answer; returns when they expire, in seconds of the Unix epoch."""
+        kept = [{key: _compact(value) for key, value in part.items()} for part in parts]
+        size = PART_BYTES + sum(_size(value) for part in kept for value in part.values())
+        expires_at = int(time.time() + self.seconds)
+        with self.lock:
+            self.answers[name] = expires_at, size, kept
+            self.num_bytes += size
+            while self.answers and (
+                self.num_bytes > self.max_bytes or self._oldest_expiry() <= time.time()
+            ):
+                self.num_bytes -= self.answers.pop(next(iter(self.answers)))[1]
+        return expires_at
+
+    def get(self, name: str) -> list[dict[str, Any]] | None:
+        """The parts of an answer; None where it is unknown, or kept no longer."""
+        with self.lock:
+            expires_at, _, parts = self.answers.get(name, (0, 0, []))
+        return parts if expires_at > time.time() else None
+
+    def _oldest_expiry(self) -> int:
+        return next(iter(self.answers.values()))[0]
+
+
+def _compact(value: Any) -> Any:
+    """A coded item with its codes in four bytes each."""
+    if isinstance(value, CodedItem):
+        return dataclasses.replace(value, codes=array("I", value.codes))
+    return value
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, CodedItem):
+        return PART_BYTES + 4 * len(value.codes)
+    return 4 * len(value)
+
+
 @dataclass
 class _OpenAnswer:
     """An answer that is being generated."""
@@ -363,7 +422,7 @@ class Scheduler:
         if finish != STOP:
             opened.tokens.append(output.token)
             is_text, codes = opened.outputs.add(output.token)
-            text = stream.add(output.token) if is_text else ""
+            text = stream.add(output.token) if is_text else stream.flush()
         if stream.stopped:
             self.engine.stop(output.number)
             finish = STOP

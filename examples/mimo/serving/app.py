@@ -7,7 +7,6 @@ import contextlib
 import hmac
 import json
 import logging
-import mimetypes
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +21,21 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.api import Mimo
-from examples.mimo.generation.scheduler import NOT_FINITE_ERROR, Answer, Piece
-from examples.mimo.serving.openai import Chat, Reply, decoded_size, error_body, parse
+from examples.mimo.generation.scheduler import NOT_FINITE_ERROR, Answer, KeptAnswers, Piece
+from examples.mimo.serving.media import (
+    Budget,
+    BudgetSpentError,
+    Decoders,
+    SoundPiece,
+    SpokenChoices,
+    decoded_size,
+    media_types,
+    sound_output,
+)
+from examples.mimo.serving.openai import Chat, Reply, error_body, parse
 from examples.mimo.serving.worker import (
     CacheTooSmallError,
     Metrics,
@@ -63,6 +71,9 @@ class Limits:
     # that are being decoded.
     bodies_bytes: int = 128 * 2**20
     decoding: int = 80_000_000
+    # Answers with sound that later requests may name.
+    kept_bytes: int = 16 * 2**20
+    kept_seconds: float = 3600.0
     connections: int = 512
     # For a head, for a body, and for a client that does not read.
     head_seconds: float = 10.0
@@ -78,9 +89,11 @@ class Server:
     def __init__(self, model: Mimo, worker: Worker, limits: Limits) -> None:
         self.model, self.worker, self.limits = model, worker, limits
         self.bodies, self.decoding = Budget(limits.bodies_bytes), Budget(limits.decoding)
-        self.metrics = Metrics(worker, self.bodies, self.decoding)
+        self.kept = KeptAnswers(limits.kept_bytes, limits.kept_seconds)
+        self.metrics = Metrics(worker, self.bodies, self.decoding, self.kept)
         # Only so many requests are read at once, as the worker needs the processors.
         self.parsing, self.encoding = asyncio.Semaphore(1), asyncio.Semaphore(2)
+        self.decoders = Decoders()
 
     def app(self) -> Starlette:
         """The application, for any ASGI server."""
@@ -95,10 +108,7 @@ class Server:
         ]
         return Starlette(
             routes=routes,
-            middleware=[
-                Middleware(OneLengthMiddleware),
-                Middleware(TrustedHostMiddleware, allowed_hosts=list(self.limits.hosts)),
-            ],
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(self.limits.hosts))],
             exception_handlers={HTTPException: self._http_error, Exception: self._internal_error},
         )
 
@@ -107,20 +117,25 @@ class Server:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)
 
     async def modalities(self, request: Request) -> Response:
-        """What the model takes: for each modality its name and the files that belong to it."""
+        """What the model takes, with the files that belong to each, and what it puts out."""
         modalities = [
             {
                 "name": name,
                 "singular": modality.singular,
                 "suffixes": list(modality.encoder.suffixes),
-                "media_types": _media_types(modality.encoder.suffixes),
+                "media_types": media_types(modality.encoder.suffixes),
             }
             for name, modality in self.model.config.inputs.items()
         ]
         config = self.model.config
-        return JSONResponse(
-            {"model": config.name, "prompt": config.prompt, "modalities": modalities}
-        )
+        sound, _ = sound_output(config) or (None, None)
+        # `asked_as` is its name among the `modalities` of a request; what has none is not sent.
+        outputs = [
+            {"name": n, "singular": o.singular, "asked_as": "audio" if n == sound else None}
+            for n, o in config.outputs.items()
+        ]
+        fields = {"model": config.name, "prompt": config.prompt}
+        return JSONResponse(fields | {"modalities": modalities, "outputs": outputs})
 
     async def health(self, request: Request) -> Response:
         """200 while the model answers; 503, with the reason, once it cannot any more."""
@@ -169,8 +184,10 @@ class Server:
             answers = await response.wait_for_answers(request)
         finally:
             response.cancel()
+        sounds = await response.sounds_of(answers)
         self.metrics.requests.labels("200").inc()
-        return JSONResponse(response.reply.completion(answers))
+        reply = response.reply  # which sound makes large, and the event loop has other clients
+        return await run_in_threadpool(lambda: JSONResponse(reply.completion(answers, sounds)))
 
     async def _parse(self, request: Request) -> tuple[Chat, Sample]:
         """The chat and its sample, or 400 with one sentence."""
@@ -194,12 +211,12 @@ class Server:
         def read() -> Chat:
             fields = json.loads(body)
             body.clear()
-            return parse(fields, self.model.config)
+            return parse(fields, self.model.config, self.kept)
 
         try:
             async with self.parsing:
                 chat = await run_in_threadpool(read)
-            size = await run_in_threadpool(decoded_size, chat)
+            size = await run_in_threadpool(decoded_size, chat.record)
             async with self.decoding.share(size), self.encoding:
                 sample = await run_in_threadpool(self._encode, chat)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
@@ -277,79 +294,27 @@ class Server:
         return JSONResponse(error_body(status, message, code), status, headers=headers)
 
 
-class BudgetSpentError(Exception):
-    """No room came in time."""
-
-
-class Budget:
-    """Units that requests share, in one event loop; who needs more than are free waits."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.used = size, 0
-        self.waiters: list[asyncio.Future[None]] = []
-
-    @contextlib.asynccontextmanager
-    async def share(self, units: int, seconds: float | None = None) -> AsyncIterator[None]:
-        """Hold so many units, at most all; BudgetSpentError when they are not free in time."""
-        units = min(units, self.size)
-        try:
-            async with asyncio.timeout(seconds):
-                while self.used + units > self.size:
-                    waiter = asyncio.get_running_loop().create_future()
-                    self.waiters.append(waiter)
-                    try:
-                        await waiter
-                    finally:
-                        self.waiters.remove(waiter)
-        except TimeoutError:
-            raise BudgetSpentError from None
-        self.used += units
-        try:
-            yield
-        finally:
-            self.used -= units
-            for waiter in self.waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-
-
-class OneLengthMiddleware:
-    """Refuses a body with two lengths, which a proxy may read otherwise than this server."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 400 and close the connection, or pass the request on."""
-        names = [name for name, _ in scope.get("headers", ())]
-        is_chunked = b"transfer-encoding" in names
-        if is_chunked and (b"content-length" in names or scope["http_version"] == "1.0"):
-            message = "Content-Length together with Transfer-Encoding, or that in HTTP/1.0"
-            headers = {"Connection": "close"}
-            await JSONResponse(error_body(400, message), 400, headers)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-
-def _media_types(suffixes: Sequence[str]) -> list[str]:
-    """MIME types of files with these suffixes, for browsers, which may know no suffix."""
-    types = (mimetypes.guess_type(f"file{suffix}")[0] for suffix in suffixes)
-    return sorted({kind for kind in types if kind})
-
-
 class ResponseStream:
     """The pieces of the answers to one request, from the worker's thread to the event loop."""
 
     def __init__(self, server: Server, chat: Chat, sample: Sample, start_time: float) -> None:
         self.server, self.chat, self.sample = server, chat, sample
         self.start_time = start_time
-        self.reply = Reply(chat, server.model.tokenizer, len(sample.tokens.ids))
         self.loop = asyncio.get_running_loop()
-        self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self.pieces: asyncio.Queue[Piece | SoundPiece] = asyncio.Queue()
         # The worker's number of each choice.
         self.numbers: list[int] = []
         self.answers: dict[int, Answer] = {}
-        self.has_first_token = False
+        self.has_first_token = self.has_first_sound = False
+        # Answers in a stream whose sound is still decoded.
+        self.unheard: dict[int, Answer] = {}
+        self.spoken: SpokenChoices | None = None
+        if chat.sound:
+            config, decoders = server.model.config, server.decoders
+            emit = self._receive if chat.stream else None
+            self.spoken = SpokenChoices(chat.sound, config, chat.choices, decoders, emit)
+        tokenizer, prompt_tokens = server.model.tokenizer, len(sample.tokens.ids)
+        self.reply = Reply(chat, tokenizer, prompt_tokens, self.spoken)
 
     def start(self) -> None:
         """Submit every choice to the worker, or raise 503."""
@@ -371,18 +336,22 @@ class ResponseStream:
 
     def cancel(self) -> None:
         """Stop answers that are not finished."""
+        if self.spoken:
+            self.spoken.cancel()
         for number in self.numbers:
             if self.server.worker.cancel(number):
                 self.server.metrics.cancelled.inc()
 
-    def _receive(self, piece: Piece) -> None:
-        """Called in the worker's thread."""
+    def _receive(self, piece: Piece | SoundPiece) -> None:
+        """Called in the worker's thread, and in those that decode."""
         with contextlib.suppress(RuntimeError):  # the loop is closed when the server stops
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
     async def _next_chunks(self) -> list[dict[str, Any]]:
         """Wait for a piece of an answer; the chunks that it makes, or 500 for one that failed."""
         piece = await self.pieces.get()
+        if isinstance(piece, SoundPiece):
+            return self._sound_chunks(piece)
         if piece.error is not None:
             self.server.metrics.failed.inc()
             if piece.error != NOT_FINITE_ERROR:  # which the worker has put into the log
@@ -394,9 +363,40 @@ class ResponseStream:
             self.server.metrics.first_token.observe(time.perf_counter() - self.start_time)
         choice = self.numbers.index(piece.number)
         if piece.answer is not None:
-            self.answers[choice] = piece.answer
+            is_heard = self.chat.sound and self.chat.stream
+            (self.unheard if is_heard else self.answers)[choice] = piece.answer
             self.server.metrics.answer_tokens.inc(len(piece.answer.tokens))
         return self.reply.add(choice, piece)
+
+    def _sound_chunks(self, piece: SoundPiece) -> list[dict[str, Any]]:
+        """The chunks of new sound; behind the last the choice ends."""
+        if piece.error:
+            raise HTTPException(500, FAILED)
+        chunks = []
+        if piece.data:
+            self._observe_sound()
+            chunks.append(self.reply.add_sound(piece.choice, piece.data))
+        if piece.is_last:
+            answer = self.answers[piece.choice] = self.unheard.pop(piece.choice)
+            chunks += self.reply.finish(piece.choice, answer, self._keep(piece.choice))
+        return chunks
+
+    def _observe_sound(self) -> None:
+        if not self.has_first_sound:
+            self.has_first_sound = True
+            self.server.metrics.first_sound.observe(time.perf_counter() - self.start_time)
+
+    def _keep(self, choice: int) -> int:
+        """Let later requests name an answer; returns until when."""
+        assert self.spoken is not None
+        return self.server.kept.add(self.spoken.ids[choice], self.spoken.parts[choice].parts)
+
+    async def sounds_of(self, answers: Sequence[Answer]) -> dict[int, tuple[bytes, int]]:
+        """Choice -> its sound as a file, and when its id expires, of those that have any."""
+        files = await self.spoken.encode(answers) if self.spoken else {}
+        if files:
+            self._observe_sound()
+        return {choice: (data, self._keep(choice)) for choice, data in files.items()}
 
     @property
     def _all_answers(self) -> list[Answer] | None:

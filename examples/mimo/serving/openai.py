@@ -6,35 +6,33 @@ Files come as content parts. For every modality of the model, named by its singu
     {"type": "input_file", "modality": "sensors", "data": BASE64}
 The first two are OpenAI's where it has them; the last takes any modality by its name in the config.
 Each takes a data: URL, and the last two bare base64 as well. Text is never searched for
-placeholders. As in OpenAI's own server, null means that a field is absent.
+placeholders. As in OpenAI's own server, null means that a field is absent. An answer with sound has
+its text as the sound's transcript, and an id by which later requests name it.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
-import io
 import time
 import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
-
-import soundfile
-from PIL import Image
 
 from examples.mimo.configs.schema import MimoConfig
 from examples.mimo.data.tokenizer import Tokenizer
 from examples.mimo.generation.engine import STOP, TokenOutput
 from examples.mimo.generation.sampling import Options, Sampling
-from examples.mimo.generation.scheduler import Answer, Piece
-from examples.mimo.modalities.files import FORMATS, Blob, Source
+from examples.mimo.generation.scheduler import Answer, KeptAnswers, Piece
+from examples.mimo.modalities.base import CodedItem
+from examples.mimo.modalities.files import Blob, Source
+from examples.mimo.serving.media import Sound, SpokenChoices, file_part, kept_parts, parse_sound
 
 MAX_MESSAGES, MAX_CHOICES, MAX_TEXT, MAX_FILES = 256, 16, 1_000_000, 64
-DEFAULT_MAX_TOKENS = 256
+# Sound takes 20 tokens a second and more.
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_SOUND_TOKENS = 256, 1024
 ROLES = ("system", "developer", "user", "assistant")
 # What clients that call tools add to a conversation.
 TOOL_ROLES, TOOL_FIELDS = ("tool", "function"), ("tool_calls", "function_call")
@@ -45,14 +43,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
     "logit_bias": ({},),
-    "audio": (),
     "web_search_options": (),
 }
-# No more of a recording is decoded; a small file of another kind holds little.
-LONG_SECONDS, ANYTHING, SMALL_FILE = 600, 2**62, 2**12
-URL_SAFE = str.maketrans("-_", "+/")
 
 
 @dataclass(frozen=True)
@@ -65,10 +58,14 @@ class Chat:
     stream: bool
     include_usage: bool
     model: str
+    sound: Sound | None = None
 
 
-def parse(body: object, config: MimoConfig) -> Chat:
-    """Parse a JSON body; ValueError, one sentence, for what is wrong or not supported in it."""
+def parse(body: object, config: MimoConfig, kept: KeptAnswers) -> Chat:
+    """Parse a JSON body; ValueError, one sentence, for what is wrong or not supported in it.
+
+    `kept` are the answers that its messages may name.
+    """
     if not isinstance(body, Mapping):
         raise ValueError("the body must be a JSON object")
     body = _without_nulls(body)
@@ -84,13 +81,16 @@ def parse(body: object, config: MimoConfig) -> Chat:
     choices = 1 if choices is None else choices
     if not 1 <= choices <= MAX_CHOICES:
         raise ValueError(f"n {choices!r:.20}: from 1 to {MAX_CHOICES}")
+    stream = _flag(body, "stream")
+    sound = parse_sound(body, config, stream)
     return Chat(
-        record=_record(body.get("messages"), config),
-        options=_options(body),
+        record=_record(body.get("messages"), config, kept),
+        options=_options(body, sound),
         choices=choices,
-        stream=_flag(body, "stream"),
+        stream=stream,
         include_usage=_flag(stream_options, "include_usage"),
         model=config.name,
+        sound=sound,
     )
 
 
@@ -98,7 +98,7 @@ def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _options(body: Mapping[str, Any]) -> Options:
+def _options(body: Mapping[str, Any], sound: Sound | None) -> Options:
     numbers = {f.name: _number(body, f.name, type(f.default)) for f in dataclasses.fields(Sampling)}
     sampling = {name: number for name, number in numbers.items() if number is not None}
     # OpenAI's seeds may be negative.
@@ -111,12 +111,15 @@ def _options(body: Mapping[str, Any]) -> Options:
     max_tokens = _number(body, name, int)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"{name} {max_tokens}: at least 1")
+    if max_tokens is None:
+        max_tokens = DEFAULT_MAX_SOUND_TOKENS if sound else DEFAULT_MAX_TOKENS
     return Options(
-        DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        max_tokens,
         Sampling(**sampling),
         tuple(stops),
         logprobs=_flag(body, "logprobs"),
         top_logprobs=_number(body, "top_logprobs", int) or 0,
+        outputs=(sound.modality,) if sound else (),
     )
 
 
@@ -140,7 +143,7 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _record(messages: object, config: MimoConfig) -> dict[str, Any]:
+def _record(messages: object, config: MimoConfig, kept: KeptAnswers) -> dict[str, Any]:
     """The record of a conversation, as `Mimo.encode` takes it."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list, and not empty")
@@ -153,8 +156,18 @@ def _record(messages: object, config: MimoConfig) -> dict[str, Any]:
         message = _without_nulls(message) if isinstance(message, Mapping) else {}
         _check_role(message, where)
         role = message["role"]
-        parts = _parts(_content(message, where), where, config, media if role == "user" else None)
+        content = _content(message, where)
+        parts = _parts(content, where, config, media if role == "user" else None)
+        if role == "assistant" and "audio" in message:
+            parts = kept_parts(message["audio"], parts, f"{where}.audio", kept)
         turns.append({"role": "system" if role == "developer" else role, "content": parts})
+    items = (value for turn in turns for part in turn["content"] for value in part.values())
+    codes = sum(len(item.codes) for item in items if isinstance(item, CodedItem))
+    if codes > config.language.seq_length:
+        raise ValueError(
+            f"the answers that messages name have {codes:,} codes, but "
+            f"{config.language.seq_length:,} tokens fit; leave some out"
+        )
     if turns[-1]["role"] == "assistant" or all(turn["role"] != "user" for turn in turns):
         raise ValueError("the last message must be the user's")
     if not any(part.get("text", "file").strip() for part in turns[-1]["content"]):
@@ -184,14 +197,12 @@ def _content(message: Mapping[str, Any], where: str) -> object:
     """What a message says; an assistant's may be missing, or a refusal in its place."""
     if message["role"] != "assistant" or "content" in message:
         return message.get("content")
-    if "audio" in message:
-        raise ValueError(f"{where}.audio names a spoken answer, and this server gives none")
     return message.get("refusal", "")
 
 
 def _parts(
     content: object, where: str, config: MimoConfig, media: dict[str, list[Source]] | None
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """A message's parts: text as it is, and the place of each file that they add to `media`.
 
     `media` is None for messages that may not have files.
@@ -199,7 +210,7 @@ def _parts(
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(content, list):
         raise ValueError(f"{where}: content must be text, or a list of parts")
-    parts: list[dict[str, str]] = []
+    parts: list[dict[str, Any]] = []
     for number, part in enumerate(content):
         at = f"{where}.content[{number}]"
         if not isinstance(part, Mapping):
@@ -211,7 +222,7 @@ def _parts(
                 raise ValueError(f"{at}.{kind} must be text")
             parts += [{"type": "text", "text": text}] if text else []
             continue
-        name, data = _file_part(part, at, config, allowed=media is not None)
+        name, data = file_part(part, at, config, allowed=media is not None)
         assert media is not None
         if sum(map(len, media.values())) >= MAX_FILES:
             raise ValueError(f"more than {MAX_FILES} files")
@@ -221,84 +232,6 @@ def _parts(
     if length > MAX_TEXT:
         raise ValueError(f"{where}: {length:,} characters, more than {MAX_TEXT:,}")
     return parts
-
-
-def _file_part(
-    part: Mapping[str, Any], at: str, config: MimoConfig, allowed: bool
-) -> tuple[str, bytes]:
-    """The modality and the bytes of a content part; nothing is fetched from anywhere."""
-    url_types = {f"{m.singular}_url": name for name, m in config.inputs.items()}
-    data_types = {f"input_{m.singular}": name for name, m in config.inputs.items()}
-    kind = part.get("type")
-    if allowed and isinstance(kind, str) and kind in url_types:
-        value = part.get(kind)
-        url = value.get("url") if isinstance(value, Mapping) else value
-        if not isinstance(url, str) or not _is_data_url(url):
-            raise ValueError(f"{at}: {kind} must be a data: URL with base64; nothing is fetched")
-        return url_types[kind], _decode(url, at)
-    if allowed and isinstance(kind, str) and kind in data_types:
-        value = part.get(kind)
-        data = value.get("data") if isinstance(value, Mapping) else None
-        if not isinstance(data, str):
-            raise ValueError(f"{at}: {kind}.data must be base64")
-        return data_types[kind], _decode(data, at)
-    if allowed and kind == "input_file":
-        name, data = part.get("modality"), part.get("data")
-        if not isinstance(name, str) or name not in config.inputs:
-            raise ValueError(f"{at}.modality must be one of {', '.join(config.inputs)}")
-        if not isinstance(data, str):
-            raise ValueError(f"{at}.data must be base64 or a data: URL")
-        return name, _decode(data, at)
-    if not allowed:
-        raise ValueError(f"{at}: its type must be text; files go into messages of the user")
-    types = ["text", *url_types, *data_types, "input_file"]
-    raise ValueError(f"{at}: its type must be one of {', '.join(types)}")
-
-
-def _is_data_url(text: str) -> bool:
-    return text.lstrip()[:5].lower() == "data:"
-
-
-def _decode(data: str, at: str) -> bytes:
-    """The bytes of base64, or of a data: URL with base64.
-
-    As encoders write it: in lines, with either alphabet of RFC 4648, with or without padding.
-    """
-    if _is_data_url(data):
-        head, comma, data = data.partition(",")
-        if not comma or head.rpartition(";")[2].strip().lower() != "base64":
-            raise ValueError(f"{at}: the data: URL must be ;base64")
-        data = unquote(data)
-    data = "".join(data.split()).translate(URL_SAFE).rstrip("=")
-    try:
-        return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError(f"{at}: damaged base64") from None
-
-
-def decoded_size(chat: Chat) -> int:
-    """The most pixels of a picture, or samples of a recording, in a chat, as headers say.
-
-    Files are decoded one after the other. One that may hold anything, such as a video, counts as
-    more than there is room for; one that is refused at once as nothing.
-    """
-    files = (file for files in chat.record.values() for file in files if isinstance(file, Blob))
-    return max((_decoded_size(file.data) for file in files), default=0)
-
-
-def _decoded_size(data: bytes) -> int:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return picture.width * picture.height
-    except Image.DecompressionBombError:
-        return 0
-    except (OSError, ValueError, SyntaxError):
-        pass
-    try:
-        header = soundfile.info(io.BytesIO(data))
-    except soundfile.SoundFileError:
-        return ANYTHING if len(data) > SMALL_FILE else 0
-    return min(header.frames, LONG_SECONDS * header.samplerate)
 
 
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
@@ -313,7 +246,7 @@ class TokenLogprobs:
 
     A token's `bytes` are its share of the answer: joined, they are the answer in UTF-8, whatever
     characters the tokens cut through. The start of a stop string is not in the answer, so a token
-    waits until its text is certain.
+    waits until its text is certain. Codes and markers of outputs are no text: they have no entry.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -329,7 +262,7 @@ class TokenLogprobs:
     def add(self, piece: Piece) -> list[dict[str, Any]]:
         """The entries that belong to a piece's text."""
         output, ready = piece.output, []
-        if output is not None and output.finish != STOP:
+        if output is not None and output.finish != STOP and self._is_text(output.token):
             self.waiting.append(self._entry(output))
         self.num_bytes += len(piece.text.encode())
         while self.waiting and len(self.waiting[0]["bytes"]) <= self.num_bytes:
@@ -352,12 +285,17 @@ class TokenLogprobs:
         top = [
             {**_spelling(self._bytes(token)), "logprob": logprob}
             for token, logprob in output.top_logprobs or ()
+            if self._is_text(token)
         ]
         data = self._bytes(output.token)
         if not self.has_begun:
             self.first_tokens.append(output.token)
             self.has_begun = bool(data.strip(b" "))
         return {**_spelling(data), "logprob": output.logprob, "top_logprobs": top}
+
+    def _is_text(self, token: int) -> bool:
+        # Outputs have the ids behind those of the text.
+        return token < self.tokenizer.size
 
     def _bytes(self, token: int) -> bytes:
         """What a token adds to the answer; many tokenizers drop a space at the very start."""
@@ -375,10 +313,20 @@ def _spelling(data: bytes) -> dict[str, Any]:
 
 
 class Reply:
-    """Builds the reply to one chat, whole or in chunks."""
+    """Builds the reply to one chat, whole or in chunks.
 
-    def __init__(self, chat: Chat, tokenizer: Tokenizer, prompt_tokens: int) -> None:
-        self.chat, self.prompt_tokens = chat, prompt_tokens
+    With sound the text is its transcript. A whole answer without any sound is a text, as OpenAI's
+    clients know it; a stream cannot tell before its end, so there it is a transcript without data.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        tokenizer: Tokenizer,
+        prompt_tokens: int,
+        spoken: SpokenChoices | None = None,
+    ) -> None:
+        self.chat, self.prompt_tokens, self.spoken = chat, prompt_tokens, spoken
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self.logprobs: list[TokenLogprobs] = []
         if chat.options.logprobs:
@@ -389,24 +337,40 @@ class Reply:
     def add(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """Take a piece of choice `index`; returns the chunks that it makes.
 
-        The one with the answer ends its choice.
+        The one with the answer ends its choice, unless there is sound, which `finish` ends.
         """
+        if self.spoken:
+            self.spoken.add(index, piece)
         entries = self.logprobs[index].add(piece) if self.logprobs else []
         chunks = []
         if piece.text or entries:
             logprobs = {"content": entries, "refusal": None} if self.logprobs else None
-            chunks.append(self._chunk(index, {"content": piece.text}, logprobs))
-        if piece.answer is not None:
+            chunks.append(self._text_chunk(index, piece.text, logprobs))
+        if piece.answer is not None and not self.spoken:
             delta = {} if index in self.begun else {"content": ""}
             chunks.append(self._chunk(index, delta, None, piece.answer.finish))
         return chunks
 
-    def completion(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """A `chat.completion` with a choice for each answer, once `add` took all their pieces."""
+    def add_sound(self, index: int, data: bytes) -> dict[str, Any]:
+        """A chunk with new bytes of the sound."""
+        return self._sound_chunk(index, {"data": base64.b64encode(data).decode()})
+
+    def finish(self, index: int, answer: Answer, expires_at: int) -> list[dict[str, Any]]:
+        """The chunks that end a choice with sound."""
+        expiry = self._sound_chunk(index, {"expires_at": expires_at})
+        return [expiry, self._chunk(index, {}, None, answer.finish)]
+
+    def completion(
+        self, answers: Sequence[Answer], sounds: Mapping[int, tuple[bytes, int]]
+    ) -> dict[str, Any]:
+        """A `chat.completion` with a choice for each answer, once `add` took all their pieces.
+
+        `sounds` are the bytes of those that have any, and when they expire.
+        """
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": self._message(index, answer, sounds.get(index)),
                 "finish_reason": answer.finish,
                 "logprobs": {"content": self.logprobs[index].content, "refusal": None}
                 if self.logprobs
@@ -416,20 +380,56 @@ class Reply:
         ]
         return self._object("chat.completion", choices) | {"usage": self.usage(answers)}
 
+    def _message(
+        self, index: int, answer: Answer, sound: tuple[bytes, int] | None
+    ) -> dict[str, Any]:
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        if sound is None:
+            return message | ({"audio": None} if self.spoken else {})
+        assert self.spoken is not None
+        data, expires_at = sound
+        audio: dict[str, Any] = {"id": self.spoken.ids[index]}
+        audio |= {"data": base64.b64encode(data).decode()}
+        audio |= {"expires_at": expires_at, "transcript": answer.text}
+        return message | {"content": None, "audio": audio}
+
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The last chunk, for `stream_options.include_usage`."""
         return self._object("chat.completion.chunk", []) | {"usage": self.usage(answers)}
 
-    def usage(self, answers: Sequence[Answer]) -> dict[str, int]:
-        """Tokens of the prompt and of all answers."""
+    def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Tokens of the prompt and of all answers; those of sound are its codes."""
         completion = sum(len(answer.tokens) for answer in answers)
-        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": completion}
-        return counts | {"total_tokens": self.prompt_tokens + completion}
+        counts: dict[str, Any] = {"prompt_tokens": self.prompt_tokens}
+        counts |= {"completion_tokens": completion}
+        counts |= {"total_tokens": self.prompt_tokens + completion}
+        if self.chat.sound:
+            items = (
+                codes for a in answers for codes in a.outputs.get(self.chat.sound.modality, ())
+            )
+            codes = sum(map(len, items))
+            details = {"audio_tokens": codes, "text_tokens": completion - codes}
+            counts["completion_tokens_details"] = details
+        return counts
+
+    def _text_chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        if self.spoken:
+            return self._sound_chunk(index, {"transcript": text}, logprobs)
+        return self._chunk(index, {"content": text}, logprobs)
+
+    def _sound_chunk(
+        self, index: int, audio: dict[str, Any], logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        # Clients join what has one name, so the id comes once.
+        assert self.spoken is not None
+        first = {"id": self.spoken.ids[index], "data": "", "transcript": ""}
+        audio = audio if index in self.begun else first | audio
+        return self._chunk(index, {"audio": audio}, logprobs)
 
     def _chunk(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: dict[str, Any] | None,
         finish: str | None = None,
     ) -> dict[str, Any]:

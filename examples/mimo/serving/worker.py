@@ -39,6 +39,7 @@ from examples.mimo.data.conversation import Sample
 from examples.mimo.generation.api import Mimo, on_rank_zero
 from examples.mimo.generation.sampling import Options
 from examples.mimo.generation.scheduler import (
+    KeptAnswers,
     Piece,
     cache_tokens,
     cache_too_small,
@@ -46,7 +47,7 @@ from examples.mimo.generation.scheduler import (
 )
 
 if TYPE_CHECKING:
-    from examples.mimo.serving.app import Budget
+    from examples.mimo.serving.media import Budget
 
 # An idle server contacts its other ranks this often, or their collective would time out.
 HEARTBEAT_SECONDS = 5.0
@@ -392,7 +393,7 @@ def _in_one_line(error: BaseException) -> str:
 class Metrics:
     """Prometheus metrics of one server."""
 
-    def __init__(self, worker: Worker, bodies: Budget, decoding: Budget) -> None:
+    def __init__(self, worker: Worker, bodies: Budget, decoding: Budget, kept: KeptAnswers) -> None:
         self.start_time = time.time()
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -410,18 +411,9 @@ class Metrics:
         self.failed = Counter(
             "mimo_failed", "Answers that ended in an error of the model.", registry=self.registry
         )
-        self.first_token = Histogram(
-            "mimo_first_token_seconds",
-            "From a request to its first token.",
-            buckets=HISTOGRAM_SECONDS,
-            registry=self.registry,
-        )
-        self.whole_answer = Histogram(
-            "mimo_answer_seconds",
-            "From a request to the end of its answer.",
-            buckets=HISTOGRAM_SECONDS,
-            registry=self.registry,
-        )
+        self.first_token = self._seconds("first_token", "From a request to its first token.")
+        self.first_sound = self._seconds("first_sound", "From a request to its first sound.")
+        self.whole_answer = self._seconds("answer", "From a request to the end of its answer.")
         running = Gauge("mimo_running", "Answers that are being generated.", registry=self.registry)
         running.set_function(lambda: worker.num_running)
         waiting = Gauge("mimo_waiting", "Answers that wait for a slot.", registry=self.registry)
@@ -440,6 +432,14 @@ class Metrics:
             "mimo_decoding", "Pixels and samples that are being decoded.", registry=self.registry
         )
         decoded.set_function(lambda: decoding.used)
+        answers = Gauge(
+            "mimo_kept_bytes", "Answers with sound that may be named.", registry=self.registry
+        )
+        answers.set_function(lambda: kept.num_bytes)
+
+    def _seconds(self, name: str, what: str) -> Histogram:
+        name = f"mimo_{name}_seconds"
+        return Histogram(name, what, buckets=HISTOGRAM_SECONDS, registry=self.registry)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

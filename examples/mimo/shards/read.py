@@ -1,7 +1,7 @@
 """Reads conversations from WebDataset shards with megatron-energon, packed on request.
 
 A shard is a tar file. The parts of a sample stand side by side in it: `KEY.json`, which is a record
-as in `data/datasets.py`, and the files that the record names. Energon shards the samples over the
+as in `data/batch.py`, and the files that the record names. Energon shards the samples over the
 data-parallel ranks and their worker processes, shuffles them, and can save and restore its position
 at any batch. From a sample's parts to a micro-batch, in reading order: `read_record` (in
 `manifest.py`), `ConversationEncoder` (which energon calls in each worker), `training_loader`,

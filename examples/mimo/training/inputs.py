@@ -26,9 +26,8 @@ from examples.mimo.checkpoint.integrity import begin_check
 from examples.mimo.checkpoint.loading import check_same_optimizer, has_random_states
 from examples.mimo.configs import holds_codecs, with_codec_folder
 from examples.mimo.configs.schema import MimoConfig
-from examples.mimo.data.batch import Batch, collate, collate_packed
+from examples.mimo.data.batch import Batch, ConversationDataset, collate, collate_packed
 from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
-from examples.mimo.data.datasets import ConversationDataset
 from examples.mimo.data.tokenizer import holds_tokenizer, load_tokenizer
 from examples.mimo.parallel.placement import LANGUAGE
 from examples.mimo.training.layout import cp_multiple, module_of_rank, padding_multiple, run_shape
