@@ -16,7 +16,7 @@ import numpy as np
 
 from examples.mimo import Mimo, Options
 from examples.mimo.cli import command
-from examples.mimo.data.datasets import read_records
+from examples.mimo.data.batch import read_records
 from examples.mimo.data.turns import FilesInside, without_last_answer
 
 # Of a waveform: pixels for a code, and above and below the middle.

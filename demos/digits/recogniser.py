@@ -20,7 +20,7 @@ from demos.animals.weights.ctranslate2 import load_whisper
 from demos.digits.questions import NUMBERS, ORDINALS, spoken_answers
 from examples.mimo import Mimo, Options
 from examples.mimo.cli import command
-from examples.mimo.data.datasets import read_records
+from examples.mimo.data.batch import read_records
 from examples.mimo.data.turns import FilesInside, without_last_answer
 from examples.mimo.modalities.files import read_audio
 
