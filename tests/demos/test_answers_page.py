@@ -29,7 +29,7 @@ def spoken_data(data_folder, tmp_path_factory):
     folder = root / "codecs/speech"
     folder.mkdir(parents=True)
     config = with_codec_folder(config, root)
-    sounds = np.random.default_rng(0).normal(size=(16, 16_000)).astype(np.float32)
+    sounds = np.random.default_rng(0).normal(size=(40, 16_000)).astype(np.float32)
     config.outputs["speech"].codec.learn(sounds * np.linspace(0.01, 0.3, 16_000, dtype=np.float32))
     known_answers.write_checkpoint(config, data_folder, root / "checkpoint")
     return root
