@@ -125,7 +125,9 @@ def write_spoken_questions(
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         progress(f"{name}.jsonl", 1, 1)
     (root / "tokenizer.model").write_bytes(train_tokenizer(texts, config))
-    _write_readme(root, sizes)
+    aloud = _README_ALOUD.format(s=sizes) if stock.answers else ""
+    readme = _README.format(s=sizes, kinds=_kinds_table(), aloud=aloud)
+    (root / "README.md").write_text(readme, encoding="utf-8")
 
 
 def _write_pictures(root: Path) -> dict[str, dict[int, list[str]]]:
@@ -291,14 +293,16 @@ def _record(
     }
 
 
-def _write_readme(root: Path, sizes: Sizes) -> None:
-    (root / "README.md").write_text(_README.format(s=sizes, kinds=_kinds_table()), encoding="utf-8")
-
-
 def _kinds_table() -> str:
     return "\n".join(f"| {k.name} | {k.wording} | {k.answer(7)} |" for k in KINDS)
 
 
+_README_ALOUD = """\
+| heldout_aloud.jsonl | {s.heldout_aloud} | as heldout.jsonl, to be answered aloud |
+
+`answers` holds the spoken answers, of one voice that asks nothing, and `codecs/speech` the centroids of
+the codec that was learned from them.
+"""
 _README = """# Spoken questions about handwritten digits
 
 Each line of a `.jsonl` file is a sample: pictures and recordings by file name, and turns.
@@ -309,7 +313,7 @@ Each line of a `.jsonl` file is a sample: pictures and recordings by file name, 
 | train.jsonl | {s.train} | spoken questions, with the same helper tasks mixed in |
 | heldout.jsonl | {s.heldout} | spoken questions, unseen pictures and unheard voices |
 | heldout_pairs.jsonl | {s.heldout_pairs} | the same for (question, digit) pairs never trained on |
-
+{aloud}
 | kind | what is said | answer for a seven |
 | --- | --- | --- |
 {kinds}
