@@ -8,18 +8,19 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from tests.helpers import known_answers
+from tests.helpers import known_answers, outputs
 from tests.helpers.commands import ROOT
 
 
-def test_the_python_block_answers(tiny, data_folder, tmp_path):
+def test_the_python_block_answers(data_folder, tmp_path, build_model):
     readme = (ROOT / "README.md").read_text()
     block = next(
         code
         for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
         if "from examples.mimo import Mimo" in code
     )
-    known_answers.write_checkpoint(tiny, data_folder, tmp_path / "checkpoint")
+    config = outputs.with_learned_voice(tmp_path)
+    known_answers.write_checkpoint(config, data_folder, tmp_path / "checkpoint")
     Image.new("RGB", (28, 28), "gray").save(tmp_path / "digit.png")
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, 16_000)
     soundfile.write(tmp_path / "question.flac", noise, 16_000)
@@ -31,4 +32,9 @@ def test_the_python_block_answers(tiny, data_folder, tmp_path):
         assert count == 1, name
     done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip("\n") in known_answers.sentences(data_folder)
+    first, second = done.stdout.splitlines()
+    text, samples = re.fullmatch(r"(.*) \((\d+),\)", second).groups()
+    assert {first, text} <= {*known_answers.sentences(data_folder)}
+    codec = config.outputs["speech"].codec
+    lengths = [codec.patch_samples * len(codes) for codes in known_answers.spoken(config)]
+    assert int(samples) in lengths

@@ -300,8 +300,8 @@ def _kinds_table() -> str:
 _README_ALOUD = """\
 | heldout_aloud.jsonl | {s.heldout_aloud} | as heldout.jsonl, to be answered aloud |
 
-`answers` holds the spoken answers, of one voice that asks nothing, and `codecs/speech` the centroids of
-the codec that was learned from them.
+`answers` holds the spoken answers, of one voice that asks nothing, and `codecs/speech` the
+centroids of the codec that was learned from them.
 """
 _README = """# Spoken questions about handwritten digits
 

@@ -9,8 +9,8 @@ import pytest
 
 from demos.digits import page
 from demos.digits.questions import spoken_answers
-from examples.mimo.configs import get_model_config, with_codec_folder
-from tests.helpers import known_answers
+from examples.mimo.configs import get_model_config
+from tests.helpers import known_answers, outputs
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,7 @@ def spoken_data(data_folder, tmp_path_factory):
     turns += [{"from": "gpt", "value": "<&><speech>"}]
     record |= {"conversations": turns, "speech": [spoken_answers()[0].file]}
     (root / "heldout_aloud.jsonl").write_text(f"{json.dumps(record)}\n" * 3)
-    config = get_model_config("tiny_avlm_speech")
-    folder = root / "codecs/speech"
-    folder.mkdir(parents=True)
-    config = with_codec_folder(config, root)
-    sounds = np.random.default_rng(0).normal(size=(40, 16_000)).astype(np.float32)
-    config.outputs["speech"].codec.learn(sounds * np.linspace(0.01, 0.3, 16_000, dtype=np.float32))
+    config = outputs.with_learned_voice(root)
     known_answers.write_checkpoint(config, data_folder, root / "checkpoint")
     return root
 

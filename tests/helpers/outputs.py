@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import soundfile
 
+from examples.mimo.configs import get_model_config, with_codec_folder
 from examples.mimo.configs.schema import MimoConfig, ModalityConfig
 from examples.mimo.configs.tiny_avlm import tiny_avlm
 from examples.mimo.modalities.files import Source, read_audio
@@ -87,6 +88,15 @@ def with_spoken_audios() -> MimoConfig:
         name="tests.helpers.outputs:with_spoken_audios",
         modalities={**base.modalities, "audios": audios},
     )
+
+
+def with_learned_voice(root: Path) -> MimoConfig:
+    """The demo's model, with a codec of noises in a data folder."""
+    (root / "codecs/speech").mkdir(parents=True)
+    config = with_codec_folder(get_model_config("tiny_avlm_speech"), root)
+    noises = np.random.default_rng(0).normal(size=(40, RATE_HZ)).astype(np.float32)
+    config.outputs["speech"].codec.learn(noises * np.linspace(0.01, 0.3, RATE_HZ, dtype=np.float32))
+    return config
 
 
 def write_codec(root: Path, name: str = "speech") -> None:
