@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from examples.mimo.data.conversation import Sample
     from examples.mimo.generation.api import Mimo
     from examples.mimo.generation.scheduler import Answer
+    from examples.mimo.modalities.files import Blob
 
 BOOTSTRAP_DRAWS = 2_000
 MAX_NEW_TOKENS = 32
@@ -169,10 +170,26 @@ def _heard_again(
     """
     from examples.mimo.generation.api import on_rank_zero
     from examples.mimo.generation.sampling import Options
+    from examples.mimo.modalities.files import Blob
 
     asked = [(r, a) for r, a in zip(records, answers, strict=True) if "hear_prompt" in r]
     shown = [(record, answer) for record, answer in asked if any(answer.outputs.values())]
-    samples = on_rank_zero(lambda: [_shown_again(answerer, *pair) for pair in shown])
+
+    @functools.cache  # few words, often said
+    def decoded(name: str, codes: tuple[int, ...]) -> Blob:
+        codec = answerer.config.outputs[name].codec
+        suffix = codec.suffixes[0]
+        data = codec.encode_bytes(codec.decode(codes), suffix.removeprefix("."))
+        return Blob(f"answer{suffix}", data)
+
+    def samples_shown() -> list[Sample]:
+        samples = []
+        for record, answer in shown:
+            name, codes = next((name, items[0]) for name, items in answer.outputs.items() if items)
+            samples.append(_sample_of(answerer, record, decoded(name, tuple(codes))))
+        return samples
+
+    samples = on_rank_zero(samples_shown)
     options = Options(max_new_tokens=MAX_NEW_TOKENS, outputs=())
     heard = answerer.answer(samples, options, batch_size) if samples else []
     words = {id(r): a.text.split() for (r, _), a in zip(shown, heard, strict=True)}
@@ -180,20 +197,14 @@ def _heard_again(
     return _statistics([record for record, _ in asked], hits)
 
 
-def _shown_again(answerer: Mimo, record: dict[str, Any], answer: Answer) -> Sample:
-    """The first output of `answer`, decoded, with the record's `hear_prompt`."""
-    from examples.mimo.modalities.files import Blob
-
-    config, prompt = answerer.config, record["hear_prompt"]
-    takers = [name for name, m in config.inputs.items() if m.placeholder in str(prompt)]
+def _sample_of(answerer: Mimo, record: dict[str, Any], item: Blob) -> Sample:
+    """The record's `hear_prompt` about an item that the model put out."""
+    prompt, inputs = record["hear_prompt"], answerer.config.inputs
+    takers = [name for name, modality in inputs.items() if modality.placeholder in str(prompt)]
     if len(takers) != 1:
         raise ValueError(f"sample {record.get('key')}: 'hear_prompt' needs one place of an input")
-    name = next(name for name, outputs in answer.outputs.items() if outputs)
-    codec = config.outputs[name].codec
-    suffix = codec.suffixes[0]
-    data = codec.encode_bytes(codec.decode(answer.outputs[name][0]), suffix.removeprefix("."))
     turns = [{"from": "human", "value": prompt}]
-    return answerer.encode({"conversations": turns, takers[0]: [Blob(f"answer{suffix}", data)]})
+    return answerer.encode({"conversations": turns, takers[0]: [item]})
 
 
 def _statistics(records: list[dict[str, Any]], hits: list[bool]) -> dict[str, Any]:
