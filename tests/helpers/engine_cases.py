@@ -91,10 +91,10 @@ def described(model: StageMimoModel) -> dict[str, Any]:
 def with_few_layers(config: MimoConfig) -> MimoConfig:
     """`config` with two layers in the language model and three in each encoder."""
     modalities = dict(config.modalities)
-    for name, modality in modalities.items():
-        encoder: Any = modality.encoder
+    for name in config.inputs:
+        encoder: Any = modalities[name].encoder
         modalities[name] = dataclasses.replace(
-            modality, encoder=dataclasses.replace(encoder, num_layers=3)
+            modalities[name], encoder=dataclasses.replace(encoder, num_layers=3)
         )
     language = dataclasses.replace(config.language, num_layers=2)
     return dataclasses.replace(config, language=language, modalities=modalities)
