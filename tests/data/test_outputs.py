@@ -180,6 +180,19 @@ def test_mock_answers_hold_whole_outputs(config):
     assert counts == {0, 1, 2}
 
 
+def test_mock_answers_keep_to_what_a_codec_allows(config):
+    """A longest length, and codes that are no whole range."""
+    speech = dataclasses.replace(config.modalities["speech"], codec=Short())
+    short = dataclasses.replace(config, modalities={**config.modalities, "speech": speech})
+    output, counts = short.outputs["speech"], set()
+    for index in range(20):
+        codes = [t - output.first_id for t in MockDataset(short, 128, 20, seed=3)[index].tokens.ids]
+        codes = [code for code in codes if code >= 0]
+        counts.add(len(codes))
+        assert all(code % 2 == 0 for code in codes)
+    assert counts == {0, 2, 4}
+
+
 class OutOfRange(LevelCodec):
     """Numbers that are no codes."""
 
@@ -201,12 +214,40 @@ class Silent(LevelCodec):
         return []
 
 
+class Failing(LevelCodec):
+    """An error of its own."""
+
+    def encode(self, raw):
+        raise IndexError("no such level\nin line 2")
+
+
+class Boastful(LevelCodec):
+    """A code more than there are, which would be another modality's token."""
+
+    def allowed(self, position):
+        return range(2 * self.base + 1)
+
+    def encode(self, raw):
+        return [0, 16]
+
+
+class Short(LevelCodec):
+    """One unit, and no more; even levels alone."""
+
+    def allowed(self, position):
+        codes = super().allowed(position)
+        return range(codes.start, codes.stop, 2) if position < 2 else range(0)
+
+
 @pytest.mark.parametrize(
     ("codec", "message"),
     [
         (OutOfRange, "code 16 at position 1, but 8 to 15 may stand there"),
         (Unfinished, "3 codes, but an output is whole units of 2"),
         (Silent, "0 codes, but an output is whole units of 2"),
+        (Failing, "IndexError: no such level in line 2"),
+        (Boastful, "code 16 at position 1, but 0 to 15 may stand there"),
+        (Short, "8 codes, but 2 are all that fit an output"),
     ],
 )
 def test_what_is_no_output_is_refused(config, tokenizer, folder, codec, message):

@@ -146,6 +146,54 @@ def test_what_fails_while_it_is_written_takes_no_text_with_it(say, monkeypatch, 
     assert len(capsys.readouterr().out) > 10
 
 
+def failing_behind(num_codes):
+    """LevelCodec's `decode`, failing at longer outputs."""
+    decode = outputs.LevelCodec.decode
+
+    def fails(self, codes):
+        if len(codes) > num_codes:
+            raise IndexError("no such\nlevel")
+        return decode(self, codes)
+
+    return fails
+
+
+def test_a_codec_that_fails_at_once_is_refused_before_the_model_loads(say, monkeypatch):
+    monkeypatch.setattr(outputs.LevelCodec, "decode", failing_behind(0))
+    monkeypatch.setattr(api, "Mimo", None)
+    with pytest.raises(ValueError, match=r"^--speech-out a.wav: IndexError: no such level$"):
+        say("--prompt", QUESTION, "--speech-out", "a.wav")
+
+
+def test_a_codec_that_fails_at_some_codes_costs_these_answers(say, monkeypatch, tmp_path):
+    """And a later run does not try them again."""
+    monkeypatch.setattr(outputs.LevelCodec, "decode", failing_behind(2))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": QUESTION}))
+    flags = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    flags += ("--samples", "24", "--temperature", "1.5", "--seed", "3")
+    say(*flags)
+    text = (tmp_path / "out.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) == 24
+    errors = {row["error"] for row in rows if "error" in row}
+    assert len(errors) > 1
+    for error in errors:
+        assert error.startswith(f"{tmp_path}/out.jsonl.files/1-")
+        assert error.endswith(".flac: LevelCodec.decode failed: IndexError: no such level")
+    assert any("outputs" in row for row in rows)
+    say(*flags)
+    assert (tmp_path / "out.jsonl").read_text() == text
+
+
+def test_a_chat_goes_on_behind_a_codec_that_fails(say, monkeypatch, tmp_path):
+    monkeypatch.setattr(outputs.LevelCodec, "decode", failing_behind(0))
+    lines = [QUESTION, "/reset", QUESTION]
+    spoken = say("--interactive", lines=lines)
+    first, second = spoken.out.splitlines()
+    assert first == second
+    assert spoken.err.count("LevelCodec.decode failed: IndexError: no such level\n") == 2
+
+
 def test_files_lie_beside_the_lines(say, aloud, speech, tmp_path):
     lines = [{"prompt": QUESTION}, {"prompt": 5}, {"prompt": "What is it?", "key": "it"}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))

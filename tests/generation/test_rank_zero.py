@@ -58,3 +58,27 @@ def test_an_encoder_that_fails_on_the_first_stage_fails_on_all_and_spoils_nothin
         "RuntimeError: out of memory",
     ]
     assert "Error" not in first[2]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_a_codec_that_fails_fails_on_every_rank_and_spoils_nothing(aloud, tp, pp):
+    flags = (str(aloud), str(tp), str(pp))
+    done = ranks.run("tests/helpers/failing_codec.py", *flags, processes=tp * pp)
+    assert done.returncode == 0, done.stderr
+    said = dict(map(json.loads, done.stdout.splitlines()))
+    assert said.keys() == {*range(tp * pp)}
+    before, *errors, after = said[0]
+    assert before == after
+    assert len(before[1]) > 0
+    codec = "speech: LevelCodec.allowed(1)"
+    assert errors == [
+        f"ValueError: {codec} failed: ValueError: no levels",
+        f"ValueError: {codec} failed: IndexError: list index out of range",
+        "ValueError: speech: LevelCodec.allowed(0) holds codes 3 to 39, but there are 16",
+        "ValueError: no such level",
+        "RuntimeError: out of memory",
+    ]
+    told = [*said[0]]
+    told[-2] = f"RuntimeError: rank 0: {errors[-1]}"
+    for rank in range(1, tp * pp):
+        assert said[rank] == told

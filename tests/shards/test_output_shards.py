@@ -126,6 +126,16 @@ def test_the_page_shows_codes_as_one_run_and_plays_them(shards, reader):
         assert f'target">&lt;speech&gt; {codes}</span>' in page
 
 
+def test_codes_that_cannot_be_shown_are_one_line(shards, reader, monkeypatch):
+    def fails(self, codes):
+        raise IndexError("no such level")
+
+    monkeypatch.setattr(outputs.LevelCodec, "decode", fails)
+    expected = r"^sample k\d+, speech, decoded: IndexError: no such level$"
+    with pytest.raises(ValueError, match=expected):
+        inspect_shards(shards, reader, limit=50, num_shown=20)
+
+
 def train(shards, work, *more, processes=1):
     """Iteration -> loss of a run that goes on where the folder `work` left off."""
     checkpoint = str(work / "checkpoint")

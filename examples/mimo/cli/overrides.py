@@ -362,11 +362,11 @@ def check_output_paths(config: MimoConfig, args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {path}: another flag names this file too")
         # The smallest output there is shows whether the codec can write such a file.
         codec = config.outputs[name].codec
-        codes = [codec.allowed(position).start for position in range(codec.unit)]
         with tempfile.TemporaryDirectory() as folder:
             file = path.name if not args.interactive else f"output{(codec.suffixes or ('',))[0]}"
             trial = Path(folder) / file
             with errors_named(f"{flag} {path}", drop=f"{trial}: "):
+                codes = [config.outputs[name].allowed(n).start for n in range(codec.unit)]
                 codec.save(codec.decode(codes), trial)
 
 

@@ -160,6 +160,24 @@ class OutputModality:
         """Markers and codes."""
         return range(self.begin_id, self.first_id + self.codec.num_codes)
 
+    def allowed(self, position: int) -> range:
+        """The codes that may stand at this position of an output, none where it must end.
+
+        ValueError, one line, where the codec's own code fails or names codes that there are not.
+        """
+        where = f"{self.singular}: {type(self.codec).__name__}.allowed({position})"
+        try:
+            codes = self.codec.allowed(position)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{where} failed: {reason}") from error
+        least, most = sorted((codes[0], codes[-1])) if codes else (0, 0)
+        if least < 0 or most >= self.codec.num_codes:
+            raise ValueError(
+                f"{where} holds codes {least} to {most}, but there are {self.codec.num_codes}"
+            )
+        return codes
+
     def read(self, source: Source) -> Any:
         """A decoded file, as the codec takes it."""
         return (self.encoder or self.codec).read(source)

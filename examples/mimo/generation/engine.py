@@ -173,6 +173,10 @@ class Engine:
         """Generate one more token of every sequence."""
         if not self.sequences:
             return []
+        # Here on every rank, though the last stage alone needs it: where a codec's own code fails,
+        # all raise its error, and none waits for another.
+        for sequence in self.sequences:
+            sequence.state.allowed(self.grammar.text)
         last = upload(torch.tensor([s.tokens[-1] for s in self.sequences]), self.device)
         embedded = self.transformer.embed(last) if self.model.pre_process else None
         hidden = self._run_stages(embedded, 0, 1, [s.num_cached for s in self.sequences])

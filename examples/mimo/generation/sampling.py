@@ -175,7 +175,7 @@ class AnswerState:
         if self.modality is None:
             return text, [output.begin_id for output in self.outputs.values()]
         output, position = self.outputs[self.modality], len(self.codes)
-        codes, first = output.codec.allowed(position), output.first_id
+        codes, first = output.allowed(position), output.first_id
         # Where a codec lets nothing follow, all that is left is the end.
         may_end = not codes or (position > 0 and position % output.codec.unit == 0)
         tokens = range(first + codes.start, first + codes.stop, codes.step)

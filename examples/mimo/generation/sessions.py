@@ -11,6 +11,7 @@ In a chat, earlier turns, their media and what the model put out stay in the pre
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -94,8 +95,12 @@ def answer_file(
         for number, answer in model.iter_answers(missing_answers(), options, batch_size):
             line, sample = number // samples + 1, number % samples
             path_of = functools.partial(_path_of, folder / f"{line}-{sample}")
-            saved = save_outputs(model, answer.outputs, path_of)
-            files = {m: [f"{folder.name}/{p.name}" for p in paths] for m, paths in saved.items()}
+            files: dict[str, list[str]] = {}
+            try:
+                saved = save_outputs(model, answer.outputs, path_of)
+                files = {m: [f"{folder.name}/{p.name}" for p in ps] for m, ps in saved.items()}
+            except NotDecodedError as error:  # the same again in every later run
+                answer = dataclasses.replace(answer, error=str(error))
             output.write(line, sample, fields[line] | answer_fields(answer, files))
             count += 1
             progress(count)
@@ -123,28 +128,41 @@ def _path_of(stem: Path, index: int, suffix: str) -> Path:
 PathOf = Callable[[int, str], Path]
 
 
+class NotDecodedError(ValueError):
+    """A codec's own code fails at the codes of an output."""
+
+
 def save_outputs(
     model: Mimo, outputs: Mapping[str, Sequence[Sequence[int]]], path_of: PathOf
 ) -> dict[str, list[Path]]:
     """Decode outputs into files, which rank 0 writes, and give their paths by modality.
 
-    ValueError, one line, for a file that cannot be written.
+    ValueError, one line, for a file that cannot be written; NotDecodedError, one line, for codes
+    that the codec fails at.
     """
 
-    def save() -> dict[str, list[Path]]:
+    def save() -> dict[str, list[Path]] | str:
         paths: dict[str, list[Path]] = {}
         numbers = itertools.count()
         for name, items in outputs.items():
             codec = model.config.outputs[name].codec
             for codes in items:
                 path = path_of(next(numbers), next(iter(codec.suffixes), ""))
+                try:
+                    raw = codec.decode(codes)
+                except Exception as error:
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    return f"{path}: {type(codec).__name__}.decode failed: {reason}"
                 with errors_named(str(path), drop=f"{path}: "):
                     path.parent.mkdir(exist_ok=True)
-                    codec.save(codec.decode(codes), path)
+                    codec.save(raw, path)
                 paths.setdefault(name, []).append(path)
         return paths
 
-    return on_rank_zero(save) if outputs else {}
+    saved = on_rank_zero(save) if outputs else {}
+    if isinstance(saved, str):
+        raise NotDecodedError(saved)
+    return saved
 
 
 def save_as(

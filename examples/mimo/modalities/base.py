@@ -380,10 +380,13 @@ class CodecConfig(ABC):
             raise ValueError(f"{len(codes)} codes, but an output is whole units of {self.unit}")
         for position, code in enumerate(codes):
             allowed = self.allowed(position)
-            if code not in allowed:
+            if not allowed:
+                raise ValueError(f"{len(codes)} codes, but {position} are all that fit an output")
+            if code not in allowed or not 0 <= code < self.num_codes:
+                last = min(allowed.stop, self.num_codes) - 1
                 raise ValueError(
-                    f"code {code} at position {position}, but {allowed.start} to "
-                    f"{allowed.stop - 1} may stand there"
+                    f"code {code} at position {position}, but {allowed.start} to {last} may stand "
+                    "there"
                 )
 
     def decode_pieces(self, codes: Iterable[int]) -> Iterator[Any]:

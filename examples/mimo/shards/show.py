@@ -18,6 +18,7 @@ from typing import Any
 from examples.mimo.configs.schema import MimoConfig, OutputModality
 from examples.mimo.data.conversation import Sample, SampleEncoder, TokenSequence
 from examples.mimo.data.tokenizer import Tokenizer
+from examples.mimo.data.turns import errors_named
 from examples.mimo.shards.manifest import TarParts, error_reason, tar_samples
 from examples.mimo.shards.write import REJECTED, generic_reason
 
@@ -122,7 +123,9 @@ def inspect_shards(
                 previews = {name: _previews(name, raw[name], reader.config) for name in raw}
                 for name in sample.outputs:
                     output = reader.config.outputs[name]
-                    previews[f"{name}, decoded"] = _decoded(codes_of(sample, output), output)
+                    with errors_named(f"sample {sample.key}, {output.singular}, decoded"):
+                        decoded = _decoded(codes_of(sample, output), output)
+                    previews[f"{name}, decoded"] = decoded
                 shown.append(ShownSample(sample, split, previews))
     # What was refused when the shards were written is listed beside them.
     if (folder / REJECTED).is_file():

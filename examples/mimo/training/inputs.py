@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,8 +79,9 @@ class MockDataset(Dataset[Sample]):
         for name, output in self.config.outputs.items():
             for _ in range(numbers.integers(3)):
                 count = output.codec.unit * int(numbers.integers(1, 9))
-                allowed = (output.codec.allowed(position) for position in range(count))
-                tokens = output.tokens([int(numbers.integers(r.start, r.stop)) for r in allowed])
+                allowed = map(output.allowed, range(count))
+                full = itertools.takewhile(len, allowed)  # an output may have a longest length
+                tokens = output.tokens([r[int(numbers.integers(len(r)))] for r in full])
                 if len(tokens) <= room:
                     room -= len(tokens)
                     outputs.setdefault(name, []).append(tokens)
