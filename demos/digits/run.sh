@@ -43,12 +43,12 @@ python benchmarks/loss_curve.py "$demo/align.jsonl" "$demo/train.jsonl" --output
 echo "$demo/loss.svg"
 
 step "One answer, aloud"
-record=$(head -n 1 "$data/heldout_aloud.jsonl")
+record=$(head -n 1 "$data/heldout.jsonl")
 field() { sed "s/.*\"$1\": \[*\"\([^\"]*\)\".*/\1/" <<<"$record"; }
 ask=(python examples/mimo/avlm_inference.py --ckpt "$checkpoint"
   --image-path "$data/$(field images)" --audio-path "$data/$(field audios)"
   --prompt "Answer aloud." --speech-out "$demo/answer.wav")
-echo "${ask[*]}"
+printf '%q ' "${ask[@]}" && echo
 "${ask[@]}"
-echo "(right is: $(field value | sed 's/<speech>//'))"
+echo "(right is: $(field value))"
 echo "$demo/answer.wav: play it, for example with aplay (Linux) or afplay (macOS)"
