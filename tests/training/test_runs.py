@@ -42,6 +42,13 @@ def flags_for(model, dataset, data_folder):
 @pytest.mark.parametrize(("model", "dataset"), PAIRS)
 def test_every_provider_starts(model, dataset, data_folder, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
+    if dataset != "mock" and get_model_config(model).outputs:
+        data_folder = tmp_path / "aloud"
+        few = ("--samples", "20", "--voices", "2", "--output", str(data_folder))
+        made = run_command(
+            "prepare_data.py", dataset.replace("_", "-"), *few, "--model-provider", model
+        )
+        assert made.returncode == 0, made.stderr
     flags = flags_for(model, dataset, data_folder)
     done = run_train(*flags, "--metrics-file", str(metrics))
     assert done.returncode == 0, done.stderr

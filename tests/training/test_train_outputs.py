@@ -50,7 +50,7 @@ def test_the_codec_travels_in_the_checkpoint(trained, aloud):
     folder = trained / "checkpoint"
     assert (folder / SCALE).read_bytes() == (aloud / SCALE).read_bytes()
     description = json.loads((folder / "mimo.json").read_text())
-    assert description["config"]["modalities"]["speech"]["codec"] == {"base": 8}
+    assert description["config"]["modalities"]["speech"]["codec"]["base"] == 8
     assert list(description["codecs"]) == ["speech/scale.json"]
     checkpoint = open_checkpoint(folder, verify=True)
     codec = checkpoint.config.outputs["speech"].codec
