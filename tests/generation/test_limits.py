@@ -251,7 +251,7 @@ def test_an_answer_that_the_free_memory_cannot_hold_is_refused(
     """Each with both numbers; those beside it are answered."""
     model = Mimo(open_checkpoint(checkpoint))
     longer = Scheduler(model.engine, model.tokenizer, 4096)
-    monkeypatch.setattr(model, "scheduler", lambda: longer)
+    monkeypatch.setattr(model, "scheduler", lambda options: longer)
     message = r"sample prompt: the prompt and its answer may take 512 tokens of .* but 384 fit"
     with pytest.raises(ValueError, match=message):
         model.generate("hi", max_new_tokens=400)
