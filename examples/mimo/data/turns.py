@@ -212,9 +212,17 @@ def split_at_placeholders(
     return tuple(places.get(part, part) for part in re.split(pattern, text) if part)
 
 
-def prompt_content(prompt: str, media: Mapping[str, Any]) -> str | list[dict[str, str]]:
-    """What a prompt says: its placeholders are places if it comes with files, else words."""
-    return prompt if any(media.values()) else [{"type": "text", "text": prompt}]
+def prompt_content(
+    prompt: str, media: Mapping[str, Any], config: MimoConfig
+) -> str | list[dict[str, str]]:
+    """What a prompt says: its placeholders are places if it comes with files, else words.
+
+    Files alone, as of a question that is asked aloud, are a place for each.
+    """
+    if not any(media.values()):
+        return [{"type": "text", "text": prompt}]
+    places = [m.placeholder for name, m in config.inputs.items() for _ in media.get(name) or ()]
+    return prompt if prompt.strip() else "".join(places)
 
 
 def with_leading_places(

@@ -390,7 +390,7 @@ class Mimo:
         if isinstance(prompt, str):
             if not prompt.strip() and not any(sources.values()):
                 raise ValueError("nothing to answer: give a prompt or a file")
-            prompt = prompt_content(prompt, sources)
+            prompt = prompt_content(prompt, sources, self.config)
         return {"key": key, "conversations": [{"role": "user", "content": prompt}], **sources}
 
 
