@@ -37,8 +37,8 @@ OMP_NUM_THREADS=2 python -m demos.drawing.score --ckpt "$checkpoint" --data "$da
 echo "$demo/drawings.png"
 
 step "One drawing"
-recording=$(ls "$data"/audios/heldout/7-*.flac | head -n 1)
-ask=(python examples/mimo/avlm_inference.py --ckpt "$checkpoint" --audio-path "$recording"
+recordings=("$data"/audios/heldout/7-*.flac)
+ask=(python examples/mimo/avlm_inference.py --ckpt "$checkpoint" --audio-path "${recordings[0]}"
   --temperature 1 --drawing-out "$demo/seven.png")
 echo "${ask[*]}"
 "${ask[@]}"
